@@ -1,0 +1,1 @@
+//! The reference backend: obvious first, fast second.

@@ -1,0 +1,1 @@
+//! Gemma-2, written once for every backend.

@@ -1,0 +1,3 @@
+//! The `lapidary` binary.
+
+fn main() {}
