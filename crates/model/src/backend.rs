@@ -1,0 +1,353 @@
+//! The dozen fused operations a Gemma-2 decoder needs, and nothing the model does not use.
+//!
+//! Shapes are row-major. A backend allocates everything it will ever use before the first step; operations write into
+//! `out` parameters. Operations of one step are issued in order and may run asynchronously; only [`Backend::collect`]
+//! waits.
+//!
+//! Whatever a row of the result depends on is in that row's own sequence: how many other rows share the step must not
+//! change a bit of it.
+
+use std::fmt::Debug;
+
+use half::bf16;
+use lapidary_engine::{Batch, SampledToken};
+
+/// Element type of a tensor in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision: weights only, Gemma-2's activations overflow it.
+    F16,
+    /// IEEE single precision.
+    F32,
+    /// FP8 with 4 exponent and 3 mantissa bits, no infinities, largest value 448.
+    F8E4M3,
+}
+
+impl DType {
+    /// Bytes an element takes.
+    #[must_use]
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Self::F8E4M3 => 1,
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// A tensor in host memory, usually a view into a mapped file.
+#[derive(Debug, Clone, Copy)]
+pub struct HostTensor<'a> {
+    /// Little-endian elements, row-major, exactly `shape` of them; not necessarily aligned.
+    pub data: &'a [u8],
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions, outermost first.
+    pub shape: &'a [usize],
+}
+
+/// How the input of a linear layer is quantised: the checkpoint's choice, the same on every backend.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ActivationScheme {
+    /// Not at all.
+    None,
+    /// To e4m3 with this one scale from the file: `q = round(clamp(x / scale, -448, 448))`.
+    Fp8Static {
+        /// Positive and finite.
+        scale: f32,
+    },
+    /// To e4m3 with a scale for each token: `max(amax(row) / 448, FP8_MIN_TOKEN_SCALE)`.
+    Fp8Token,
+}
+
+/// Smallest scale of [`ActivationScheme::Fp8Token`] (an all-zero row must not divide by zero); vLLM's value.
+pub const FP8_MIN_TOKEN_SCALE: f32 = 1.0 / (448.0 * 512.0);
+
+/// Largest finite e4m3 value.
+pub const FP8_MAX: f32 = 448.0;
+
+/// One projection, or several that read the same input, stacked along their output rows (q, k, v; gate, up).
+#[derive(Debug, Clone)]
+pub struct LinearWeights<'a> {
+    /// `[out_i, in_features]` each, all of one dtype, in stacking order.
+    pub parts: Vec<HostTensor<'a>>,
+    /// F8E4M3: one scale for each of the stacked output rows (`weight = e4m3 * scale`). Empty for other dtypes.
+    pub scales: Vec<f32>,
+    /// How the input arrives. [`ActivationScheme::None`] with F8E4M3 weights is weight-only quantisation.
+    pub input: ActivationScheme,
+}
+
+/// What attention needs to know of the model beyond a layer's window.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionConfig {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Elements of a head. `num_heads * head_dim` need not be the hidden size.
+    pub head_dim: usize,
+    /// Multiplies `q . k` (`query_pre_attn_scalar ^ -0.5`).
+    pub scale: f32,
+    /// `Some(c)`: scores become `c * tanh(score / c)`, before the mask.
+    pub softcap: Option<f32>,
+    /// Base of the rotary embedding (neox style: halves rotated) over the whole head.
+    pub rope_theta: f32,
+}
+
+/// Upper bounds of a step, so that a backend can reserve everything at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Rows of a step.
+    pub max_tokens: usize,
+    /// Sequences of a step.
+    pub max_seqs: usize,
+    /// Positions of a sequence.
+    pub max_model_len: usize,
+}
+
+/// Memory of the device a backend runs on, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Available now.
+    pub free_bytes: u64,
+    /// In all.
+    pub total_bytes: u64,
+}
+
+/// A device that can run the decoder.
+pub trait Backend: 'static {
+    /// `[rows, cols]` values between operations: f32 on the CPU, bf16 on CUDA. Also the residual stream and logits.
+    type Tensor: Debug;
+    /// `[rows, cols]` input of a linear layer, in whatever form the layer's [`ActivationScheme`] asks; each write sets
+    /// the scheme anew.
+    type Activation: Debug;
+    /// Weights of one (stacked) projection, laid out as the backend likes.
+    type Linear: Debug;
+    /// Weights of an RMS norm, `[hidden]`.
+    type Norm: Debug;
+    /// The embedding table `[vocab, hidden]`, which is the output projection too.
+    type Embedding: Debug;
+    /// Keys and values of one layer: `[num_blocks, block_size, num_kv_heads, head_dim]` each.
+    type KvLayer: Debug;
+    /// One step's inputs on the device and how its attention is split; made once, used by every layer.
+    type Plan: Debug;
+
+    /// Called once, before everything else: limits of every later step, and the attention geometry.
+    ///
+    /// # Errors
+    /// Shapes the backend cannot run, or not enough memory.
+    fn prepare(&mut self, limits: StepLimits, attention: AttentionConfig) -> Result<(), BackendError>;
+
+    /// What can still be allocated.
+    fn memory(&self) -> MemoryInfo;
+
+    /// # Errors
+    /// Not enough memory, or shapes the backend cannot run.
+    fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Self::Linear, BackendError>;
+
+    /// # Errors
+    /// Not enough memory.
+    fn upload_norm(&mut self, weight: HostTensor<'_>) -> Result<Self::Norm, BackendError>;
+
+    /// # Errors
+    /// Not enough memory.
+    fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Self::Embedding, BackendError>;
+
+    /// # Errors
+    /// Not enough memory.
+    fn alloc_tensor(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
+
+    /// # Errors
+    /// Not enough memory.
+    fn alloc_activation(&mut self, rows: usize, cols: usize) -> Result<Self::Activation, BackendError>;
+
+    /// Bytes one block of one layer takes.
+    fn kv_block_bytes(&self, block_size: usize) -> u64;
+
+    /// # Errors
+    /// Not enough memory.
+    fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<Self::KvLayer, BackendError>;
+
+    /// Starts a step: uploads its inputs, resolves rows fed by the previous step, splits the attention work.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn begin(&mut self, batch: &Batch) -> Result<Self::Plan, BackendError>;
+
+    /// `residual[t] = table[token_ids[t]] * scale`, in f32 on the CPU.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn embed(
+        &mut self,
+        plan: &Self::Plan,
+        table: &Self::Embedding,
+        scale: bf16,
+        residual: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    /// `out = quantise(norm(x))`, where `norm(x) = x * rsqrt(mean(x^2) + eps) * (1 + weight)` in f32.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn norm(
+        &mut self,
+        plan: &Self::Plan,
+        x: &Self::Tensor,
+        norm: NormArgs<'_, Self>,
+        out: &mut Self::Activation,
+    ) -> Result<(), BackendError>
+    where
+        Self: Sized;
+
+    /// `out = x * weights^T`, `[num_tokens, out_features]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn linear(
+        &mut self,
+        plan: &Self::Plan,
+        x: &Self::Activation,
+        weights: &Self::Linear,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    /// Rotates q and k of `qkv` (`[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`: q heads, k heads, v heads),
+    /// q in place, and writes k and v to the step's slots of `kv`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn rope_append(
+        &mut self,
+        plan: &Self::Plan,
+        qkv: &mut Self::Tensor,
+        kv: &mut Self::KvLayer,
+    ) -> Result<(), BackendError>;
+
+    /// `out = quantise(attention(q, kv))`, `[num_tokens, num_heads * head_dim]`. Causal; with `window = Some(w)` token
+    /// `i` sees `j` with `i - j < w`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn attention(
+        &mut self,
+        plan: &Self::Plan,
+        qkv: &Self::Tensor,
+        kv: &Self::KvLayer,
+        window: Option<usize>,
+        out_scheme: ActivationScheme,
+        out: &mut Self::Activation,
+    ) -> Result<(), BackendError>;
+
+    /// `residual += norm_post(x)`, then `out = quantise(norm_pre(residual))`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn add_norm(
+        &mut self,
+        plan: &Self::Plan,
+        x: &Self::Tensor,
+        post: &Self::Norm,
+        residual: &mut Self::Tensor,
+        pre: NormArgs<'_, Self>,
+        out: &mut Self::Activation,
+    ) -> Result<(), BackendError>
+    where
+        Self: Sized;
+
+    /// `out = quantise(gelu_tanh(gate) * up)` of `gate_up` (`[num_tokens, 2 * intermediate]`: gate, then up).
+    ///
+    /// # Errors
+    /// The device failed.
+    fn geglu(
+        &mut self,
+        plan: &Self::Plan,
+        gate_up: &Self::Tensor,
+        out_scheme: ActivationScheme,
+        out: &mut Self::Activation,
+    ) -> Result<(), BackendError>;
+
+    /// The end of the decoder for the step's sampled rows only: `residual + norm_post(x)`, `norm`, then
+    /// `logits[s] = softcap * tanh((hidden . table^T) / softcap)`, `[num_samples, vocab]` in f32.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn logits(
+        &mut self,
+        plan: &Self::Plan,
+        last: LastHidden<'_, Self>,
+        table: &Self::Embedding,
+        softcap: Option<f32>,
+        logits: &mut Self::Tensor,
+    ) -> Result<(), BackendError>
+    where
+        Self: Sized;
+
+    /// Chooses a token for each of the batch's `samples` from `logits`, which it may overwrite. The result waits for
+    /// [`Backend::collect`].
+    ///
+    /// # Errors
+    /// The device failed.
+    fn sample(&mut self, plan: &Self::Plan, batch: &Batch, logits: &mut Self::Tensor) -> Result<(), BackendError>;
+
+    /// Ends the oldest step begun: waits for it and gives its sampled tokens, in the order of its `samples`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn collect(&mut self) -> Result<Vec<SampledToken>, BackendError>;
+
+    /// Reads logits back as f32, for tests and scoring: row-major, the first `rows` rows.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>, BackendError>;
+}
+
+/// A norm and the form its result must have.
+#[derive(Debug)]
+pub struct NormArgs<'a, B: Backend> {
+    /// Weights.
+    pub weight: &'a B::Norm,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Of the linear layer that reads the result.
+    pub out_scheme: ActivationScheme,
+}
+
+/// What [`Backend::logits`] starts from.
+#[derive(Debug)]
+pub struct LastHidden<'a, B: Backend> {
+    /// Output of the last layer's MLP.
+    pub x: &'a B::Tensor,
+    /// The last layer's post-feedforward norm.
+    pub post: &'a B::Norm,
+    /// The residual stream before that MLP's output is added.
+    pub residual: &'a B::Tensor,
+    /// The model's final norm.
+    pub norm: &'a B::Norm,
+    /// Added to both norms' mean squares.
+    pub eps: f32,
+}
+
+/// What a backend can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Allocation failed.
+    #[error("out of device memory: {what} needs {needed_bytes} bytes, {free_bytes} are free")]
+    OutOfMemory {
+        /// What was being allocated.
+        what: &'static str,
+        /// Asked.
+        needed_bytes: u64,
+        /// Available.
+        free_bytes: u64,
+    },
+    /// The backend has no kernel for this shape or type.
+    #[error("unsupported: {0}")]
+    Unsupported(String),
+    /// The device reported an error.
+    #[error("device error")]
+    Device(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
