@@ -1,0 +1,86 @@
+//! Where the process stands between exec and exit, readable from any probe without a lock that work could hold.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+/// What `/ready` answers with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Files are being fetched from the hub.
+    Downloading,
+    /// The checkpoint is being checked and its weights uploaded.
+    LoadingWeights,
+    /// A first forward pass proves that the loaded model gives finite logits.
+    WarmingUp,
+    /// Requests are served.
+    Ready,
+    /// No new requests; those in flight finish.
+    Draining,
+    /// The engine died or the model could not be loaded.
+    Failed,
+}
+
+impl Phase {
+    const ALL: [Self; 6] =
+        [Self::Downloading, Self::LoadingWeights, Self::WarmingUp, Self::Ready, Self::Draining, Self::Failed];
+
+    /// As `/ready` spells it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Downloading => "downloading",
+            Self::LoadingWeights => "loading_weights",
+            Self::WarmingUp => "warming_up",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// The current [`Phase`] and how far it is.
+#[derive(Debug)]
+pub struct Lifecycle {
+    phase: AtomicU8,
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self {
+            phase: AtomicU8::new(Phase::LoadingWeights as u8),
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Lifecycle {
+    /// The current phase.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        Phase::ALL[usize::from(self.phase.load(Ordering::Acquire))]
+    }
+
+    /// Enters a phase; its progress starts at 0.
+    pub fn enter(&self, phase: Phase) {
+        self.done.store(0, Ordering::Relaxed);
+        self.total.store(0, Ordering::Relaxed);
+        self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    /// Bytes done of the phase's total.
+    pub fn set_progress(&self, done_bytes: u64, total_bytes: u64) {
+        self.total.store(total_bytes, Ordering::Relaxed);
+        self.done.store(done_bytes, Ordering::Relaxed);
+    }
+
+    /// Share of the phase that is done, 0 to 1; `None` where it is not known.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a progress share needs no more than f64 gives")]
+    pub fn progress(&self) -> Option<f64> {
+        let total = self.total.load(Ordering::Relaxed);
+        (total > 0).then(|| (self.done.load(Ordering::Relaxed) as f64 / total as f64).min(1.0))
+    }
+}

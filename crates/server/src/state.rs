@@ -1,0 +1,125 @@
+//! What every handler can reach. Handlers get it by clone; it is one `Arc`.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use lapidary_engine::{EngineHandle, TokenId};
+use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
+
+use crate::lifecycle::Lifecycle;
+use crate::metrics::Metrics;
+
+/// Shared by all handlers.
+#[derive(Debug, Clone)]
+pub struct AppState(Arc<Shared>);
+
+/// The parts of [`AppState`].
+#[derive(Debug)]
+pub struct Shared {
+    /// Loading, ready, draining.
+    pub lifecycle: Lifecycle,
+    /// Set once, when the model is loaded: the listener is up before that.
+    pub model: OnceLock<ServedModel>,
+    /// Counters and histograms.
+    pub metrics: Metrics,
+    /// What a client may ask for.
+    pub limits: Limits,
+}
+
+impl AppState {
+    /// A state without a model.
+    #[must_use]
+    pub fn new(limits: Limits, metrics: Metrics) -> Self {
+        Self(Arc::new(Shared { lifecycle: Lifecycle::default(), model: OnceLock::new(), metrics, limits }))
+    }
+}
+
+impl std::ops::Deref for AppState {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// The loaded model and the engine that runs it.
+#[derive(Debug)]
+pub struct ServedModel {
+    /// Names clients may call it by; the first is the one answers carry.
+    pub names: Vec<String>,
+    /// Path or repository it came from.
+    pub root: String,
+    /// Unix time it was loaded.
+    pub created: u64,
+    /// Prompt and answer together, in tokens.
+    pub max_model_len: u32,
+    /// Rows of the embedding table: token ids are below this.
+    pub vocab_size: u32,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Absent: `/v1/chat/completions` refuses.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// What happens to system messages.
+    pub system_role: SystemRole,
+    /// The token whose stop is reported with `stop_reason: null`.
+    pub eos_token_id: TokenId,
+    /// All tokens that end an answer, `eos_token_id` included.
+    pub stop_token_ids: Arc<[TokenId]>,
+    /// Used where a request is silent.
+    pub defaults: SamplingDefaults,
+    /// Identifies build, checkpoint and backend: equal fingerprints and seeds give equal answers.
+    pub system_fingerprint: String,
+    /// Runs it.
+    pub engine: EngineHandle,
+}
+
+/// Sampling values of the checkpoint's `generation_config.json`, OpenAI's defaults where it has none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplingDefaults {
+    /// 1 unless the checkpoint says otherwise.
+    pub temperature: f32,
+    /// 1 unless the checkpoint says otherwise.
+    pub top_p: f32,
+    /// 0 (off) unless the checkpoint says otherwise.
+    pub top_k: u32,
+    /// 0 (off) unless the checkpoint says otherwise.
+    pub min_p: f32,
+    /// 1 (off) unless the checkpoint says otherwise.
+    pub repetition_penalty: f32,
+}
+
+impl Default for SamplingDefaults {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+/// Bounds on what one request may cost.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Alternatives a `logprobs` request may name (`--max-logprobs`).
+    pub max_logprobs: u32,
+    /// Sequences of one request: `n` times the number of prompts.
+    pub max_sequences_per_request: u32,
+    /// Stop strings of one request.
+    pub max_stop_strings: usize,
+    /// Bytes of a request body.
+    pub max_body_bytes: usize,
+    /// Silence on a stream after which a comment line is sent; zero sends none.
+    pub sse_keep_alive: Duration,
+    /// Server-wide bound on a request's life; none by default.
+    pub request_timeout: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_logprobs: 20,
+            max_sequences_per_request: 128,
+            max_stop_strings: 16,
+            max_body_bytes: 32 << 20,
+            sse_keep_alive: Duration::from_secs(15),
+            request_timeout: None,
+        }
+    }
+}
