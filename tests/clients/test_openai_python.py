@@ -1,0 +1,143 @@
+"""openai-python, sync and async, against the demo model."""
+
+import openai
+import pytest
+
+SUM = [{"role": "user", "content": "What is 12 + 7?"}]
+
+
+def test_a_chat_answers_rightly(client):
+    completion = client.chat.completions.create(model="demo", messages=SUM, temperature=0)
+    choice = completion.choices[0]
+    assert "19" in choice.message.content
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "stop"
+    usage = completion.usage
+    assert usage.prompt_tokens > 0 and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert completion.id.startswith("chatcmpl-")
+
+
+def test_a_stream_says_the_same_as_a_body(client):
+    whole = client.chat.completions.create(model="demo", messages=SUM, temperature=0).choices[0].message.content
+    chunks = list(
+        client.chat.completions.create(
+            model="demo", messages=SUM, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert [c.choices[0].delta.role for c in chunks if c.choices].count("assistant") == 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_the_stream_helper_accumulates(client):
+    with client.chat.completions.stream(model="demo", messages=SUM, temperature=0) as stream:
+        for _ in stream:
+            pass
+        assert "19" in stream.get_final_completion().choices[0].message.content
+
+
+def test_a_name_is_recalled_from_an_earlier_turn(client):
+    messages = [{"role": "user", "content": "My name is Alice."}]
+    first = client.chat.completions.create(model="demo", messages=messages, temperature=0)
+    messages += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    answer = client.chat.completions.create(model="demo", messages=messages, temperature=0)
+    assert "Alice" in answer.choices[0].message.content
+
+
+def test_system_messages_and_content_parts_are_taken(client):
+    parts = [{"type": "text", "text": "What is 12"}, {"type": "text", "text": "+ 7?"}]
+    completion = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}],
+        max_completion_tokens=8,
+    )
+    assert completion.choices[0].finish_reason in ("stop", "length")
+
+
+def test_choices_come_with_logprobs(client):
+    completion = client.chat.completions.create(
+        model="demo", messages=SUM, n=2, logprobs=True, top_logprobs=3, max_tokens=4, seed=1
+    )
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    for choice in completion.choices:
+        for entry in choice.logprobs.content:
+            assert len(entry.top_logprobs) in (3, 4) and entry.logprob <= 0
+            assert bytes(entry.bytes).decode(errors="replace") == entry.token
+
+
+def test_a_seed_repeats_an_answer(client):
+    ask = lambda: client.chat.completions.create(  # noqa: E731
+        model="demo", messages=[{"role": "user", "content": "Hello"}], seed=7, temperature=1.5, max_tokens=12
+    )
+    assert ask().choices[0].message.content == ask().choices[0].message.content
+
+
+def test_stop_strings_are_cut(client):
+    completion = client.completions.create(model="demo", prompt="1, 2, 3,", stop=["9"], temperature=0, max_tokens=64)
+    assert "9" not in completion.choices[0].text
+
+
+def test_completions_take_batches_of_text_and_of_ids(client):
+    completion = client.completions.create(model="demo", prompt=["One", "Two"], max_tokens=3, n=2)
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    completion = client.completions.create(model="demo", prompt=[[2, 200, 201], [2, 202]], max_tokens=3)
+    assert completion.usage.prompt_tokens == 5
+    streamed = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0, stream=True)
+    whole = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0)
+    assert "".join(c.choices[0].text for c in streamed if c.choices) == whole.choices[0].text
+
+
+def test_vllm_extras_are_taken(client):
+    completion = client.chat.completions.create(
+        model="demo",
+        messages=SUM,
+        max_tokens=5,
+        extra_body={"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 5, "ignore_eos": True},
+    )
+    assert completion.usage.completion_tokens == 5
+
+
+def test_errors_become_their_exceptions(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="nope", messages=SUM)
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="demo", messages=SUM, temperature=3)
+    assert error.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x " * 100_000}])
+    assert error.value.code == "context_length_exceeded"
+    assert "maximum context length is" in error.value.message
+
+
+def test_models_are_listed(client):
+    models = client.models.list().data
+    assert models[0].id == "demo" and models[0].max_model_len >= 4096
+    assert client.models.retrieve("demo").id == "demo"
+
+
+@pytest.mark.asyncio
+async def test_the_async_client_streams_many_at_once(server):
+    import asyncio
+
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+
+        async def add(a: int, b: int) -> str:
+            stream = await client.chat.completions.create(
+                model="demo",
+                messages=[{"role": "user", "content": f"What is {a} + {b}?"}],
+                temperature=0,
+                stream=True,
+            )
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+        pairs = [(a, b) for a in (11, 23, 35, 47) for b in (2, 14, 26, 38)]
+        together = await asyncio.gather(*(add(a, b) for a, b in pairs))
+        alone = [await add(a, b) for a, b in pairs]
+        assert together == alone
+        assert sum(str(a + b) in text for (a, b), text in zip(pairs, together)) >= len(pairs) - 1

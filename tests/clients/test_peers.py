@@ -1,0 +1,53 @@
+"""Peers that are not Python: openai-node and promtool; and the server's own accounts after both."""
+
+import os
+import re
+import subprocess
+import time
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """Sum of the samples of `name` that carry `labels`."""
+    total = 0.0
+    for line in text.splitlines():
+        match = re.match(rf"{re.escape(name)}(?:\{{(.*)\}})? ([^ ]+)$", line)
+        if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+            total += float(match[2])
+    return total
+
+
+def test_openai_node_passes(server):
+    command = ["node", "openai_node.mjs", server.url]
+    subprocess.run(command, cwd=os.environ["NODE_CLIENTS"], check=True, timeout=120)
+
+
+def test_promtool_finds_nothing(server, client):
+    client.completions.create(model="demo", prompt="One", max_tokens=3)
+    result = subprocess.run(
+        [os.environ["PROMTOOL"], "check", "metrics"], input=server.get("/metrics"), text=True, capture_output=True
+    )
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+def test_counters_equal_the_sum_of_usage(server, client):
+    names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+    before = [metric(server.get("/metrics"), name) for name in names]
+    usages = [client.completions.create(model="demo", prompt=p, max_tokens=7).usage for p in ("a b", "c", "d e f")]
+    after = [metric(server.get("/metrics"), name) for name in names]
+    grown = [b - a for a, b in zip(before, after)]
+    assert grown == [sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)]
+
+
+def test_a_stream_left_by_its_client_gives_everything_back(server, client):
+    stream = client.completions.create(
+        model="demo", prompt="One", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        text = server.get("/metrics")
+        if metric(text, "vllm:num_requests_running") == 0:
+            break
+    assert metric(text, "vllm:num_requests_running") == 0
+    assert metric(text, "lapidary_requests_finished_total", outcome="client_abort") >= 1
