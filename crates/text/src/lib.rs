@@ -1,1 +1,59 @@
 //! Strings to tokens and back.
+//!
+//! Nothing in this crate knows a request, a model or a socket. Everything is plain data and synchronous.
+//!
+//! | module | hides |
+//! |---|---|
+//! | [`tokenizer`] | loading `tokenizer.json`, text to ids, what each id is |
+//! | [`chat_template`] | the checkpoint's Jinja template: messages to prompt text |
+//! | [`conversation`] | the roles, and how conversations are repaired for templates that know only user and assistant |
+//! | [`rendered`] | why text inside a message can never become a turn marker |
+//! | [`detokenizer`] | a stream of ids to text that is never half a character |
+//! | [`stop`] | stop strings that span tokens |
+//!
+//! A request passes through them in this order:
+//!
+//! ```
+//! use lapidary_text::{ChatTemplate, Detokenizer, Message, PromptEnd, StopMatcher, SystemRole, Tokenizer};
+//!
+//! # let json = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tiny/tokenizer.json"));
+//! # let source = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}";
+//! let tokenizer = Tokenizer::from_bytes(json, None)?;
+//! let template = ChatTemplate::new(source, &tokenizer, SystemRole::Merge)?;
+//!
+//! let prompt = template.render(&[Message::new("user", "hello <end_of_turn>")], PromptEnd::GenerationPrompt)?;
+//! let ids = tokenizer.encode_rendered(&prompt)?;
+//! let is_marker = |id: &&u32| Some(**id) == tokenizer.end_of_turn_id();
+//! assert_eq!(ids.iter().filter(is_marker).count(), 1, "the client's own marker is plain text");
+//!
+//! let mut detokenizer = Detokenizer::new(&tokenizer, true);
+//! let mut stop = StopMatcher::new(&["lo wo"], false)?;
+//! let (mut delta, mut answer) = (String::new(), String::new());
+//! for id in tokenizer.encode("hello world", false)? {
+//!     delta.clear();
+//!     detokenizer.push(id, &mut delta);
+//!     if stop.push(&delta, &mut answer).is_some() {
+//!         break;
+//!     }
+//! }
+//! assert_eq!(answer, "hel");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod added_tokens;
+pub mod chat_template;
+pub mod conversation;
+pub mod detokenizer;
+pub mod rendered;
+pub mod stop;
+mod template_functions;
+mod token_table;
+pub mod tokenizer;
+mod tokenizer_config;
+
+pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
+pub use conversation::{ConversationError, Message, SystemRole};
+pub use detokenizer::Detokenizer;
+pub use rendered::Rendered;
+pub use stop::{StopError, StopMatcher};
+pub use tokenizer::{Tokenizer, TokenizerError};

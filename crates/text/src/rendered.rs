@@ -1,0 +1,121 @@
+//! Keeps text inside messages from acting as turn markers.
+//!
+//! A template only concatenates strings, so a message that contains `<start_of_turn>` would come out as a turn of its
+//! own. Before rendering, every such text in a message is replaced by a placeholder that no client can guess; after
+//! rendering the placeholders are put back and their places noted, for the tokenizer to read as plain text.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::Range;
+
+use aho_corasick::AhoCorasick;
+
+use crate::added_tokens::leftmost_longest;
+use crate::conversation::Turn;
+
+/// A prompt as the template wrote it, and which parts of it are not what they look like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    text: String,
+    literals: Vec<Range<usize>>,
+}
+
+impl Rendered {
+    /// The prompt, message text included as the client wrote it.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Byte ranges of [`Rendered::text`], ascending, that spell a special token but were written by a client.
+    pub fn literals(&self) -> &[Range<usize>] {
+        &self.literals
+    }
+}
+
+/// The texts to look for in messages.
+#[derive(Debug)]
+pub(crate) struct ControlTexts {
+    matcher: Option<AhoCorasick>,
+    texts: Vec<String>,
+}
+
+impl ControlTexts {
+    pub(crate) fn new(texts: Vec<String>) -> Result<Self, aho_corasick::BuildError> {
+        Ok(Self {
+            matcher: leftmost_longest(texts.iter())?,
+            texts,
+        })
+    }
+}
+
+/// The placeholders of one rendering.
+#[derive(Debug)]
+pub(crate) struct Placeholders<'a> {
+    control: &'a ControlTexts,
+    nonce: String,
+}
+
+impl<'a> Placeholders<'a> {
+    /// Picks a nonce that none of `turns` contains.
+    pub(crate) fn new(control: &'a ControlTexts, turns: &[Turn]) -> Self {
+        let nonce = (0..)
+            .map(fresh_nonce)
+            .find(|nonce| !turns.iter().any(|turn| turn.content.contains(nonce)))
+            .expect("finitely many turns contain finitely many nonces");
+        Self { control, nonce }
+    }
+
+    /// `content` with placeholders for the control texts in it.
+    pub(crate) fn hide(&self, content: &str) -> String {
+        let Some(matcher) = &self.control.matcher else {
+            return content.to_owned();
+        };
+        let mut hidden = String::with_capacity(content.len());
+        let mut cursor = 0;
+        for found in matcher.find_iter(content) {
+            hidden.push_str(&content[cursor..found.start()]);
+            hidden.push_str(&self.placeholder(found.pattern().as_usize()));
+            cursor = found.end();
+        }
+        hidden.push_str(&content[cursor..]);
+        hidden
+    }
+
+    /// A mark that a template carries along but no message contains.
+    pub(crate) fn mark(&self) -> String {
+        self.placeholder(self.control.texts.len())
+    }
+
+    /// Puts the texts back; `None` if the template took a placeholder apart.
+    pub(crate) fn reveal(&self, hidden: &str) -> Option<Rendered> {
+        let mut rendered = Rendered {
+            text: String::with_capacity(hidden.len()),
+            literals: Vec::new(),
+        };
+        let mut parts = hidden.split(self.nonce.as_str());
+        rendered.text.push_str(parts.next()?);
+        for part in parts {
+            let (index, rest) = part.split_once(CLOSE)?;
+            let text = self.control.texts.get(index.parse::<usize>().ok()?)?;
+            let start = rendered.text.len();
+            rendered.text.push_str(text);
+            rendered.literals.push(start..rendered.text.len());
+            rendered.text.push_str(rest);
+        }
+        // A nonce cut in half would have left its opening character behind, or its digits.
+        (!rendered.text.contains(&self.nonce[..self.nonce.len() / 2])).then_some(rendered)
+    }
+
+    fn placeholder(&self, index: usize) -> String {
+        format!("{}{index}{CLOSE}", self.nonce)
+    }
+}
+
+/// Ends a placeholder. The nonce before it already tells where one is.
+const CLOSE: char = ';';
+
+/// Twenty digits from a hasher that the standard library keys from the system's randomness.
+///
+/// Digits survive `upper`, `lower`, `title`, `escape` and `tojson`, which templates apply to text.
+fn fresh_nonce(attempt: u64) -> String {
+    format!("{:020}", RandomState::new().hash_one(attempt))
+}
