@@ -1,0 +1,270 @@
+//! What can be typed: commands, and the settings of `serve`, every one of which is a flag, a variable and a file key.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::units::{ByteSize, Span};
+
+/// Serves Gemma-2 models behind the OpenAI HTTP API.
+#[derive(Debug, Parser)]
+#[command(name = "lapidary", version, max_term_width = 120)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands of the binary.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model behind the OpenAI HTTP API.
+    #[command(after_help = SERVE_AFTER_HELP)]
+    Serve(Box<ServeArgs>),
+}
+
+const SERVE_AFTER_HELP: &str = "\
+Every setting can be given in three places; the later one wins:
+  a key of the file named by --config   max-model-len = 4096
+  an environment variable               LAPIDARY_MAX_MODEL_LEN=4096
+  a flag                                --max-model-len 4096
+Downloads also follow HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE.
+SIGTERM drains: /ready turns 503, requests in flight finish, the process exits 0. A second signal cuts them off.";
+
+/// Arguments of `lapidary serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// `demo` (built in, the default), a checkpoint directory, or `org/name` on the Hugging Face hub.
+    #[arg(value_name = "MODEL")]
+    pub model_positional: Option<String>,
+
+    /// TOML file with settings; its keys are the flags' names [env: LAPIDARY_CONFIG].
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Print the settings in effect, as TOML, and exit.
+    #[arg(long)]
+    pub print_config: bool,
+
+    /// Opposite of --enable-prefix-caching.
+    #[arg(long, overrides_with = "enable_prefix_caching")]
+    pub no_enable_prefix_caching: bool,
+
+    /// The settings given as flags.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// What was typed, in one of the three places. Absent means: not typed there.
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(next_help_heading = "Settings")]
+pub struct Settings {
+    /// Same as MODEL.
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+
+    /// Address to listen on; 0.0.0.0 or :: for all [default: 127.0.0.1].
+    #[arg(long)]
+    pub host: Option<String>,
+
+    /// Port to listen on; 0 takes a free one and logs it [default: 8000].
+    #[arg(long)]
+    pub port: Option<u16>,
+
+    /// Names clients may call the model by; answers carry the first [default: MODEL].
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Option<Vec<String>>,
+
+    /// Prompt and answer together, in tokens [default: the model's].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<u32>,
+
+    /// Sequences that run at the same time [default: 64].
+    #[arg(long, value_name = "N")]
+    pub max_num_seqs: Option<u32>,
+
+    /// Tokens computed in one step; smaller steps delay running answers less, larger ones read prompts faster
+    /// [default: 512].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_batched_tokens: Option<u32>,
+
+    /// Requests that may wait; more are answered 429 [default: 512].
+    #[arg(long, value_name = "N")]
+    pub max_num_queued_reqs: Option<u32>,
+
+    /// Prompt tokens that may wait; more are answered 429 [default: 1000000].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_queued_tokens: Option<u64>,
+
+    /// Reuse the keys and values of prompts that begin alike [default: true].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          overrides_with = "no_enable_prefix_caching")]
+    pub enable_prefix_caching: Option<bool>,
+
+    /// Tokens in a block of the KV cache [default: 16].
+    #[arg(long, value_name = "TOKENS")]
+    pub block_size: Option<u32>,
+
+    /// Memory for keys and values, e.g. 4GiB [default: what max-num-seqs answers need, within free memory].
+    #[arg(long, value_name = "SIZE")]
+    pub kv_cache_memory_bytes: Option<ByteSize>,
+
+    /// Alternatives a request may ask for at each token [default: 20].
+    #[arg(long, value_name = "N")]
+    pub max_logprobs: Option<u32>,
+
+    /// Sampling defaults: `auto` takes the checkpoint's generation_config.json, `vllm` none [default: auto].
+    #[arg(long, value_name = "WHICH")]
+    pub generation_config: Option<GenerationConfigSource>,
+
+    /// Jinja file to use in place of the checkpoint's chat template.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+
+    /// System messages: `merge` puts them in front of the first user turn, `error` refuses them [default: merge].
+    #[arg(long, value_name = "WHAT")]
+    pub system_role: Option<SystemRoleSetting>,
+
+    /// Attention scale: queries are multiplied by this to the power -0.5 [default: the checkpoint's].
+    #[arg(long, value_name = "X")]
+    pub query_pre_attn_scalar: Option<f32>,
+
+    /// Branch, tag or commit on the hub [default: main].
+    #[arg(long)]
+    pub revision: Option<String>,
+
+    /// Cache for downloads [default: the Hugging Face cache].
+    #[arg(long, value_name = "DIR")]
+    pub download_dir: Option<PathBuf>,
+
+    /// Where the model runs [default: auto].
+    #[arg(long)]
+    pub device: Option<DeviceSetting>,
+
+    /// Threads that compute on a CPU [default: one for each core the process may use].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Taken for vllm's sake: `auto` and `bfloat16` mean what is done anyway [default: auto].
+    #[arg(long)]
+    pub dtype: Option<String>,
+
+    /// Taken for vllm's sake: only 1 is possible [default: 1].
+    #[arg(long, value_name = "N")]
+    pub tensor_parallel_size: Option<u32>,
+
+    /// Silence on a stream after which a comment line keeps it open; 0 sends none [default: 15s].
+    #[arg(long, value_name = "TIME")]
+    pub sse_keep_alive_interval: Option<Span>,
+
+    /// Longest life of a request; 0 sets no limit [default: 0].
+    #[arg(long, value_name = "TIME")]
+    pub request_timeout: Option<Span>,
+
+    /// Time that requests in flight get to finish once the process drains [default: 30s].
+    #[arg(long, value_name = "TIME")]
+    pub shutdown_timeout: Option<Span>,
+
+    /// Time that /ready says 503 and new requests are still taken, for load balancers to notice [default: 2s].
+    #[arg(long, value_name = "TIME")]
+    pub drain_grace: Option<Span>,
+
+    /// Connections open at the same time; further ones wait to be accepted [default: 4096].
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<u32>,
+
+    /// Time a client has for a request's headers, and may keep an idle connection open [default: 75s].
+    #[arg(long, value_name = "TIME")]
+    pub header_read_timeout: Option<Span>,
+
+    /// `text` for people, `json` for machines [default: text].
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+
+    /// error, warn, info, debug, or filters such as `info,lapidary_engine=debug` [default: info].
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+}
+
+/// Where sampling defaults come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GenerationConfigSource {
+    /// The checkpoint's `generation_config.json`.
+    Auto,
+    /// OpenAI's and vLLM's neutral values.
+    Vllm,
+}
+
+/// What happens to system messages, which Gemma-2's own template refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SystemRoleSetting {
+    /// Put in front of the first user turn.
+    Merge,
+    /// Answered 400.
+    Error,
+}
+
+/// Where the model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceSetting {
+    /// The best device there is.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Settings {
+    /// The values in effect where nothing is typed. Settings absent here depend on the model or the machine.
+    #[must_use]
+    pub fn defaults() -> Self {
+        let seconds = |seconds| Some(Span(std::time::Duration::from_secs(seconds)));
+        Self {
+            model: Some("demo".to_owned()),
+            host: Some("127.0.0.1".to_owned()),
+            port: Some(8000),
+            served_model_name: None,
+            max_model_len: None,
+            max_num_seqs: Some(64),
+            max_num_batched_tokens: Some(512),
+            max_num_queued_reqs: Some(512),
+            max_num_queued_tokens: Some(1_000_000),
+            enable_prefix_caching: Some(true),
+            block_size: Some(16),
+            kv_cache_memory_bytes: None,
+            max_logprobs: Some(20),
+            generation_config: Some(GenerationConfigSource::Auto),
+            chat_template: None,
+            system_role: Some(SystemRoleSetting::Merge),
+            query_pre_attn_scalar: None,
+            revision: Some("main".to_owned()),
+            download_dir: None,
+            device: Some(DeviceSetting::Auto),
+            threads: None,
+            dtype: Some("auto".to_owned()),
+            tensor_parallel_size: Some(1),
+            sse_keep_alive_interval: seconds(15),
+            request_timeout: seconds(0),
+            shutdown_timeout: seconds(30),
+            drain_grace: seconds(2),
+            max_connections: Some(4096),
+            header_read_timeout: seconds(75),
+            log_format: Some(LogFormat::Text),
+            log_level: Some("info".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,206 @@
+use super::*;
+
+const COMPLETE_FILE: &str = include_str!("../../../../config/lapidary.toml");
+
+fn resolve(flags: &[&str], environment: &Environment) -> Result<Config, ConfigError> {
+    let cli = Cli::try_parse_from([&["lapidary", "serve"], flags].concat()).unwrap();
+    let Command::Serve(args) = cli.command;
+    Config::resolve(&args, environment)
+}
+
+fn fault(flags: &[&str]) -> String {
+    resolve(flags, &Environment::default()).unwrap_err().to_string()
+}
+
+/// A file of its own for each test, gone with the returned folder.
+fn settings_file(name: &str, text: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("lapidary-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn the_complete_file_holds_every_default() {
+    assert_eq!(toml::from_str::<Settings>(COMPLETE_FILE).unwrap(), Settings::defaults());
+}
+
+#[test]
+fn the_complete_file_names_every_setting_once() {
+    let keys = COMPLETE_FILE.lines().filter_map(|line| {
+        let (key, _) = line.strip_prefix("# ").unwrap_or(line).split_once(" = ")?;
+        key.chars().all(|c| c.is_ascii_lowercase() || c == '-').then_some(key.to_owned())
+    });
+    let (mut keys, mut names): (Vec<_>, Vec<_>) = (keys.collect(), setting_names().collect());
+    keys.sort();
+    names.sort();
+    assert_eq!(keys, names);
+}
+
+#[test]
+fn the_commented_examples_of_the_complete_file_are_valid() {
+    let uncommented = |line: &str| match line.strip_prefix("# ") {
+        Some(rest) if rest.split_once(" = ").is_some_and(|(key, _)| setting_names().any(|name| name == key)) => {
+            format!("{rest}\n")
+        }
+        _ => format!("{line}\n"),
+    };
+    let text: String = COMPLETE_FILE.lines().map(uncommented).collect();
+    let settings: Settings = toml::from_str(&text).unwrap();
+    assert_eq!(settings.kv_cache_memory_bytes.unwrap().0, 4 << 30);
+}
+
+#[test]
+fn help_states_the_defaults_in_effect() {
+    let defaults = toml::Table::try_from(Settings::defaults()).unwrap();
+    let command = <Settings as clap::Args>::augment_args(clap::Command::new("settings"));
+    for arg in command.get_arguments() {
+        let name = arg.get_long().unwrap();
+        let help = arg.get_help().unwrap().to_string();
+        let Some(default) = defaults.get(name) else { continue };
+        let default = default.to_string().replace('"', "");
+        let stated = help.split("[default: ").nth(1).map(|rest| rest.trim_end_matches(']').trim_end_matches('s'));
+        if name != "model" && name != "revision" {
+            assert_eq!(stated, Some(default.as_str()), "--{name}");
+        }
+    }
+}
+
+#[test]
+fn flags_win_over_variables_and_variables_over_the_file() {
+    let path = settings_file("layers.toml", "port = 1\nmax-num-seqs = 2\nmax-logprobs = 3\n");
+    let environment = Environment::from([("LAPIDARY_PORT", "10"), ("LAPIDARY_MAX_NUM_SEQS", "20")]);
+    let settings = resolve(&["--config", path.to_str().unwrap(), "--port", "100"], &environment).unwrap().settings;
+    assert_eq!((settings.port, settings.max_num_seqs, settings.max_logprobs), (Some(100), Some(20), Some(3)));
+}
+
+#[test]
+fn every_setting_can_be_a_variable() {
+    for name in setting_names() {
+        let value = match name.as_str() {
+            "system-role" => "error",
+            "generation-config" => "vllm",
+            "device" => "cpu",
+            "log-format" => "json",
+            "enable-prefix-caching" => "false",
+            _ => "7",
+        };
+        let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
+        let (settings, unknown) = read_environment(&Environment(BTreeMap::from([(variable, value.to_owned())]))).unwrap();
+        let table = toml::Table::try_from(settings).unwrap();
+        assert_eq!((table.len(), unknown.len()), (1, 0), "{name}");
+        assert!(table.contains_key(&name), "{name}");
+    }
+}
+
+#[test]
+fn prefix_caching_is_switched_off_as_in_vllm() {
+    let enabled = |flags: &[&str], environment| resolve(flags, &environment).unwrap().scheduling.enable_prefix_caching;
+    let none = Environment::default;
+    assert!(enabled(&[], none()));
+    assert!(!enabled(&["--no-enable-prefix-caching"], none()));
+    assert!(!enabled(&["--enable-prefix-caching=false"], none()));
+    assert!(enabled(&["--no-enable-prefix-caching", "--enable-prefix-caching"], none()));
+    assert!(!enabled(&["--no-enable-prefix-caching"], [("LAPIDARY_ENABLE_PREFIX_CACHING", "true")].into()));
+}
+
+#[test]
+fn served_names_are_a_list_in_each_place() {
+    let names = |flags: &[&str], environment: Environment| resolve(flags, &environment).unwrap().load.names;
+    assert_eq!(names(&["--served-model-name", "a", "b"], Environment::default()), ["a", "b"]);
+    assert_eq!(names(&[], [("LAPIDARY_SERVED_MODEL_NAME", "a,b")].into()), ["a", "b"]);
+    assert_eq!(names(&["org/name"], Environment::default()), ["org/name"]);
+    assert_eq!(names(&[], Environment::default()), ["demo"]);
+}
+
+#[test]
+fn a_misspelt_key_of_the_file_is_an_error_that_names_it() {
+    let path = settings_file("misspelt.toml", "max-modell-len = 4096\n");
+    let error = resolve(&["--config", path.to_str().unwrap()], &Environment::default()).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("max-modell-len") && cause.contains("line 1"), "{cause}");
+}
+
+#[test]
+fn a_misspelt_variable_is_reported() {
+    let config = resolve(&[], &[("LAPIDARY_MAX_MODELL_LEN", "4096")].into()).unwrap();
+    assert_eq!(config.unknown_variables, ["LAPIDARY_MAX_MODELL_LEN"]);
+}
+
+#[test]
+fn a_bad_variable_is_named() {
+    let error = resolve(&[], &[("LAPIDARY_MAX_NUM_SEQS", "many")].into()).unwrap_err().to_string();
+    assert!(error.starts_with("LAPIDARY_MAX_NUM_SEQS: ") && error.contains("many"), "{error}");
+}
+
+#[test]
+fn variables_kubernetes_sets_for_a_service_of_our_name_are_no_settings() {
+    let environment = Environment::from([
+        ("LAPIDARY_PORT", "tcp://10.0.0.1:8000"),
+        ("LAPIDARY_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("LAPIDARY_SERVICE_HOST", "10.0.0.1"),
+    ]);
+    let config = resolve(&[], &environment).unwrap();
+    assert_eq!(config.settings.port, Some(8000));
+    assert!(config.unknown_variables.is_empty());
+}
+
+#[test]
+fn impossible_values_are_refused_with_the_setting_s_name() {
+    for (flags, beginning) in [
+        (&["--dtype", "float16"][..], "dtype: Gemma-2's activations overflow float16"),
+        (&["--tensor-parallel-size", "2"], "tensor-parallel-size: 2 is not possible"),
+        (&["--max-num-seqs", "0"], "max-num-seqs: must be at least 1"),
+        (&["--max-num-batched-tokens", "8"], "max-num-batched-tokens: must be at least max-num-seqs"),
+        (&["--block-size", "24"], "block-size: must be a power of two"),
+        (&["--header-read-timeout", "0"], "header-read-timeout: must be more than 0"),
+        (&["--query-pre-attn-scalar", "0"], "query-pre-attn-scalar: must be a positive number"),
+        (&["--log-level", "lapidary=loud"], "log-level: "),
+        (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
+        (&["--served-model-name", ""], "served-model-name: a name is empty"),
+        (&["/no/such/folder"], "model: \"/no/such/folder\" is neither `demo`"),
+        (&["/etc/hostname"], "model: \"/etc/hostname\" is a file"),
+        (&["demo", "--model", "org/name"], "model: given twice"),
+        (&["--revision", "../main"], "revision: "),
+    ] {
+        let error = fault(flags);
+        assert!(error.starts_with(beginning), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn what_print_config_shows_is_a_settings_file_with_the_same_meaning() {
+    let config = resolve(&["--kv-cache-memory-bytes", "1GiB", "--drain-grace", "250ms"], &Environment::default()).unwrap();
+    let text = config.to_toml().unwrap();
+    let path = settings_file("printed.toml", &text);
+    let again = resolve(&["--config", path.to_str().unwrap()], &Environment::default()).unwrap();
+    assert_eq!(again.settings, config.settings);
+    assert!(text.contains("# max-model-len: decided by the model"), "{text}");
+}
+
+#[test]
+fn the_hub_is_found_as_huggingface_hub_finds_it() {
+    let hub = |variables: Environment| resolve(&[], &variables).unwrap().hub;
+    let cache = |variables| hub(variables).cache_dir;
+    assert_eq!(cache([("HOME", "/u")].into()), Path::new("/u/.cache/huggingface/hub"));
+    assert_eq!(cache([("HOME", "/u"), ("HF_HOME", "/h")].into()), Path::new("/h/hub"));
+    assert_eq!(cache([("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h")].into()), Path::new("/c"));
+    assert_eq!(hub([("HF_ENDPOINT", "http://mirror/")].into()).endpoint, "http://mirror");
+    assert!(hub([("HF_HUB_OFFLINE", "1")].into()).offline);
+    assert!(!hub([("HF_HUB_OFFLINE", "0")].into()).offline);
+    assert_eq!(hub([("HF_TOKEN", " hf_x\n")].into()).token, Some(Token::new("hf_x")));
+}
+
+#[test]
+fn the_token_is_read_from_the_login_file_and_never_printed() {
+    let path = settings_file("token", "hf_secret\n");
+    let hub = resolve(&[], &[("HF_TOKEN_PATH", path.to_str().unwrap())].into()).unwrap().hub;
+    assert_eq!(hub.token.as_ref().unwrap().expose(), "hf_secret");
+    assert!(!format!("{hub:?}").contains("secret"));
+}
+
+#[test]
+fn the_command_line_is_well_formed() {
+    <Cli as clap::CommandFactory>::command().debug_assert();
+}
