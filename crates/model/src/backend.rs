@@ -155,6 +155,16 @@ pub trait Backend: 'static {
     /// Not enough memory.
     fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Self::Embedding, BackendError>;
 
+    /// Bytes [`Backend::alloc_tensor`] takes.
+    fn tensor_bytes(&self, rows: usize, cols: usize) -> u64 {
+        (rows * cols * size_of::<f32>()) as u64
+    }
+
+    /// Bytes [`Backend::alloc_activation`] takes.
+    fn activation_bytes(&self, rows: usize, cols: usize) -> u64 {
+        (rows * cols * size_of::<f32>()) as u64
+    }
+
     /// # Errors
     /// Not enough memory.
     fn alloc_tensor(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
@@ -169,6 +179,11 @@ pub trait Backend: 'static {
     /// # Errors
     /// Not enough memory.
     fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<Self::KvLayer, BackendError>;
+
+    /// Steps worth having in flight: 1 where the operations themselves do the work, 2 where a device works behind them.
+    fn max_steps_in_flight(&self) -> usize {
+        1
+    }
 
     /// Starts a step: uploads its inputs, resolves rows fed by the previous step, splits the attention work.
     ///
@@ -288,11 +303,14 @@ pub trait Backend: 'static {
     /// Chooses a token for each of the batch's `samples` from `logits`, which it may overwrite. The result waits for
     /// [`Backend::collect`].
     ///
+    /// Ends every step, also one without `samples` (for which [`Backend::logits`] is not called). A step that fails
+    /// before it is not collected: the next [`Backend::begin`] takes its place.
+    ///
     /// # Errors
     /// The device failed.
     fn sample(&mut self, plan: &Self::Plan, batch: &Batch, logits: &mut Self::Tensor) -> Result<(), BackendError>;
 
-    /// Ends the oldest step begun: waits for it and gives its sampled tokens, in the order of its `samples`.
+    /// The oldest step that reached [`Backend::sample`]: waits for it and gives its sampled tokens, in the order of its `samples`.
     ///
     /// # Errors
     /// The device failed.

@@ -1,0 +1,268 @@
+//! The strict loader: a checkpoint goes to the device layer by layer, or is refused with every fault it has.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use crate::backend::{ActivationScheme, Backend, BackendError, HostTensor, LinearWeights};
+use crate::checkpoint::Checkpoint;
+use crate::problem::{Problem, Problems};
+use crate::scalars::count_not_finite;
+use crate::tensors::{LayerTensors, ModelTensors, Named, verify};
+use crate::warning::Warning;
+
+/// Groups of tensors scanned ahead of the upload: one being uploaded, one ready, one being read from disk.
+const SCAN_AHEAD: usize = 2;
+
+/// How far a load has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// What is being done.
+    pub phase: LoadPhase,
+    /// Bytes of this phase that are done.
+    pub done_bytes: u64,
+    /// Bytes of this phase in all.
+    pub total_bytes: u64,
+}
+
+/// The phases of a load, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadPhase {
+    /// Weights are read, checked and uploaded.
+    Weights,
+    /// Scratch and KV cache are reserved.
+    KvCache,
+}
+
+/// Why a checkpoint cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its tensors are not the model's.
+    #[error("the checkpoint is not what its configuration says:\n{0}")]
+    Problems(Problems),
+    /// The device refused a tensor.
+    #[error("cannot upload {tensor}")]
+    Upload {
+        /// Which.
+        tensor: String,
+        /// Why.
+        #[source]
+        source: BackendError,
+    },
+}
+
+/// The weights of a model on a device.
+pub(crate) struct ModelWeights<B: Backend> {
+    pub(crate) embedding: B::Embedding,
+    pub(crate) layers: Vec<LayerWeights<B>>,
+    pub(crate) final_norm: B::Norm,
+}
+
+/// One decoder layer's.
+pub(crate) struct LayerWeights<B: Backend> {
+    pub(crate) input_norm: B::Norm,
+    pub(crate) qkv: Projection<B>,
+    pub(crate) o: Projection<B>,
+    pub(crate) post_attention_norm: B::Norm,
+    pub(crate) pre_feedforward_norm: B::Norm,
+    pub(crate) gate_up: Projection<B>,
+    pub(crate) down: Projection<B>,
+    pub(crate) post_feedforward_norm: B::Norm,
+}
+
+/// A linear layer, and the form in which it wants its input.
+pub(crate) struct Projection<B: Backend> {
+    pub(crate) weights: B::Linear,
+    pub(crate) input: ActivationScheme,
+}
+
+/// What a checkpoint turned out to hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CheckpointReport {
+    /// Tensors the model uses.
+    pub num_tensors: usize,
+    /// Their bytes.
+    pub weight_bytes: u64,
+    /// What is not an error.
+    pub warnings: Vec<Warning>,
+}
+
+impl Checkpoint {
+    /// Checks every tensor without a device: names, shapes, types, scales, and every value.
+    ///
+    /// `progress` is told the bytes read so far.
+    ///
+    /// # Errors
+    /// All faults found.
+    pub fn verify(&self, progress: &mut dyn FnMut(LoadProgress)) -> Result<CheckpointReport, Problems> {
+        let (tensors, mut warnings) = verify(self)?;
+        let total_bytes = tensors.total_bytes();
+        let mut problems = Problems::default();
+        let (mut done_bytes, mut num_tensors) = (0, 0);
+        for (name, tensor) in tensors.iter() {
+            problems.extend(scan(name, tensor));
+            done_bytes += tensor.data.len() as u64;
+            num_tensors += 1;
+            progress(LoadProgress {
+                phase: LoadPhase::Weights,
+                done_bytes,
+                total_bytes,
+            });
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        warnings.splice(0..0, self.warnings().iter().cloned());
+        Ok(CheckpointReport {
+            num_tensors,
+            weight_bytes: total_bytes,
+            warnings,
+        })
+    }
+}
+
+/// Loads all weights. A checkpoint with a fault is refused as a whole, however late it is found.
+pub(crate) fn load<B: Backend>(
+    backend: &mut B,
+    tensors: &ModelTensors<'_>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<ModelWeights<B>, LoadError> {
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(SCAN_AHEAD);
+        // Scanning reads the file, so the disk works on the next layer while the device takes this one.
+        scope.spawn(move || scan_in_order(tensors, &sender));
+        let total_bytes = tensors.total_bytes();
+        let mut uploader = Uploader {
+            backend,
+            scans: receiver,
+            progress,
+            done_bytes: 0,
+            total_bytes,
+        };
+        uploader.model(tensors)
+    })
+}
+
+/// Sends the faults of the embedding with the final norm, then of each layer. Ends early when nobody listens.
+fn scan_in_order(tensors: &ModelTensors<'_>, sender: &SyncSender<Vec<Problem>>) {
+    let ends = [&tensors.embedding, &tensors.final_norm];
+    let ends = ends.iter().flat_map(|end| scan(&end.names[0], end.value)).collect();
+    if sender.send(ends).is_err() {
+        return;
+    }
+    for layer in &tensors.layers {
+        let problems = layer
+            .parts()
+            .into_iter()
+            .flat_map(|(name, tensor)| scan(name, tensor))
+            .collect();
+        if sender.send(problems).is_err() {
+            return;
+        }
+    }
+}
+
+fn scan(name: &str, tensor: HostTensor<'_>) -> Option<Problem> {
+    let count = count_not_finite(tensor);
+    (count > 0).then(|| Problem::NotFinite {
+        name: name.to_owned(),
+        count,
+    })
+}
+
+struct Uploader<'a, B: Backend> {
+    backend: &'a mut B,
+    scans: Receiver<Vec<Problem>>,
+    progress: &'a mut dyn FnMut(LoadProgress),
+    done_bytes: u64,
+    total_bytes: u64,
+}
+
+impl<B: Backend> Uploader<'_, B> {
+    fn model(&mut self, tensors: &ModelTensors<'_>) -> Result<ModelWeights<B>, LoadError> {
+        self.wait_for_scan()?;
+        let embedding = self.upload(&tensors.embedding, |backend, table| backend.upload_embedding(*table))?;
+        let final_norm = self.norm(&tensors.final_norm)?;
+        let mut layers = Vec::with_capacity(tensors.layers.len());
+        for layer in &tensors.layers {
+            self.wait_for_scan()?;
+            layers.push(self.layer(layer)?);
+        }
+        Ok(ModelWeights {
+            embedding,
+            layers,
+            final_norm,
+        })
+    }
+
+    fn layer(&mut self, tensors: &LayerTensors<'_>) -> Result<LayerWeights<B>, LoadError> {
+        Ok(LayerWeights {
+            input_norm: self.norm(&tensors.input_norm)?,
+            qkv: self.linear(&tensors.qkv)?,
+            o: self.linear(&tensors.o)?,
+            post_attention_norm: self.norm(&tensors.post_attention_norm)?,
+            pre_feedforward_norm: self.norm(&tensors.pre_feedforward_norm)?,
+            gate_up: self.linear(&tensors.gate_up)?,
+            down: self.linear(&tensors.down)?,
+            post_feedforward_norm: self.norm(&tensors.post_feedforward_norm)?,
+        })
+    }
+
+    /// One fault stops the uploads but not the scan: the report names every faulty tensor.
+    fn wait_for_scan(&mut self) -> Result<(), LoadError> {
+        let first = self.scans.recv().expect("the scanner sends one result for each group");
+        if first.is_empty() {
+            return Ok(());
+        }
+        let mut problems = Problems::default();
+        problems.extend(first);
+        problems.extend(self.scans.iter().flatten());
+        Err(LoadError::Problems(problems))
+    }
+
+    fn norm(&mut self, norm: &Named<HostTensor<'_>>) -> Result<B::Norm, LoadError> {
+        self.upload(norm, |backend, weight| backend.upload_norm(*weight))
+    }
+
+    fn linear(&mut self, linear: &Named<LinearWeights<'_>>) -> Result<Projection<B>, LoadError> {
+        let weights = self.upload(linear, |backend, weights| backend.upload_linear(weights))?;
+        Ok(Projection {
+            weights,
+            input: linear.value.input,
+        })
+    }
+
+    fn upload<S: ByteSize, D>(
+        &mut self,
+        source: &Named<S>,
+        upload: impl FnOnce(&mut B, &S) -> Result<D, BackendError>,
+    ) -> Result<D, LoadError> {
+        let uploaded = upload(self.backend, &source.value).map_err(|error| LoadError::Upload {
+            tensor: source.names.join(", "),
+            source: error,
+        })?;
+        self.done_bytes += source.value.byte_size();
+        let (done_bytes, total_bytes) = (self.done_bytes, self.total_bytes);
+        (self.progress)(LoadProgress {
+            phase: LoadPhase::Weights,
+            done_bytes,
+            total_bytes,
+        });
+        Ok(uploaded)
+    }
+}
+
+/// Bytes in the checkpoint.
+trait ByteSize {
+    fn byte_size(&self) -> u64;
+}
+
+impl ByteSize for HostTensor<'_> {
+    fn byte_size(&self) -> u64 {
+        self.data.len() as u64
+    }
+}
+
+impl ByteSize for LinearWeights<'_> {
+    fn byte_size(&self) -> u64 {
+        self.parts.iter().map(ByteSize::byte_size).sum()
+    }
+}

@@ -1,0 +1,497 @@
+//! Owns a loaded model and runs the engine's batches on it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use lapidary_engine::{
+    Batch, BlockId, Executor, ExecutorError, KvCacheConfig, RequestId, SampleRow, SampledToken, SamplingParams, TokenId,
+};
+
+use crate::backend::{Backend, BackendError, StepLimits};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::decoder::{Decoder, Scratch};
+use crate::loader::{LoadError, LoadPhase, LoadProgress, load};
+use crate::tensors::verify;
+use crate::warning::Warning;
+
+/// What a runner reserves at start.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RunnerConfig {
+    /// Tokens of a step at most.
+    pub max_num_batched_tokens: usize,
+    /// Sequences of a step at most, and tokens sampled in one.
+    pub max_num_seqs: usize,
+    /// Positions of a sequence at most; `None` takes the model's.
+    pub max_model_len: Option<usize>,
+    /// Tokens of a KV block.
+    pub block_size: u32,
+    /// How much KV cache.
+    pub kv_cache: KvCacheSize,
+}
+
+/// How large the KV cache is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum KvCacheSize {
+    /// As many blocks as fit into this.
+    Bytes(u64),
+    /// Exactly this many.
+    Blocks(u32),
+    /// As many blocks as fit when this share of the device's memory, 0 to 1, is used in all.
+    DeviceShare(f64),
+}
+
+/// Where the device's memory goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights, as the checkpoint stores them.
+    pub weight_bytes: u64,
+    /// Activations of the largest step.
+    pub scratch_bytes: u64,
+    /// KV cache of all layers.
+    pub kv_cache_bytes: u64,
+    /// KV blocks.
+    pub num_blocks: u32,
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// One token's keys and values in all layers.
+    pub kv_bytes_per_token: u64,
+    /// Free before the model was loaded.
+    pub device_free_bytes: u64,
+    /// In all.
+    pub device_total_bytes: u64,
+}
+
+/// A model on a device.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    decoder: Decoder<B>,
+    config: ModelConfig,
+    limits: StepLimits,
+    plan: MemoryPlan,
+    warnings: Vec<Warning>,
+}
+
+/// Why a runner cannot start or a step cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunnerError {
+    /// A limit that makes no sense for the model.
+    #[error("{name} is {value}, it must be between 1 and {max}")]
+    Limit {
+        /// Which.
+        name: &'static str,
+        /// As configured.
+        value: usize,
+        /// The largest that works.
+        max: usize,
+    },
+    /// The checkpoint cannot be loaded.
+    #[error("the model cannot be loaded")]
+    Load(#[source] LoadError),
+    /// The device ran out of memory at start.
+    #[error("the model does not fit: {plan}")]
+    OutOfMemory {
+        /// What was to be reserved.
+        plan: MemoryPlan,
+        /// The allocation that failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What is left for the KV cache does not hold one sequence of the length asked for.
+    #[error(
+        "the KV cache holds {capacity_tokens} tokens, less than max_model_len {max_model_len}: \
+         lower max_model_len or give it more memory ({plan})"
+    )]
+    KvCacheTooSmall {
+        /// Tokens that fit.
+        capacity_tokens: u64,
+        /// Tokens a sequence may have.
+        max_model_len: usize,
+        /// What was to be reserved.
+        plan: MemoryPlan,
+    },
+    /// A batch is larger than what was reserved, or names what does not exist.
+    #[error("the batch has {what} {found}, the limit is {limit}")]
+    BatchLimit {
+        /// Of what.
+        what: &'static str,
+        /// How many, or which.
+        found: usize,
+        /// At most, or below.
+        limit: usize,
+    },
+    /// The device failed.
+    #[error("the device failed")]
+    Backend(#[from] BackendError),
+}
+
+impl Default for RunnerConfig {
+    fn default() -> Self {
+        Self {
+            max_num_batched_tokens: 2048,
+            max_num_seqs: 256,
+            max_model_len: None,
+            block_size: 16,
+            kv_cache: KvCacheSize::DeviceShare(0.9),
+        }
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const GIB: f64 = (1_u64 << 30) as f64;
+        let gib = |bytes: u64| bytes as f64 / GIB;
+        write!(
+            f,
+            "weights {:.2} GiB, scratch {:.2} GiB, KV cache {:.2} GiB in {} blocks of {} tokens; {:.2} of {:.2} GiB free",
+            gib(self.weight_bytes),
+            gib(self.scratch_bytes),
+            gib(self.kv_cache_bytes),
+            self.num_blocks,
+            self.block_size,
+            gib(self.device_free_bytes),
+            gib(self.device_total_bytes),
+        )
+    }
+}
+
+impl MemoryPlan {
+    /// Tokens whose keys and values fit.
+    #[must_use]
+    pub fn capacity_tokens(&self) -> u64 {
+        u64::from(self.num_blocks) * u64::from(self.block_size)
+    }
+
+    /// All that is reserved.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.scratch_bytes + self.kv_cache_bytes
+    }
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Loads a checkpoint and reserves everything a step will ever need.
+    ///
+    /// `progress` is called as the bytes arrive, from this thread.
+    ///
+    /// # Errors
+    /// A checkpoint with faults, limits that make no sense, or too little memory.
+    pub fn load(
+        mut backend: B,
+        checkpoint: &Checkpoint,
+        config: RunnerConfig,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, RunnerError> {
+        let model = checkpoint.config();
+        let limits = step_limits(model, config)?;
+        let (tensors, warnings) =
+            verify(checkpoint).map_err(|problems| RunnerError::Load(LoadError::Problems(problems)))?;
+        let mut plan = MemoryPlan::before_load(&backend, model, limits, config.block_size, tensors.total_bytes());
+        backend
+            .prepare(limits, model.attention())
+            .map_err(|error| plan.name_in(error))?;
+        let weights = load(&mut backend, &tensors, progress).map_err(|error| match error {
+            LoadError::Upload {
+                source: BackendError::OutOfMemory { .. },
+                ..
+            } => RunnerError::OutOfMemory {
+                plan,
+                source: Box::new(error),
+            },
+            error => RunnerError::Load(error),
+        })?;
+        let scratch = Scratch::alloc(&mut backend, model, limits).map_err(|error| plan.name_in(error))?;
+        plan.size_kv_cache(&backend, model, config.kv_cache);
+        if plan.capacity_tokens() < limits.max_model_len as u64 && !matches!(config.kv_cache, KvCacheSize::Blocks(1..))
+        {
+            let capacity_tokens = plan.capacity_tokens();
+            return Err(RunnerError::KvCacheTooSmall {
+                capacity_tokens,
+                max_model_len: limits.max_model_len,
+                plan,
+            });
+        }
+        let kv_layers = alloc_kv_layers(&mut backend, model, &plan, progress).map_err(|error| plan.name_in(error))?;
+        let decoder = Decoder::new(model, weights, kv_layers, scratch);
+        let warnings = checkpoint.warnings().iter().cloned().chain(warnings).collect();
+        Ok(Self {
+            backend,
+            decoder,
+            config: model.clone(),
+            limits,
+            plan,
+            warnings,
+        })
+    }
+
+    /// Where the memory went.
+    #[must_use]
+    pub fn memory_plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// The model that is loaded.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The limits every batch must keep.
+    #[must_use]
+    pub fn limits(&self) -> StepLimits {
+        self.limits
+    }
+
+    /// What was corrected or ignored while opening and loading.
+    #[must_use]
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// Logits at every position of one sequence, `[tokens.len(), vocab]`, for tests, benches and scoring.
+    ///
+    /// Uses the first KV blocks whatever they hold: not for a runner that serves at the same time.
+    ///
+    /// # Errors
+    /// More tokens than the limits or the KV cache allow, or the device failed.
+    pub fn forward_logits(&mut self, tokens: &[TokenId]) -> Result<Vec<f32>, RunnerError> {
+        let capacity = self.plan.capacity_tokens().min(self.limits.max_model_len as u64) as usize;
+        check_limit("tokens", tokens.len(), capacity)?;
+        let chunk = self.limits.max_tokens.min(self.limits.max_seqs);
+        let mut logits = Vec::with_capacity(tokens.len() * self.config.vocab_size);
+        for start in (0..tokens.len()).step_by(chunk) {
+            let end = tokens.len().min(start + chunk);
+            let batch = scoring_batch(tokens, start..end, self.plan.block_size);
+            self.run(&batch, |backend, rows| {
+                logits.extend(backend.read(rows, end - start)?);
+                Ok(())
+            })?;
+            self.backend.collect()?;
+        }
+        Ok(logits)
+    }
+
+    /// One step, up to the point where its tokens can be collected; `inspect` sees the logits before they are sampled.
+    fn run(
+        &mut self,
+        batch: &Batch,
+        inspect: impl FnOnce(&mut B, &B::Tensor) -> Result<(), BackendError>,
+    ) -> Result<(), RunnerError> {
+        self.check(batch)?;
+        let plan = self.backend.begin(batch)?;
+        let logits = self
+            .decoder
+            .forward(&mut self.backend, &plan, !batch.samples.is_empty())?;
+        inspect(&mut self.backend, logits)?;
+        self.backend.sample(&plan, batch, logits)?;
+        Ok(())
+    }
+
+    /// Refuses what would make a backend read or write outside what was reserved.
+    fn check(&self, batch: &Batch) -> Result<(), RunnerError> {
+        check_limit("tokens", batch.num_tokens(), self.limits.max_tokens)?;
+        check_limit("sequences", batch.num_seqs(), self.limits.max_seqs)?;
+        check_limit("samples", batch.samples.len(), self.limits.max_seqs)?;
+        let below = |what, values: &mut dyn Iterator<Item = u32>, limit: usize| {
+            values
+                .max()
+                .map_or(Ok(()), |largest| check_limit(what, largest as usize + 1, limit))
+        };
+        let slots = self.plan.capacity_tokens() as usize;
+        below(
+            "a token beyond",
+            &mut batch.token_ids.iter().copied(),
+            self.config.vocab_size,
+        )?;
+        below(
+            "a position beyond",
+            &mut batch.positions.iter().copied(),
+            self.limits.max_model_len,
+        )?;
+        below("a slot beyond", &mut batch.slot_mapping.iter().copied(), slots)?;
+        below(
+            "a block beyond",
+            &mut batch.block_ids.iter().map(|block| block.0),
+            self.plan.num_blocks as usize,
+        )?;
+        below(
+            "a sampled row beyond",
+            &mut batch.samples.iter().map(|sample| sample.row),
+            batch.num_tokens(),
+        )
+    }
+}
+
+impl<B: Backend> Executor for ModelRunner<B> {
+    fn kv_cache_config(&self) -> KvCacheConfig {
+        KvCacheConfig {
+            num_blocks: self.plan.num_blocks,
+            block_size: self.plan.block_size,
+        }
+    }
+
+    fn max_steps_in_flight(&self) -> usize {
+        self.backend.max_steps_in_flight()
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), ExecutorError> {
+        self.run(batch, |_, _| Ok(())).map_err(executor_error)
+    }
+
+    fn collect(&mut self) -> Result<Vec<SampledToken>, ExecutorError> {
+        self.backend.collect().map_err(|error| executor_error(error.into()))
+    }
+}
+
+impl<B: Backend> fmt::Debug for ModelRunner<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ModelRunner")
+            .field("limits", &self.limits)
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
+    }
+}
+
+impl MemoryPlan {
+    fn before_load<B: Backend>(
+        backend: &B,
+        model: &ModelConfig,
+        limits: StepLimits,
+        block_size: u32,
+        weight_bytes: u64,
+    ) -> Self {
+        let memory = backend.memory();
+        let block_bytes = backend.kv_block_bytes(block_size as usize) * model.num_layers as u64;
+        Self {
+            weight_bytes,
+            scratch_bytes: Scratch::bytes(backend, model, limits),
+            kv_cache_bytes: 0,
+            num_blocks: 0,
+            block_size,
+            kv_bytes_per_token: block_bytes / u64::from(block_size),
+            device_free_bytes: memory.free_bytes,
+            device_total_bytes: memory.total_bytes,
+        }
+    }
+
+    /// After weights and scratch are in place, so that a share of the device counts what they really took.
+    fn size_kv_cache<B: Backend>(&mut self, backend: &B, model: &ModelConfig, size: KvCacheSize) {
+        let block_bytes = (backend.kv_block_bytes(self.block_size as usize) * model.num_layers as u64).max(1);
+        // Slots are numbered in 32 bits.
+        let max_blocks = u64::from(u32::MAX / self.block_size);
+        let blocks = match size {
+            KvCacheSize::Blocks(blocks) => u64::from(blocks),
+            KvCacheSize::Bytes(bytes) => bytes / block_bytes,
+            KvCacheSize::DeviceShare(share) => {
+                let memory = backend.memory();
+                let used = memory.total_bytes - memory.free_bytes.min(memory.total_bytes);
+                let usable = (memory.total_bytes as f64 * share) as u64;
+                usable.saturating_sub(used) / block_bytes
+            }
+        };
+        let blocks = blocks.min(max_blocks);
+        self.num_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        self.kv_cache_bytes = blocks * block_bytes;
+        self.kv_bytes_per_token = block_bytes / u64::from(self.block_size);
+    }
+
+    /// An allocation that failed is only understood next to the others.
+    fn name_in(&self, error: BackendError) -> RunnerError {
+        match error {
+            BackendError::OutOfMemory { .. } => RunnerError::OutOfMemory {
+                plan: *self,
+                source: Box::new(error),
+            },
+            error => RunnerError::Backend(error),
+        }
+    }
+}
+
+fn step_limits(model: &ModelConfig, config: RunnerConfig) -> Result<StepLimits, RunnerError> {
+    /// Far above any useful step; keeps sizes computed from limits inside 64 bits.
+    const MAX_STEP: usize = 1 << 20;
+    /// Larger blocks waste more cache than they save in tables.
+    const MAX_BLOCK_SIZE: usize = 1024;
+    let check = |name, value, max| {
+        if (1..=max).contains(&value) {
+            Ok(value)
+        } else {
+            Err(RunnerError::Limit { name, value, max })
+        }
+    };
+    check("block_size", config.block_size as usize, MAX_BLOCK_SIZE)?;
+    let model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
+    Ok(StepLimits {
+        max_tokens: check("max_num_batched_tokens", config.max_num_batched_tokens, MAX_STEP)?,
+        max_seqs: check("max_num_seqs", config.max_num_seqs, MAX_STEP)?,
+        max_model_len: check("max_model_len", model_len, model.max_position_embeddings)?,
+    })
+}
+
+fn alloc_kv_layers<B: Backend>(
+    backend: &mut B,
+    model: &ModelConfig,
+    plan: &MemoryPlan,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Vec<B::KvLayer>, BackendError> {
+    let (total_bytes, num_layers) = (plan.kv_cache_bytes, model.num_layers as u64);
+    (1..=num_layers)
+        .map(|done| {
+            let layer = backend.alloc_kv_layer(plan.num_blocks as usize, plan.block_size as usize)?;
+            let done_bytes = total_bytes / num_layers * done;
+            progress(LoadProgress {
+                phase: LoadPhase::KvCache,
+                done_bytes,
+                total_bytes,
+            });
+            Ok(layer)
+        })
+        .collect()
+}
+
+fn check_limit(what: &'static str, found: usize, limit: usize) -> Result<(), RunnerError> {
+    if found <= limit {
+        Ok(())
+    } else {
+        Err(RunnerError::BatchLimit { what, found, limit })
+    }
+}
+
+/// A device error leaves nothing to run on; everything else concerns one step.
+fn executor_error(error: RunnerError) -> ExecutorError {
+    match error {
+        RunnerError::Backend(BackendError::Device(_)) => ExecutorError::DeviceLost(Box::new(error)),
+        error => ExecutorError::Step(Box::new(error)),
+    }
+}
+
+/// Tokens `rows` of one sequence that occupies the first KV blocks in order; logits wanted for each of them.
+fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u32) -> Batch {
+    let (start, end) = (rows.start as u32, rows.end as u32);
+    let params = Arc::new(SamplingParams {
+        temperature: 0.0,
+        ..SamplingParams::default()
+    });
+    let sample = |row| SampleRow {
+        row,
+        position: start + row + 1,
+        params: Arc::clone(&params),
+        banned: None,
+        history: None,
+    };
+    let num_blocks = end.div_ceil(block_size);
+    Batch {
+        step: 0,
+        request_ids: vec![RequestId(0)],
+        token_ids: tokens[rows].to_vec(),
+        fed: Vec::new(),
+        positions: (start..end).collect(),
+        slot_mapping: (start..end).collect(),
+        query_start: vec![0, end - start],
+        context_lens: vec![end],
+        block_start: vec![0, num_blocks],
+        block_ids: (0..num_blocks).map(BlockId).collect(),
+        samples: (0..end - start).map(sample).collect(),
+    }
+}
