@@ -215,18 +215,22 @@ impl ChatTemplate {
         let Some(last) = turns.last_mut() else {
             return Err(ConversationError::NoMessages.into());
         };
-        let num_trailing_spaces = match last.content.trim() {
-            "" => 0,
-            _ => last.content.len() - last.content.trim_end().len(),
+        let trailing_spaces = match last.content.trim_end() {
+            "" => String::new(),
+            kept => last.content[kept.len()..].to_owned(),
         };
         // The space after the mark tells whether the template trims: if so, it would have trimmed the content too.
         last.content.push_str(mark);
         last.content.push(' ');
-        let mut text = self.render_turns(&turns, false)?;
-        let at = text.rfind(mark).ok_or(TemplateError::NothingToContinue)?;
-        let is_trimmed = !text[at + mark.len()..].starts_with(' ');
-        text.truncate(if is_trimmed { at - num_trailing_spaces } else { at });
-        Ok(text)
+        let text = self.render_turns(&turns, false)?;
+        let (before, after) = text.rsplit_once(mark).ok_or(TemplateError::NothingToContinue)?;
+        let is_trimmed = !after.starts_with(' ');
+        Ok(if is_trimmed {
+            before.strip_suffix(&trailing_spaces).unwrap_or(before)
+        } else {
+            before
+        }
+        .to_owned())
     }
 
     fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, TemplateError> {

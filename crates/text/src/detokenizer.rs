@@ -32,12 +32,18 @@ pub const MAX_HELD_TOKENS: usize = 64;
 pub struct Detokenizer {
     table: Arc<TokenTable>,
     skip_special: bool,
-    max_held: usize,
+    progress: Progress,
+}
+
+/// What is held back; apart from the table so that a push can borrow both.
+#[derive(Debug, Clone)]
+struct Progress {
     run: ByteRun,
     /// Tokens pushed and not yet reported as text.
     num_held: usize,
-    /// How many more leading characters the decoder's strip may take.
-    strip_left: usize,
+    max_held: usize,
+    /// The character that the decoder strips from the start of the text, and how many more of it.
+    strip: Option<(char, usize)>,
 }
 
 /// The byte tokens since the last token of another kind.
@@ -53,11 +59,12 @@ enum ByteRun {
     Broken,
 }
 
+const REPLACEMENT: &str = "\u{FFFD}";
+
 impl fmt::Debug for Detokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Detokenizer")
-            .field("run", &self.run)
-            .field("num_held", &self.num_held)
+            .field("progress", &self.progress)
             .finish_non_exhaustive()
     }
 }
@@ -69,14 +76,16 @@ impl Detokenizer {
     }
 
     pub(crate) fn with_bound(table: Arc<TokenTable>, skip_special: bool, max_held: usize) -> Self {
-        let strip_left = table.strip_start.map_or(0, |(_, count)| count);
+        let progress = Progress {
+            run: ByteRun::None,
+            num_held: 0,
+            max_held,
+            strip: table.strip_start,
+        };
         Self {
             table,
             skip_special,
-            max_held,
-            run: ByteRun::None,
-            num_held: 0,
-            strip_left,
+            progress,
         }
     }
 
@@ -85,29 +94,32 @@ impl Detokenizer {
     /// The settled tokens are the oldest of those pushed and not settled before, so per-token data kept in a queue stays
     /// aligned by popping that many. A token that adds no text (a skipped special one) is settled too, in its turn.
     pub fn push(&mut self, token: u32, out: &mut String) -> usize {
-        self.num_held += 1;
-        let table = Arc::clone(&self.table);
-        match table.form(token) {
-            TokenForm::Unknown => self.push_silent(out),
-            _ if self.skip_special && table.is_special(token) => self.push_silent(out),
-            TokenForm::Byte(byte) => self.push_byte(byte, out),
-            TokenForm::Text(text) => {
-                self.end_run(out);
-                self.emit(text, out);
-                self.settle(0)
-            }
+        self.progress.num_held += 1;
+        match self.table.form(token) {
+            TokenForm::Unknown => self.progress.push_silent(out),
+            _ if self.skip_special && self.table.is_special(token) => self.progress.push_silent(out),
+            TokenForm::Text(text) => self.progress.push_text(text, out),
+            TokenForm::Byte(byte) => self.progress.push_byte(byte, out),
         }
     }
 
     /// Ends the sequence: appends what was held and returns how many tokens that settles.
     pub fn finish(&mut self, out: &mut String) -> usize {
-        self.end_run(out);
-        self.settle(0)
+        self.progress.end_run(out);
+        self.progress.settle(0)
     }
 
     /// How many tokens have been pushed and not yet settled.
     pub fn num_held(&self) -> usize {
-        self.num_held
+        self.progress.num_held
+    }
+}
+
+impl Progress {
+    fn push_text(&mut self, text: &str, out: &mut String) -> usize {
+        self.end_run(out);
+        self.emit(text, out);
+        self.settle(0)
     }
 
     /// A token without text does not end a run: the library drops it before it looks for runs.
@@ -119,35 +131,25 @@ impl Detokenizer {
     }
 
     fn push_byte(&mut self, byte: u8, out: &mut String) -> usize {
-        let (bytes, complete) = match &mut self.run {
+        let (mut bytes, mut complete) = match std::mem::replace(&mut self.run, ByteRun::Broken) {
+            ByteRun::None => (Vec::new(), 0),
+            ByteRun::Held { bytes, complete } => (bytes, complete),
             ByteRun::Broken => {
                 self.emit(REPLACEMENT, out);
                 return self.settle(0);
             }
-            ByteRun::None => {
-                self.run = ByteRun::Held {
-                    bytes: vec![byte],
-                    complete: 0,
-                };
-                let ByteRun::Held { bytes, complete } = &mut self.run else {
-                    unreachable!("assigned above")
-                };
-                (bytes, complete)
-            }
-            ByteRun::Held { bytes, complete } => {
-                bytes.push(byte);
-                (bytes, complete)
-            }
         };
-        match std::str::from_utf8(&bytes[*complete..]) {
-            Ok(_) => *complete = bytes.len(),
-            Err(error) if error.error_len().is_none() => *complete += error.valid_up_to(),
+        bytes.push(byte);
+        match std::str::from_utf8(&bytes[complete..]) {
+            Ok(_) => complete = bytes.len(),
+            // An incomplete character at the end: it may still become one.
+            Err(error) if error.error_len().is_none() => {}
             Err(_) => {
-                self.end_run(out);
-                self.run = ByteRun::Broken;
+                bytes.iter().for_each(|_| self.emit(REPLACEMENT, out));
                 return self.settle(0);
             }
         }
+        self.run = ByteRun::Held { bytes, complete };
         self.flush_if_overdue(out)
     }
 
@@ -159,23 +161,24 @@ impl Detokenizer {
         let ByteRun::Held { bytes, complete } = &mut self.run else {
             return 0;
         };
-        let tail = bytes.split_off(*complete);
-        let text = String::from_utf8(std::mem::take(bytes)).expect("bytes up to `complete` were checked");
-        let num_tail = tail.len();
-        self.run = ByteRun::Held {
-            bytes: tail,
-            complete: 0,
-        };
+        let whole: Vec<u8> = bytes.drain(..*complete).collect();
+        *complete = 0;
+        let num_kept = bytes.len();
+        let text = String::from_utf8(whole).expect("bytes up to `complete` were checked");
         self.emit(&text, out);
-        self.settle(num_tail)
+        self.settle(num_kept)
     }
 
     fn end_run(&mut self, out: &mut String) {
-        if let ByteRun::Held { bytes, complete } = std::mem::replace(&mut self.run, ByteRun::None) {
-            match std::str::from_utf8(&bytes) {
-                Ok(text) if complete == bytes.len() => self.emit(text, out),
-                _ => bytes.iter().for_each(|_| self.emit(REPLACEMENT, out)),
-            }
+        if self.run == ByteRun::None {
+            return;
+        }
+        let ByteRun::Held { bytes, .. } = std::mem::replace(&mut self.run, ByteRun::None) else {
+            return;
+        };
+        match std::str::from_utf8(&bytes) {
+            Ok(text) => self.emit(text, out),
+            Err(_) => bytes.iter().for_each(|_| self.emit(REPLACEMENT, out)),
         }
     }
 
@@ -187,21 +190,17 @@ impl Detokenizer {
     }
 
     fn emit(&mut self, mut text: &str, out: &mut String) {
-        while self.strip_left > 0 && !text.is_empty() {
-            match self
-                .table
-                .strip_start
-                .and_then(|(content, _)| text.strip_prefix(content))
-            {
-                Some(rest) => {
+        while let Some((content, num_left)) = &mut self.strip
+            && !text.is_empty()
+        {
+            match text.strip_prefix(*content) {
+                Some(rest) if *num_left > 0 => {
                     text = rest;
-                    self.strip_left -= 1;
+                    *num_left -= 1;
                 }
-                None => self.strip_left = 0,
+                _ => self.strip = None,
             }
         }
         out.push_str(text);
     }
 }
-
-const REPLACEMENT: &str = "\u{FFFD}";

@@ -162,20 +162,18 @@ impl Formatter for PythonFormatter {
 pub(crate) fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        out.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
+    while let Some((before, from_tag)) = rest.split_once("{%") {
+        let Some((tag, after)) = from_tag.split_once("%}") else {
             break;
         };
-        let (inside, after) = (&tag[2..end], &tag[end + 2..]);
-        let name = inside.trim_matches(['-', '+']).trim();
-        match name {
-            "generation" => out.push_str(&format!("{{%{}%}}", inside.replace("generation", "if true"))),
-            "endgeneration" => out.push_str(&format!("{{%{}%}}", inside.replace("endgeneration", "endif"))),
-            _ => out.push_str(&tag[..end + 2]),
-        }
+        out.push_str(before);
+        // Only the name is replaced, so that the white space control around it stays.
+        let tag = match tag.trim_matches(['-', '+']).trim() {
+            "generation" => tag.replace("generation", "if true"),
+            "endgeneration" => tag.replace("endgeneration", "endif"),
+            _ => tag.to_owned(),
+        };
+        out.extend(["{%", &tag, "%}"]);
         rest = after;
     }
     out.push_str(rest);

@@ -112,6 +112,7 @@ pub struct Tokenizer {
     model: HfTokenizer,
     added_tokens: AddedTokens,
     table: Arc<TokenTable>,
+    /// Ascending ids.
     control_tokens: Vec<(String, u32)>,
     named: NamedTokens,
     adds_bos: bool,
@@ -184,7 +185,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::load`].
     pub fn from_bytes(json: &[u8], config: Option<&[u8]>) -> Result<Self, TokenizerError> {
-        let mut model = HfTokenizer::from_bytes(json).map_err(|source| TokenizerError::Parse { source })?;
+        let mut model = parse(json).map_err(|source| TokenizerError::Parse { source })?;
         let config: TokenizerConfig = match config {
             Some(bytes) => serde_json::from_slice(bytes).map_err(|source| TokenizerError::Config { source })?,
             None => TokenizerConfig::default(),
@@ -382,12 +383,26 @@ impl Tokenizer {
         self.named.unk
     }
 
+    /// The text of a control token; none for one of a single character, which has no other spelling.
     fn control_text(&self, id: u32) -> Option<&str> {
-        self.control_tokens
-            .iter()
-            .find(|(text, token)| *token == id && text.chars().nth(1).is_some())
-            .map(|(t, _)| &**t)
+        let index = self.control_tokens.binary_search_by_key(&id, |(_, id)| *id).ok()?;
+        Some(self.control_tokens[index].0.as_str()).filter(|text| text.chars().nth(1).is_some())
     }
+}
+
+/// Reads the file with the library, once it is certain that the library will not panic on it.
+///
+/// tokenizers 0.23 `expect`s the decoder and the normaliser to be JSON, so a file cut short in them would end the process.
+fn parse(json: &[u8]) -> Result<HfTokenizer, tokenizers::Error> {
+    #[derive(serde::Deserialize)]
+    struct Fragile {
+        #[serde(rename = "normalizer")]
+        _normalizer: Option<serde_json::Value>,
+        #[serde(rename = "decoder")]
+        _decoder: Option<serde_json::Value>,
+    }
+    let _well_formed: Fragile = serde_json::from_slice(json)?;
+    HfTokenizer::from_bytes(json)
 }
 
 fn add_configured_tokens(model: &mut HfTokenizer, config: &TokenizerConfig) -> Result<(), TokenizerError> {
@@ -432,7 +447,7 @@ fn named_tokens(model: &HfTokenizer, config: &TokenizerConfig) -> Result<NamedTo
     })
 }
 
-/// Every special added token, and the named ones whatever their flags.
+/// Every special added token, and the named ones whatever their flags; ascending ids.
 fn control_tokens(model: &HfTokenizer, named: NamedTokens) -> Vec<(String, u32)> {
     let mut control: Vec<_> = model
         .get_added_tokens_decoder()
@@ -450,7 +465,7 @@ fn take_added_tokens(model: &mut HfTokenizer, control: &[(String, u32)]) -> Resu
     all.sort_by_key(|(id, _)| *id);
     let (mut ours, mut left) = (Vec::new(), Vec::new());
     for (id, token) in all {
-        let is_control = control.iter().any(|(_, control_id)| *control_id == id);
+        let is_control = control.binary_search_by_key(&id, |(_, id)| *id).is_ok();
         if token.normalized && !is_control {
             left.push((id, token));
             continue;
