@@ -195,7 +195,10 @@ pub enum ConfigError {
 }
 
 fn invalid(key: &'static str, reason: impl Into<String>) -> ConfigError {
-    ConfigError::Value { key, reason: reason.into() }
+    ConfigError::Value {
+        key,
+        reason: reason.into(),
+    }
 }
 
 /// The environment at one moment. A value, so that tests need not change the process's own.
@@ -206,7 +209,11 @@ impl Environment {
     /// The process's environment; what is not Unicode is left out.
     #[must_use]
     pub fn of_process() -> Self {
-        Self(std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect())
+        Self(
+            std::env::vars_os()
+                .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+                .collect(),
+        )
     }
 
     /// The value of a variable; empty counts as absent, since compose files pass `X=${X:-}` on.
@@ -215,13 +222,19 @@ impl Environment {
     }
 
     fn is_true(&self, name: &str) -> bool {
-        self.get(name).is_some_and(|value| matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
+        self.get(name)
+            .is_some_and(|value| matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
     }
 }
 
 impl<const N: usize> From<[(&str, &str); N]> for Environment {
     fn from(variables: [(&str, &str); N]) -> Self {
-        Self(variables.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
+        Self(
+            variables
+                .into_iter()
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                .collect(),
+        )
     }
 }
 
@@ -231,7 +244,11 @@ impl Config {
     /// # Errors
     /// Names the file, variable or setting at fault.
     pub fn resolve(args: &ServeArgs, environment: &Environment) -> Result<Self, ConfigError> {
-        let file = match args.config.clone().or_else(|| environment.get("LAPIDARY_CONFIG").map(PathBuf::from)) {
+        let file = match args
+            .config
+            .clone()
+            .or_else(|| environment.get("LAPIDARY_CONFIG").map(PathBuf::from))
+        {
             Some(path) => read_file(&path)?,
             None => Settings::default(),
         };
@@ -257,7 +274,10 @@ impl Config {
             limits: Limits {
                 max_logprobs: given(settings.max_logprobs),
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
-                request_timeout: settings.request_timeout.map(|span| span.0).filter(|timeout| !timeout.is_zero()),
+                request_timeout: settings
+                    .request_timeout
+                    .map(|span| span.0)
+                    .filter(|timeout| !timeout.is_zero()),
                 ..Limits::default()
             },
             log: LogConfig::new(&settings)?,
@@ -288,13 +308,22 @@ fn given<T>(setting: Option<T>) -> T {
 /// Names of all settings, in the order of the struct.
 fn setting_names() -> impl Iterator<Item = String> {
     let command = <Settings as clap::Args>::augment_args(clap::Command::new("settings"));
-    command.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect::<Vec<_>>().into_iter()
+    command
+        .get_arguments()
+        .filter_map(|arg| arg.get_long().map(str::to_owned))
+        .collect::<Vec<_>>()
+        .into_iter()
 }
 
 fn read_file(path: &Path) -> Result<Settings, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|source| ConfigError::Malformed { path: path.to_owned(), source })
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|source| ConfigError::Malformed {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Settings from `LAPIDARY_*`, and the variables that are none. Each value goes through the parser of its flag, so that
@@ -314,7 +343,10 @@ fn read_environment(environment: &Environment) -> Result<(Settings, Vec<String>)
             continue;
         }
         let parsed = Cli::try_parse_from(["lapidary", "serve", &format!("--{flag}={value}")]);
-        let cli = parsed.map_err(|error| ConfigError::Variable { name: name.clone(), reason: first_line(&error) })?;
+        let cli = parsed.map_err(|error| ConfigError::Variable {
+            name: name.clone(),
+            reason: first_line(&error),
+        })?;
         let Command::Serve(args) = cli.command;
         settings = merge(&settings, &args.settings)?;
     }
@@ -360,7 +392,10 @@ fn check_vllm_settings(settings: &Settings) -> Result<(), ConfigError> {
     match settings.dtype.as_deref() {
         Some("auto" | "bfloat16") | None => {}
         Some("float16" | "half") => {
-            return Err(invalid("dtype", "Gemma-2's activations overflow float16; use auto or bfloat16"));
+            return Err(invalid(
+                "dtype",
+                "Gemma-2's activations overflow float16; use auto or bfloat16",
+            ));
         }
         Some(other) => return Err(invalid("dtype", format!("{other:?} is neither auto nor bfloat16"))),
     }
@@ -385,23 +420,35 @@ impl ModelSource {
             return Ok(Self::Directory(path.to_owned()));
         }
         if path.is_file() {
-            return Err(invalid("model", format!("{model:?} is a file; give the directory that holds the checkpoint")));
+            return Err(invalid(
+                "model",
+                format!("{model:?} is a file; give the directory that holds the checkpoint"),
+            ));
         }
         if crate::hub::is_repository_name(model) {
             return Ok(Self::Hub(model.to_owned()));
         }
-        Err(invalid("model", format!("{model:?} is neither `demo`, nor a directory here, nor an `org/name` on the hub")))
+        Err(invalid(
+            "model",
+            format!("{model:?} is neither `demo`, nor a directory here, nor an `org/name` on the hub"),
+        ))
     }
 }
 
 impl LoadConfig {
     fn new(settings: &Settings) -> Result<Self, ConfigError> {
         let model = given(settings.model.clone());
-        let names = settings.served_model_name.clone().unwrap_or_else(|| vec![model.clone()]);
+        let names = settings
+            .served_model_name
+            .clone()
+            .unwrap_or_else(|| vec![model.clone()]);
         if names.is_empty() || names.iter().any(|name| name.trim().is_empty()) {
             return Err(invalid("served-model-name", "a name is empty"));
         }
-        if settings.query_pre_attn_scalar.is_some_and(|scalar| !(scalar.is_finite() && scalar > 0.0)) {
+        if settings
+            .query_pre_attn_scalar
+            .is_some_and(|scalar| !(scalar.is_finite() && scalar > 0.0))
+        {
             return Err(invalid("query-pre-attn-scalar", "must be a positive number"));
         }
         if let Some(path) = settings.chat_template.as_ref().filter(|path| !path.is_file()) {
@@ -448,7 +495,11 @@ impl SchedulingConfig {
             "block-size",
             "must be a power of two, 256 at most",
         )?;
-        require(config.kv_cache_memory_bytes != Some(0), "kv-cache-memory-bytes", "must be more than 0")?;
+        require(
+            config.kv_cache_memory_bytes != Some(0),
+            "kv-cache-memory-bytes",
+            "must be more than 0",
+        )?;
         Ok(config)
     }
 }
@@ -470,7 +521,11 @@ impl HttpConfig {
             drain_grace: time(settings.drain_grace),
         };
         require(config.max_connections > 0, "max-connections", "must be at least 1")?;
-        require(!config.header_read_timeout.is_zero(), "header-read-timeout", "must be more than 0")?;
+        require(
+            !config.header_read_timeout.is_zero(),
+            "header-read-timeout",
+            "must be more than 0",
+        )?;
         Ok(config)
     }
 }
@@ -479,7 +534,10 @@ impl LogConfig {
     fn new(settings: &Settings) -> Result<Self, ConfigError> {
         let filter = given(settings.log_level.clone());
         tracing_subscriber::EnvFilter::try_new(&filter).map_err(|error| invalid("log-level", error.to_string()))?;
-        Ok(Self { format: given(settings.log_format), filter })
+        Ok(Self {
+            format: given(settings.log_format),
+            filter,
+        })
     }
 }
 
@@ -497,8 +555,15 @@ impl HubConfig {
             .or_else(|| environment.get("HUGGINGFACE_HUB_CACHE").map(PathBuf::from))
             .unwrap_or_else(|| home.join("hub"));
         let revision = given(settings.revision.clone());
-        require(crate::hub::is_revision_name(&revision), "revision", "is no name of a branch, tag or commit")?;
-        let endpoint = environment.get("HF_ENDPOINT").unwrap_or("https://huggingface.co").trim_end_matches('/');
+        require(
+            crate::hub::is_revision_name(&revision),
+            "revision",
+            "is no name of a branch, tag or commit",
+        )?;
+        let endpoint = environment
+            .get("HF_ENDPOINT")
+            .unwrap_or("https://huggingface.co")
+            .trim_end_matches('/');
         Ok(Self {
             endpoint: endpoint.to_owned(),
             token: find_token(environment, &home),
@@ -514,15 +579,19 @@ impl HubConfig {
 
 /// `HF_TOKEN`, or the file `huggingface-cli login` writes.
 fn find_token(environment: &Environment, home: &Path) -> Option<Token> {
-    let variable = environment.get("HF_TOKEN").or_else(|| environment.get("HUGGING_FACE_HUB_TOKEN"));
+    let variable = environment
+        .get("HF_TOKEN")
+        .or_else(|| environment.get("HUGGING_FACE_HUB_TOKEN"));
     let typed = variable.map(str::to_owned).or_else(|| {
-        let path = environment.get("HF_TOKEN_PATH").map(PathBuf::from).unwrap_or_else(|| home.join("token"));
+        let path = environment
+            .get("HF_TOKEN_PATH")
+            .map(PathBuf::from)
+            .unwrap_or_else(|| home.join("token"));
         std::fs::read_to_string(path).ok()
     })?;
     let token = typed.trim();
     (!token.is_empty()).then(|| Token::new(token))
 }
-
 
 #[cfg(test)]
 mod tests;

@@ -35,7 +35,10 @@ pub enum UnitError {
 impl UnitError {
     fn of(self, typed: &str) -> Self {
         match self {
-            Self::Syntax { wanted, .. } => Self::Syntax { typed: typed.to_owned(), wanted },
+            Self::Syntax { wanted, .. } => Self::Syntax {
+                typed: typed.to_owned(),
+                wanted,
+            },
             Self::TooLarge(_) => Self::TooLarge(typed.to_owned()),
         }
     }
@@ -54,8 +57,13 @@ const SIZE_UNITS: [(&str, u64); 9] = [
     ("ti", 1 << 40),
 ];
 
-const SPAN_UNITS: [(&str, u64); 5] =
-    [("", 1_000_000_000), ("s", 1_000_000_000), ("ms", 1_000_000), ("m", 60_000_000_000), ("h", 3_600_000_000_000)];
+const SPAN_UNITS: [(&str, u64); 5] = [
+    ("", 1_000_000_000),
+    ("s", 1_000_000_000),
+    ("ms", 1_000_000),
+    ("m", 60_000_000_000),
+    ("h", 3_600_000_000_000),
+];
 
 impl FromStr for ByteSize {
     type Err = UnitError;
@@ -63,7 +71,9 @@ impl FromStr for ByteSize {
     fn from_str(typed: &str) -> Result<Self, UnitError> {
         let unit = typed.trim_end();
         let unit = unit.strip_suffix(['b', 'B']).unwrap_or(unit);
-        parse(unit, &SIZE_UNITS, "a size such as 4GiB or 500MB").map(Self).map_err(|error| error.of(typed))
+        parse(unit, &SIZE_UNITS, "a size such as 4GiB or 500MB")
+            .map(Self)
+            .map_err(|error| error.of(typed))
     }
 }
 
@@ -82,10 +92,15 @@ impl FromStr for Span {
     reason = "only fractions such as 1.5GiB go through f64, and the result is range-checked"
 )]
 fn parse(typed: &str, units: &[(&str, u64)], wanted: &'static str) -> Result<u64, UnitError> {
-    let syntax = || UnitError::Syntax { typed: typed.to_owned(), wanted };
+    let syntax = || UnitError::Syntax {
+        typed: typed.to_owned(),
+        wanted,
+    };
     let too_large = || UnitError::TooLarge(typed.to_owned());
     let text = typed.trim();
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.' && c != '_').unwrap_or(text.len());
+    let split = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.' && c != '_')
+        .unwrap_or(text.len());
     let number = text[..split].replace('_', "");
     let unit = text[split..].trim().to_ascii_lowercase();
     let (_, factor) = units.iter().find(|(name, _)| *name == unit).ok_or_else(syntax)?;
@@ -95,12 +110,20 @@ fn parse(typed: &str, units: &[(&str, u64)], wanted: &'static str) -> Result<u64
     if number.contains('.') {
         let value: f64 = number.parse().map_err(|_| syntax())?;
         let scaled = value * *factor as f64;
-        return if scaled < 1e18 { Ok(scaled as u64) } else { Err(too_large()) };
+        return if scaled < 1e18 {
+            Ok(scaled as u64)
+        } else {
+            Err(too_large())
+        };
     }
     if number.len() > 20 {
         return Err(too_large());
     }
-    number.parse::<u64>().map_err(|_| too_large())?.checked_mul(*factor).ok_or_else(too_large)
+    number
+        .parse::<u64>()
+        .map_err(|_| too_large())?
+        .checked_mul(*factor)
+        .ok_or_else(too_large)
 }
 
 impl fmt::Display for ByteSize {
@@ -158,13 +181,19 @@ impl NumberOrText {
 
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        NumberOrText::deserialize(deserializer)?.into_text().parse().map_err(D::Error::custom)
+        NumberOrText::deserialize(deserializer)?
+            .into_text()
+            .parse()
+            .map_err(D::Error::custom)
     }
 }
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        NumberOrText::deserialize(deserializer)?.into_text().parse().map_err(D::Error::custom)
+        NumberOrText::deserialize(deserializer)?
+            .into_text()
+            .parse()
+            .map_err(D::Error::custom)
     }
 }
 
@@ -174,16 +203,27 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_decimal_and_binary_units() {
-        for (typed, bytes) in
-            [("0", 0), ("4096", 4096), ("1k", 1000), ("1KiB", 1024), ("2 GB", 2_000_000_000), ("1.5GiB", 3 << 29)]
-        {
+        for (typed, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("1k", 1000),
+            ("1KiB", 1024),
+            ("2 GB", 2_000_000_000),
+            ("1.5GiB", 3 << 29),
+        ] {
             assert_eq!(typed.parse(), Ok(ByteSize(bytes)), "{typed}");
         }
     }
 
     #[test]
     fn spans_are_seconds_unless_a_unit_says_otherwise() {
-        for (typed, millis) in [("30", 30_000), ("0.5", 500), ("250ms", 250), ("2m", 120_000), ("1h", 3_600_000)] {
+        for (typed, millis) in [
+            ("30", 30_000),
+            ("0.5", 500),
+            ("250ms", 250),
+            ("2m", 120_000),
+            ("1h", 3_600_000),
+        ] {
             assert_eq!(typed.parse(), Ok(Span(Duration::from_millis(millis))), "{typed}");
         }
     }
@@ -191,9 +231,18 @@ mod tests {
     #[test]
     fn nonsense_is_named() {
         for typed in ["", "GiB", "4 apples", "-1", "1.2.3GB"] {
-            assert!(matches!(typed.parse::<ByteSize>(), Err(UnitError::Syntax { .. })), "{typed}");
+            assert!(
+                matches!(typed.parse::<ByteSize>(), Err(UnitError::Syntax { .. })),
+                "{typed}"
+            );
         }
-        assert_eq!("99999999999T".parse::<ByteSize>(), Err(UnitError::TooLarge("99999999999T".to_owned())));
-        assert!(matches!("999999999999999999999999999".parse::<Span>(), Err(UnitError::TooLarge(_))));
+        assert_eq!(
+            "99999999999T".parse::<ByteSize>(),
+            Err(UnitError::TooLarge("99999999999T".to_owned()))
+        );
+        assert!(matches!(
+            "999999999999999999999999999".parse::<Span>(),
+            Err(UnitError::TooLarge(_))
+        ));
     }
 }

@@ -30,7 +30,9 @@ fn the_complete_file_holds_every_default() {
 fn the_complete_file_names_every_setting_once() {
     let keys = COMPLETE_FILE.lines().filter_map(|line| {
         let (key, _) = line.strip_prefix("# ").unwrap_or(line).split_once(" = ")?;
-        key.chars().all(|c| c.is_ascii_lowercase() || c == '-').then_some(key.to_owned())
+        key.chars()
+            .all(|c| c.is_ascii_lowercase() || c == '-')
+            .then_some(key.to_owned())
     });
     let (mut keys, mut names): (Vec<_>, Vec<_>) = (keys.collect(), setting_names().collect());
     keys.sort();
@@ -41,7 +43,11 @@ fn the_complete_file_names_every_setting_once() {
 #[test]
 fn the_commented_examples_of_the_complete_file_are_valid() {
     let uncommented = |line: &str| match line.strip_prefix("# ") {
-        Some(rest) if rest.split_once(" = ").is_some_and(|(key, _)| setting_names().any(|name| name == key)) => {
+        Some(rest)
+            if rest
+                .split_once(" = ")
+                .is_some_and(|(key, _)| setting_names().any(|name| name == key)) =>
+        {
             format!("{rest}\n")
         }
         _ => format!("{line}\n"),
@@ -60,7 +66,10 @@ fn help_states_the_defaults_in_effect() {
         let help = arg.get_help().unwrap().to_string();
         let Some(default) = defaults.get(name) else { continue };
         let default = default.to_string().replace('"', "");
-        let stated = help.split("[default: ").nth(1).map(|rest| rest.trim_end_matches(']').trim_end_matches('s'));
+        let stated = help
+            .split("[default: ")
+            .nth(1)
+            .map(|rest| rest.trim_end_matches(']').trim_end_matches('s'));
         if name != "model" && name != "revision" {
             assert_eq!(stated, Some(default.as_str()), "--{name}");
         }
@@ -71,8 +80,13 @@ fn help_states_the_defaults_in_effect() {
 fn flags_win_over_variables_and_variables_over_the_file() {
     let path = settings_file("layers.toml", "port = 1\nmax-num-seqs = 2\nmax-logprobs = 3\n");
     let environment = Environment::from([("LAPIDARY_PORT", "10"), ("LAPIDARY_MAX_NUM_SEQS", "20")]);
-    let settings = resolve(&["--config", path.to_str().unwrap(), "--port", "100"], &environment).unwrap().settings;
-    assert_eq!((settings.port, settings.max_num_seqs, settings.max_logprobs), (Some(100), Some(20), Some(3)));
+    let settings = resolve(&["--config", path.to_str().unwrap(), "--port", "100"], &environment)
+        .unwrap()
+        .settings;
+    assert_eq!(
+        (settings.port, settings.max_num_seqs, settings.max_logprobs),
+        (Some(100), Some(20), Some(3))
+    );
 }
 
 #[test]
@@ -87,7 +101,8 @@ fn every_setting_can_be_a_variable() {
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
-        let (settings, unknown) = read_environment(&Environment(BTreeMap::from([(variable, value.to_owned())]))).unwrap();
+        let (settings, unknown) =
+            read_environment(&Environment(BTreeMap::from([(variable, value.to_owned())]))).unwrap();
         let table = toml::Table::try_from(settings).unwrap();
         assert_eq!((table.len(), unknown.len()), (1, 0), "{name}");
         assert!(table.contains_key(&name), "{name}");
@@ -101,14 +116,23 @@ fn prefix_caching_is_switched_off_as_in_vllm() {
     assert!(enabled(&[], none()));
     assert!(!enabled(&["--no-enable-prefix-caching"], none()));
     assert!(!enabled(&["--enable-prefix-caching=false"], none()));
-    assert!(enabled(&["--no-enable-prefix-caching", "--enable-prefix-caching"], none()));
-    assert!(!enabled(&["--no-enable-prefix-caching"], [("LAPIDARY_ENABLE_PREFIX_CACHING", "true")].into()));
+    assert!(enabled(
+        &["--no-enable-prefix-caching", "--enable-prefix-caching"],
+        none()
+    ));
+    assert!(!enabled(
+        &["--no-enable-prefix-caching"],
+        [("LAPIDARY_ENABLE_PREFIX_CACHING", "true")].into()
+    ));
 }
 
 #[test]
 fn served_names_are_a_list_in_each_place() {
     let names = |flags: &[&str], environment: Environment| resolve(flags, &environment).unwrap().load.names;
-    assert_eq!(names(&["--served-model-name", "a", "b"], Environment::default()), ["a", "b"]);
+    assert_eq!(
+        names(&["--served-model-name", "a", "b"], Environment::default()),
+        ["a", "b"]
+    );
     assert_eq!(names(&[], [("LAPIDARY_SERVED_MODEL_NAME", "a,b")].into()), ["a", "b"]);
     assert_eq!(names(&["org/name"], Environment::default()), ["org/name"]);
     assert_eq!(names(&[], Environment::default()), ["demo"]);
@@ -130,8 +154,13 @@ fn a_misspelt_variable_is_reported() {
 
 #[test]
 fn a_bad_variable_is_named() {
-    let error = resolve(&[], &[("LAPIDARY_MAX_NUM_SEQS", "many")].into()).unwrap_err().to_string();
-    assert!(error.starts_with("LAPIDARY_MAX_NUM_SEQS: ") && error.contains("many"), "{error}");
+    let error = resolve(&[], &[("LAPIDARY_MAX_NUM_SEQS", "many")].into())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.starts_with("LAPIDARY_MAX_NUM_SEQS: ") && error.contains("many"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -149,13 +178,28 @@ fn variables_kubernetes_sets_for_a_service_of_our_name_are_no_settings() {
 #[test]
 fn impossible_values_are_refused_with_the_setting_s_name() {
     for (flags, beginning) in [
-        (&["--dtype", "float16"][..], "dtype: Gemma-2's activations overflow float16"),
-        (&["--tensor-parallel-size", "2"], "tensor-parallel-size: 2 is not possible"),
+        (
+            &["--dtype", "float16"][..],
+            "dtype: Gemma-2's activations overflow float16",
+        ),
+        (
+            &["--tensor-parallel-size", "2"],
+            "tensor-parallel-size: 2 is not possible",
+        ),
         (&["--max-num-seqs", "0"], "max-num-seqs: must be at least 1"),
-        (&["--max-num-batched-tokens", "8"], "max-num-batched-tokens: must be at least max-num-seqs"),
+        (
+            &["--max-num-batched-tokens", "8"],
+            "max-num-batched-tokens: must be at least max-num-seqs",
+        ),
         (&["--block-size", "24"], "block-size: must be a power of two"),
-        (&["--header-read-timeout", "0"], "header-read-timeout: must be more than 0"),
-        (&["--query-pre-attn-scalar", "0"], "query-pre-attn-scalar: must be a positive number"),
+        (
+            &["--header-read-timeout", "0"],
+            "header-read-timeout: must be more than 0",
+        ),
+        (
+            &["--query-pre-attn-scalar", "0"],
+            "query-pre-attn-scalar: must be a positive number",
+        ),
         (&["--log-level", "lapidary=loud"], "log-level: "),
         (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
         (&["--served-model-name", ""], "served-model-name: a name is empty"),
@@ -171,7 +215,11 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
 
 #[test]
 fn what_print_config_shows_is_a_settings_file_with_the_same_meaning() {
-    let config = resolve(&["--kv-cache-memory-bytes", "1GiB", "--drain-grace", "250ms"], &Environment::default()).unwrap();
+    let config = resolve(
+        &["--kv-cache-memory-bytes", "1GiB", "--drain-grace", "250ms"],
+        &Environment::default(),
+    )
+    .unwrap();
     let text = config.to_toml().unwrap();
     let path = settings_file("printed.toml", &text);
     let again = resolve(&["--config", path.to_str().unwrap()], &Environment::default()).unwrap();
@@ -185,8 +233,14 @@ fn the_hub_is_found_as_huggingface_hub_finds_it() {
     let cache = |variables| hub(variables).cache_dir;
     assert_eq!(cache([("HOME", "/u")].into()), Path::new("/u/.cache/huggingface/hub"));
     assert_eq!(cache([("HOME", "/u"), ("HF_HOME", "/h")].into()), Path::new("/h/hub"));
-    assert_eq!(cache([("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h")].into()), Path::new("/c"));
-    assert_eq!(hub([("HF_ENDPOINT", "http://mirror/")].into()).endpoint, "http://mirror");
+    assert_eq!(
+        cache([("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h")].into()),
+        Path::new("/c")
+    );
+    assert_eq!(
+        hub([("HF_ENDPOINT", "http://mirror/")].into()).endpoint,
+        "http://mirror"
+    );
     assert!(hub([("HF_HUB_OFFLINE", "1")].into()).offline);
     assert!(!hub([("HF_HUB_OFFLINE", "0")].into()).offline);
     assert_eq!(hub([("HF_TOKEN", " hf_x\n")].into()).token, Some(Token::new("hf_x")));
@@ -195,7 +249,9 @@ fn the_hub_is_found_as_huggingface_hub_finds_it() {
 #[test]
 fn the_token_is_read_from_the_login_file_and_never_printed() {
     let path = settings_file("token", "hf_secret\n");
-    let hub = resolve(&[], &[("HF_TOKEN_PATH", path.to_str().unwrap())].into()).unwrap().hub;
+    let hub = resolve(&[], &[("HF_TOKEN_PATH", path.to_str().unwrap())].into())
+        .unwrap()
+        .hub;
     assert_eq!(hub.token.as_ref().unwrap().expose(), "hf_secret");
     assert!(!format!("{hub:?}").contains("secret"));
 }
