@@ -1,13 +1,45 @@
 //! The engine thread: owns scheduler and executor, and is the only place where time, callers and the device meet.
 
-use std::marker::PhantomData;
+use std::collections::{BTreeSet, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, mpsc as sync_mpsc};
+use std::time::{Duration, Instant};
 
-use crate::error::SpawnError;
-use crate::{EngineConfig, EngineHandle, Executor};
+use tokio::sync::mpsc;
+
+use crate::error::{EngineError, SpawnError};
+use crate::handle::{EventResult, Mailbox, Shared, Submission};
+use crate::scheduler::{Scheduler, SchedulerConfig, SequenceOutput};
+use crate::stats::{Outcome, RateMeter, StepCounts};
+use crate::{EngineConfig, EngineHandle, Executor, ExecutorError, Request, RequestId, SampledToken, TokenEvent};
+
+/// The most steps the scheduler can keep in flight, whatever an executor says.
+const MAX_STEPS_IN_FLIGHT: usize = 2;
 
 /// Runs an executor on a thread of its own; see [`Engine::spawn`].
 #[derive(Debug)]
-pub struct Engine<E>(PhantomData<E>);
+pub struct Engine<E> {
+    executor: E,
+    scheduler: Scheduler,
+    callers: Callers,
+    mailbox: Mailbox,
+    max_steps_in_flight: usize,
+    /// Kept for their capacity.
+    outputs: Vec<SequenceOutput>,
+    failed: Vec<RequestId>,
+}
+
+/// What came of an attempt to launch a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Launched {
+    Step,
+    Failure,
+    Nothing,
+}
+
+/// The device is gone: the thread ends.
+#[derive(Debug)]
+struct DeviceLost;
 
 impl<E: Executor> Engine<E> {
     /// Starts the engine thread, has it build its executor, and returns once that is ready.
@@ -16,13 +48,376 @@ impl<E: Executor> Engine<E> {
     ///
     /// # Errors
     /// [`SpawnError::Build`] with the error of `build`, or the thread did not start.
+    ///
+    /// # Panics
+    /// When a limit of `config` is 0.
     pub fn spawn<Err>(
-        _config: EngineConfig,
-        _build: impl FnOnce() -> Result<E, Err> + Send + 'static,
+        config: EngineConfig,
+        build: impl FnOnce() -> Result<E, Err> + Send + 'static,
     ) -> Result<EngineHandle, SpawnError<Err>>
     where
         Err: std::error::Error + Send + 'static,
     {
-        todo!()
+        assert!(
+            config.max_num_batched_tokens > 0 && config.max_num_seqs > 0,
+            "limits are at least 1"
+        );
+        let (ready, built) = sync_mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || match build() {
+                Ok(executor) => {
+                    let shared = Arc::new(Shared::new(config, executor.kv_cache_config()));
+                    // A caller that is gone drops the handle it never got, which ends the engine.
+                    if ready.send(Ok(Arc::clone(&shared))).is_ok() {
+                        run_to_the_end(Self::new(executor, shared, &config));
+                    }
+                }
+                Err(error) => {
+                    if ready.send(Err(error)).is_err() {
+                        tracing::error!("executor could not be built, and nobody waits to hear why");
+                    }
+                }
+            })
+            .map_err(SpawnError::Thread)?;
+        match built.recv() {
+            Ok(Ok(shared)) => Ok(EngineHandle::new(shared, thread)),
+            Ok(Err(error)) => Err(SpawnError::Build(error)),
+            Err(sync_mpsc::RecvError) => Err(SpawnError::Panicked),
+        }
+    }
+
+    fn new(executor: E, shared: Arc<Shared>, config: &EngineConfig) -> Self {
+        let max_steps_in_flight = executor.max_steps_in_flight().clamp(1, MAX_STEPS_IN_FLIGHT);
+        let scheduler_config = SchedulerConfig {
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_num_seqs: config.max_num_seqs,
+            enable_prefix_caching: config.enable_prefix_caching,
+            max_steps_in_flight,
+        };
+        let scheduler = Scheduler::new(scheduler_config, executor.kv_cache_config());
+        shared.stats.set_gauges(&scheduler.gauges());
+        Self {
+            executor,
+            scheduler,
+            callers: Callers::new(shared),
+            mailbox: Mailbox::default(),
+            max_steps_in_flight,
+            outputs: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    /// Works until told to stop, or until nobody is left to work for.
+    fn run(&mut self) -> Result<(), DeviceLost> {
+        loop {
+            let is_idle = self.scheduler.is_empty() && self.scheduler.num_steps_in_flight() == 0;
+            self.callers.publish(&self.scheduler);
+            if is_idle && self.mailbox.abandoned {
+                return Ok(());
+            }
+            self.callers.shared.receive(&mut self.mailbox, is_idle);
+            if is_idle {
+                self.callers.wake_up();
+            }
+            if self.mailbox.shutdown {
+                return Ok(());
+            }
+            self.take_in_mail();
+            self.callers.expire(&mut self.scheduler);
+            self.step()?;
+        }
+    }
+
+    fn take_in_mail(&mut self) {
+        for Submission {
+            id,
+            request,
+            events,
+            submitted_at,
+        } in self.mailbox.submissions.drain(..)
+        {
+            self.callers.insert(id, &request, events, submitted_at);
+            self.scheduler.add(id, request);
+        }
+        for id in self.mailbox.aborts.drain(..) {
+            if self.scheduler.abort(id) {
+                self.callers.end(id, Outcome::Aborted);
+            }
+        }
+    }
+
+    /// Launches a step if one can be, and collects the oldest unless another could be launched on top.
+    fn step(&mut self) -> Result<(), DeviceLost> {
+        let launched = self.launch()?;
+        let num_in_flight = self.scheduler.num_steps_in_flight();
+        if num_in_flight == self.max_steps_in_flight || (num_in_flight > 0 && launched != Launched::Step) {
+            return self.collect();
+        }
+        let is_stuck = launched == Launched::Nothing && !self.scheduler.is_empty();
+        assert!(!is_stuck, "sequences wait, and nothing that runs could end their wait");
+        Ok(())
+    }
+
+    fn launch(&mut self) -> Result<Launched, DeviceLost> {
+        let Some(batch) = self.scheduler.schedule() else {
+            return Ok(Launched::Nothing);
+        };
+        tracing::debug!(
+            step = batch.step,
+            num_seqs = batch.num_seqs(),
+            num_tokens = batch.num_tokens(),
+            "launch"
+        );
+        let step = batch.step;
+        let launched = self.executor.launch(batch);
+        self.callers.started(self.scheduler.newly_started());
+        let Err(error) = launched else {
+            return Ok(Launched::Step);
+        };
+        let counts = self.scheduler.launch_failed(&mut self.failed);
+        self.fail(step, error, counts)?;
+        Ok(Launched::Failure)
+    }
+
+    fn collect(&mut self) -> Result<(), DeviceLost> {
+        let step = self.scheduler.oldest_step();
+        let collected = self.executor.collect().and_then(|sampled| self.check_length(sampled));
+        match collected {
+            Ok(sampled) => {
+                let counts = self.scheduler.update(sampled, &mut self.outputs);
+                self.callers.count(counts);
+                self.callers.publish(&self.scheduler);
+                for output in self.outputs.drain(..) {
+                    let id = output.id;
+                    if !self.callers.emit(output) {
+                        self.scheduler.abort(id);
+                    }
+                }
+                Ok(())
+            }
+            Err(error) => {
+                let counts = self.scheduler.step_failed(&mut self.failed);
+                self.fail(step, error, counts)
+            }
+        }
+    }
+
+    fn check_length(&self, sampled: Vec<SampledToken>) -> Result<Vec<SampledToken>, ExecutorError> {
+        let expected = self.scheduler.num_samples();
+        if sampled.len() == expected {
+            return Ok(sampled);
+        }
+        let message = format!(
+            "executor sampled {} tokens where {expected} were asked for",
+            sampled.len()
+        );
+        Err(ExecutorError::Step(message.into()))
+    }
+
+    /// Tells the callers of a failed step, whose sequences are in `failed` and out of the scheduler.
+    fn fail(&mut self, step: u64, error: ExecutorError, counts: StepCounts) -> Result<(), DeviceLost> {
+        let is_lost = matches!(error, ExecutorError::DeviceLost(_));
+        let source = Arc::new(error);
+        tracing::error!(
+            step,
+            error = &*source as &dyn std::error::Error,
+            requests = self.failed.len(),
+            "step failed"
+        );
+        self.callers.count(counts);
+        if is_lost {
+            // Streams end with `EngineDead` when their senders are dropped.
+            return Err(DeviceLost);
+        }
+        self.callers.publish(&self.scheduler);
+        for id in self.failed.drain(..) {
+            let error = EngineError::StepFailed {
+                step,
+                source: Arc::clone(&source),
+            };
+            self.callers.end_with(id, Err(error), Outcome::Failed);
+        }
+        Ok(())
+    }
+}
+
+/// Runs an engine and, however it ends, tells everyone that it did.
+fn run_to_the_end<E: Executor>(mut engine: Engine<E>) {
+    let ended = catch_unwind(AssertUnwindSafe(|| engine.run()));
+    let is_dead = !matches!(ended, Ok(Ok(())));
+    if is_dead {
+        tracing::error!(panicked = ended.is_err(), "engine thread is dead");
+    }
+    // Marked dead before the streams end, so that whoever sees one end sees the mark too.
+    let outcome = if is_dead { Outcome::Failed } else { Outcome::Aborted };
+    let unread = engine.callers.shared.close(is_dead);
+    for Submission {
+        id,
+        request,
+        events,
+        submitted_at,
+    } in engine.mailbox.submissions.drain(..).chain(unread)
+    {
+        engine.callers.insert(id, &request, events, submitted_at);
+    }
+    engine.callers.end_all(outcome);
+}
+
+/// Everyone who waits for tokens, and the clock they are served by.
+#[derive(Debug)]
+struct Callers {
+    shared: Arc<Shared>,
+    by_id: HashMap<RequestId, Caller>,
+    deadlines: BTreeSet<(Instant, RequestId)>,
+    /// When the last step was collected, or work came in after a pause.
+    last_step_at: Instant,
+    rates: RateMeter,
+}
+
+#[derive(Debug)]
+struct Caller {
+    events: mpsc::Sender<EventResult>,
+    submitted_at: Instant,
+    /// Known once a step was launched for it.
+    queue_time: Option<Duration>,
+    num_prompt_tokens: u64,
+    deadline: Option<Instant>,
+}
+
+impl Callers {
+    fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            by_id: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            last_step_at: Instant::now(),
+            rates: RateMeter::default(),
+        }
+    }
+
+    fn insert(&mut self, id: RequestId, request: &Request, events: mpsc::Sender<EventResult>, submitted_at: Instant) {
+        self.deadlines.extend(request.deadline.map(|deadline| (deadline, id)));
+        let num_prompt_tokens = request.prompt.len() as u64;
+        let caller = Caller {
+            events,
+            submitted_at,
+            queue_time: None,
+            num_prompt_tokens,
+            deadline: request.deadline,
+        };
+        self.by_id.insert(id, caller);
+    }
+
+    /// Fails requests whose deadline has passed.
+    fn expire(&mut self, scheduler: &mut Scheduler) {
+        if self.deadlines.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            scheduler.abort(id);
+            self.end_with(id, Err(EngineError::DeadlineExceeded), Outcome::Expired);
+        }
+    }
+
+    /// Notes when requests left the queue.
+    fn started(&mut self, ids: &[RequestId]) {
+        for id in ids {
+            if let Some(caller) = self.by_id.get_mut(id) {
+                caller.queue_time = Some(caller.submitted_at.elapsed());
+                self.shared.dequeued(caller.num_prompt_tokens);
+            }
+        }
+    }
+
+    /// Sends a token. False when its stream is gone, and with it the caller.
+    fn emit(&mut self, output: SequenceOutput) -> bool {
+        let SequenceOutput {
+            id,
+            sampled,
+            finish,
+            num_cached_tokens,
+        } = output;
+        let Some(caller) = self.by_id.get(&id) else { return true };
+        let queue_time = caller.queue_time.unwrap_or_default();
+        let event = TokenEvent {
+            sampled,
+            finish,
+            num_cached_tokens,
+            queue_time,
+        };
+        if finish.is_some() {
+            let outcome = if caller.events.is_closed() {
+                Outcome::Aborted
+            } else {
+                Outcome::Finished
+            };
+            self.end_with(id, Ok(event), outcome);
+            return true;
+        }
+        // Room for every token was made at submission, so only a dropped stream can refuse one.
+        let is_sent = caller.events.try_send(Ok(event)).is_ok();
+        if !is_sent {
+            self.end(id, Outcome::Aborted);
+        }
+        is_sent
+    }
+
+    /// Forgets a caller and sends the last item of its stream: counted first, so that who has it finds it counted.
+    fn end_with(&mut self, id: RequestId, last: EventResult, outcome: Outcome) {
+        let Some(caller) = self.forget(id, outcome) else { return };
+        if caller.events.try_send(last).is_err() {
+            tracing::debug!(request = id.0, "stream was dropped before its last item");
+        }
+        self.shared.forgotten();
+    }
+
+    /// Forgets a caller; its stream ends without a last item.
+    fn end(&mut self, id: RequestId, outcome: Outcome) {
+        let Some(caller) = self.forget(id, outcome) else { return };
+        drop(caller);
+        self.shared.forgotten();
+    }
+
+    fn forget(&mut self, id: RequestId, outcome: Outcome) -> Option<Caller> {
+        let caller = self.by_id.remove(&id)?;
+        if let Some(deadline) = caller.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        if caller.queue_time.is_none() {
+            self.shared.dequeued(caller.num_prompt_tokens);
+        }
+        self.shared.stats.count_outcome(outcome);
+        Some(caller)
+    }
+
+    fn end_all(&mut self, outcome: Outcome) {
+        let ids: Vec<_> = self.by_id.keys().copied().collect();
+        for id in ids {
+            self.end(id, outcome);
+        }
+    }
+
+    /// The thread slept: the time until now was nobody's.
+    fn wake_up(&mut self) {
+        self.last_step_at = Instant::now();
+        self.shared.stats.progressed(self.last_step_at);
+    }
+
+    fn count(&mut self, counts: StepCounts) {
+        let now = Instant::now();
+        let elapsed = now - self.last_step_at;
+        self.last_step_at = now;
+        self.shared.stats.progressed(now);
+        self.shared.stats.count_step(&counts);
+        let amounts = [counts.prompt_tokens, counts.generated_tokens, counts.starts];
+        self.shared.stats.set_rates(self.rates.record(elapsed, amounts));
+    }
+
+    fn publish(&self, scheduler: &Scheduler) {
+        self.shared.stats.set_gauges(&scheduler.gauges());
     }
 }

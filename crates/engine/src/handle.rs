@@ -131,6 +131,7 @@ impl Shared {
         if dead {
             self.dead.store(true, Ordering::Release);
         }
+        self.idle.notify_waiters();
         std::mem::take(&mut mailbox.submissions)
     }
 
@@ -305,7 +306,7 @@ impl EngineHandle {
             let mut notified = std::pin::pin!(shared.idle.notified());
             // Registered before the check, so that no notification falls between the two.
             notified.as_mut().enable();
-            if shared.stats.num_live.load(Ordering::Acquire) == 0 {
+            if shared.stats.num_live.load(Ordering::Acquire) == 0 || shared.is_dead() {
                 return;
             }
             notified.await;

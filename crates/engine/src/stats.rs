@@ -91,14 +91,19 @@ pub struct Heartbeat {
     pub since_progress: Duration,
 }
 
-/// What one step did, told by the engine thread once the step was collected.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct StepCounts {
-    pub(crate) tokens: u64,
-    pub(crate) prompt_tokens: u64,
-    pub(crate) generated_tokens: u64,
-    pub(crate) starts: u64,
-    pub(crate) failed: bool,
+/// What one step did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepCounts {
+    /// Tokens computed.
+    pub tokens: u64,
+    /// Those of prompts.
+    pub prompt_tokens: u64,
+    /// Tokens that sequences got.
+    pub generated_tokens: u64,
+    /// Requests it was the first step of.
+    pub starts: u64,
+    /// It failed, and nobody got anything.
+    pub failed: bool,
 }
 
 /// What the scheduler looks like between two steps.

@@ -1,0 +1,416 @@
+//! An executor without a model, for tests: its "KV cache" remembers what was written where, so that every mistake about
+//! blocks, positions or order changes the tokens that come out.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use crate::{
+    Batch, BlockId, Executor, ExecutorError, KvCacheConfig, Request, RequestId, SampleRow, SampledToken,
+    SamplingParams, StopCriteria, TokenId, TokenLogprobs,
+};
+
+/// What a [`ScriptedExecutor`] is and does. Attempts to launch are counted from 0.
+#[derive(Debug)]
+pub struct ScriptedConfig {
+    /// Its KV cache.
+    pub kv_cache: KvCacheConfig,
+    /// Tokens are below this.
+    pub vocab_size: u32,
+    /// 1 or 2.
+    pub max_steps_in_flight: usize,
+    /// Attempts whose `launch` fails.
+    pub failing_launches: BTreeSet<u64>,
+    /// Attempts whose `collect` fails.
+    pub failing_collects: BTreeSet<u64>,
+    /// The attempt at which the device is lost.
+    pub device_lost_at: Option<u64>,
+    /// The attempt at which `launch` panics.
+    pub panic_at: Option<u64>,
+    /// Chooses tokens in place of the KV cache's content.
+    pub script: Option<Script>,
+    /// Where present, each launch waits for a message; all pass once the sender is gone.
+    pub gate: Option<mpsc::Receiver<()>>,
+    /// From a step's launch (or the end of the one before) to its collection.
+    pub step_time: Duration,
+    /// Tokens depend on the last token and its position alone, and batches are not checked: for load tests.
+    pub is_cheap: bool,
+}
+
+impl Default for ScriptedConfig {
+    fn default() -> Self {
+        Self {
+            kv_cache: KvCacheConfig {
+                num_blocks: 64,
+                block_size: 4,
+            },
+            vocab_size: 1000,
+            max_steps_in_flight: 1,
+            failing_launches: BTreeSet::new(),
+            failing_collects: BTreeSet::new(),
+            device_lost_at: None,
+            panic_at: None,
+            script: None,
+            gate: None,
+            step_time: Duration::ZERO,
+            is_cheap: false,
+        }
+    }
+}
+
+/// A rule for tokens; `None` leaves the choice to the executor.
+#[derive(Clone)]
+pub struct Script(Arc<ScriptFn>);
+
+type ScriptFn = dyn Fn(ScriptRow) -> Option<TokenId> + Send + Sync;
+
+/// What a [`Script`] chooses by.
+#[derive(Debug, Clone, Copy)]
+pub struct ScriptRow {
+    /// Whose token.
+    pub request_id: RequestId,
+    /// The token before.
+    pub input: TokenId,
+    /// Position the chosen token will take.
+    pub position: u32,
+}
+
+impl Script {
+    /// Chooses tokens by this function.
+    pub fn new(choose: impl Fn(ScriptRow) -> Option<TokenId> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(choose))
+    }
+}
+
+impl std::fmt::Debug for Script {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Script")
+    }
+}
+
+/// Why a [`ScriptedExecutor`] failed: it was told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("failure was asked for at attempt {attempt}")]
+pub struct ScriptedFailure {
+    /// Launches tried before.
+    pub attempt: u64,
+}
+
+/// A deterministic [`Executor`] without a model.
+///
+/// Each slot of its KV cache keeps a hash of the token and position written there and of the slot before, as the KV of a
+/// transformer depends on all tokens so far; a sampled token is a hash of all slots the block table reaches.
+#[derive(Debug)]
+pub struct ScriptedExecutor {
+    config: ScriptedConfig,
+    slots: Vec<u64>,
+    num_attempts: u64,
+    in_flight: VecDeque<StepInFlight>,
+    /// What the last launched step sampled.
+    last_sampled: Vec<(RequestId, TokenId)>,
+    last_end: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct StepInFlight {
+    result: Result<Vec<SampledToken>, ExecutorError>,
+    /// Blocks it writes, and for whom.
+    writes: Vec<(BlockId, RequestId)>,
+    ends_at: Option<Instant>,
+}
+
+impl ScriptedExecutor {
+    /// An executor with an empty cache.
+    #[must_use]
+    pub fn new(config: ScriptedConfig) -> Self {
+        let num_slots = config.kv_cache.num_blocks as usize * config.kv_cache.block_size as usize;
+        Self {
+            config,
+            slots: vec![0; num_slots],
+            num_attempts: 0,
+            in_flight: VecDeque::new(),
+            last_sampled: Vec::new(),
+            last_end: None,
+        }
+    }
+
+    /// The tokens that a checked executor of this vocabulary gives `request` when nothing fails, worked out without
+    /// blocks, batches or steps.
+    #[must_use]
+    pub fn expected_tokens(vocab_size: u32, request: &Request) -> Vec<TokenId> {
+        let mut tokens = request.prompt.to_vec();
+        let (mut content, mut reached) = (ROOT, ROOT);
+        let mut num_hashed = 0;
+        loop {
+            for (position, &token) in tokens.iter().enumerate().skip(num_hashed) {
+                content = slot_content(content, token, position as u32);
+                reached = mix(reached, content);
+            }
+            num_hashed = tokens.len();
+            let num_generated = tokens.len() - request.prompt.len();
+            let is_banned = num_generated < request.stop.min_tokens as usize;
+            let banned = if is_banned { &*request.stop.stop_token_ids } else { &[] };
+            if request.sampling.needs_history() {
+                reached = tokens.iter().fold(reached, |hash, &token| mix(hash, u64::from(token)));
+            }
+            let token = choose(reached, request.sampling.seed, tokens.len() as u32, vocab_size, banned);
+            if request.sampling.needs_history() {
+                // History is no part of the cache.
+                (content, reached, num_hashed) = (ROOT, ROOT, 0);
+            }
+            tokens.push(token);
+            let is_last = num_generated + 1 == request.stop.max_tokens as usize;
+            if is_last || request.stop.stop_token_ids.contains(&token) {
+                return tokens.split_off(request.prompt.len());
+            }
+        }
+    }
+
+    fn run(&mut self, batch: &Batch) -> Vec<(RequestId, TokenId)> {
+        let mut tokens = batch.token_ids.clone();
+        for fed in &batch.fed {
+            tokens[fed.row as usize] = self.last_sampled[fed.prev_sample as usize].1;
+        }
+        let mut samples = batch.samples.iter().peekable();
+        let mut sampled = Vec::with_capacity(batch.samples.len());
+        for index in 0..batch.num_seqs() {
+            let rows = batch.query_start[index] as usize..batch.query_start[index + 1] as usize;
+            let blocks = &batch.block_ids[batch.block_start[index] as usize..batch.block_start[index + 1] as usize];
+            for row in rows.clone() {
+                let position = batch.positions[row];
+                let before = position
+                    .checked_sub(1)
+                    .map_or(ROOT, |before| self.slots[self.slot(blocks, before)]);
+                self.slots[batch.slot_mapping[row] as usize] = slot_content(before, tokens[row], position);
+            }
+            if let Some(sample) = samples.next_if(|sample| rows.contains(&(sample.row as usize))) {
+                let id = batch.request_ids[index];
+                let input = tokens[sample.row as usize];
+                let is_fed = batch
+                    .fed
+                    .iter()
+                    .any(|fed| !self.config.is_cheap && fed.row == sample.row);
+                sampled.push((id, self.sample(id, blocks, sample, input, is_fed)));
+            }
+        }
+        sampled
+    }
+
+    fn sample(&self, id: RequestId, blocks: &[BlockId], sample: &SampleRow, input: TokenId, is_fed: bool) -> TokenId {
+        let row = ScriptRow {
+            request_id: id,
+            input,
+            position: sample.position,
+        };
+        if let Some(token) = self.config.script.as_ref().and_then(|script| script.0(row)) {
+            return token;
+        }
+        let banned = sample.banned.as_deref().unwrap_or_default();
+        let mut reached = if self.config.is_cheap {
+            mix(u64::from(input), u64::from(sample.position))
+        } else {
+            (0..sample.position).fold(ROOT, |hash, position| {
+                mix(hash, self.slots[self.slot(blocks, position)])
+            })
+        };
+        if let Some(history) = &sample.history {
+            let fed = is_fed.then_some(input);
+            let tokens = history.prompt.iter().chain(&history.output).copied().chain(fed);
+            reached = tokens.fold(reached, |hash, token| mix(hash, u64::from(token)));
+        }
+        choose(
+            reached,
+            sample.params.seed,
+            sample.position,
+            self.config.vocab_size,
+            banned,
+        )
+    }
+
+    fn slot(&self, blocks: &[BlockId], position: u32) -> usize {
+        let block_size = self.config.kv_cache.block_size;
+        (blocks[(position / block_size) as usize].0 * block_size + position % block_size) as usize
+    }
+
+    /// Blocks the batch writes.
+    ///
+    /// # Panics
+    /// When the batch contradicts itself, or somebody reads or writes a block that another one writes in this step or
+    /// in one that is not collected.
+    fn check(&self, batch: &Batch) -> Vec<(BlockId, RequestId)> {
+        let mut writes = Vec::new();
+        assert_eq!(batch.positions.len(), batch.num_tokens());
+        assert_eq!(batch.slot_mapping.len(), batch.num_tokens());
+        assert_eq!(batch.query_start.len(), batch.num_seqs() + 1);
+        assert_eq!(batch.query_start.last().copied(), Some(batch.num_tokens() as u32));
+        assert_eq!(batch.block_start.last().copied(), Some(batch.block_ids.len() as u32));
+        for (index, &id) in batch.request_ids.iter().enumerate() {
+            let rows = batch.query_start[index] as usize..batch.query_start[index + 1] as usize;
+            let blocks = &batch.block_ids[batch.block_start[index] as usize..batch.block_start[index + 1] as usize];
+            assert!(!rows.is_empty(), "a sequence without tokens");
+            assert!(!batch.request_ids[..index].contains(&id), "a sequence twice in a step");
+            assert_eq!(batch.positions[rows.end - 1] + 1, batch.context_lens[index]);
+            assert_eq!(
+                blocks.len(),
+                batch.context_lens[index].div_ceil(self.config.kv_cache.block_size) as usize
+            );
+            for row in rows.clone() {
+                let position = batch.positions[row];
+                assert_eq!(position - batch.positions[rows.start], (row - rows.start) as u32);
+                assert_eq!(batch.slot_mapping[row] as usize, self.slot(blocks, position));
+                writes.push((blocks[(position / self.config.kv_cache.block_size) as usize], id));
+            }
+        }
+        writes.dedup();
+        for (index, &id) in batch.request_ids.iter().enumerate() {
+            let blocks = &batch.block_ids[batch.block_start[index] as usize..batch.block_start[index + 1] as usize];
+            let in_flight = self.in_flight.iter().flat_map(|step| &step.writes);
+            for (block, writer) in in_flight.chain(&writes) {
+                assert!(
+                    *writer == id || !blocks.contains(block),
+                    "block {} is written by another",
+                    block.0
+                );
+            }
+        }
+        for sample in &batch.samples {
+            assert!(
+                batch.query_start[1..].contains(&(sample.row + 1)),
+                "a sample that is not a sequence's last row"
+            );
+            assert_eq!(sample.position, batch.positions[sample.row as usize] + 1);
+        }
+        for fed in &batch.fed {
+            let index = batch.query_start.partition_point(|&start| start <= fed.row) - 1;
+            assert_eq!(
+                self.last_sampled[fed.prev_sample as usize].0, batch.request_ids[index],
+                "fed by another"
+            );
+        }
+        writes
+    }
+
+    /// Leaves garbage where the step would have written.
+    fn poison(&mut self, batch: &Batch) {
+        for &slot in &batch.slot_mapping {
+            self.slots[slot as usize] = mix(self.num_attempts, u64::from(slot));
+        }
+    }
+}
+
+impl Executor for ScriptedExecutor {
+    fn kv_cache_config(&self) -> KvCacheConfig {
+        self.config.kv_cache
+    }
+
+    fn max_steps_in_flight(&self) -> usize {
+        self.config.max_steps_in_flight
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), ExecutorError> {
+        if self.config.gate.as_ref().is_some_and(|gate| gate.recv().is_err()) {
+            self.config.gate = None;
+        }
+        let attempt = self.num_attempts;
+        self.num_attempts += 1;
+        assert_ne!(self.config.panic_at, Some(attempt), "panic was asked for");
+        assert!(
+            self.in_flight.len() < self.config.max_steps_in_flight,
+            "too many steps in flight"
+        );
+        let writes = if self.config.is_cheap {
+            Vec::new()
+        } else {
+            self.check(batch)
+        };
+        if self.config.device_lost_at == Some(attempt) {
+            return Err(ExecutorError::DeviceLost(ScriptedFailure { attempt }.into()));
+        }
+        if self.config.failing_launches.contains(&attempt) {
+            self.poison(batch);
+            return Err(ExecutorError::Step(ScriptedFailure { attempt }.into()));
+        }
+        let sampled = self.run(batch);
+        let result = if self.config.failing_collects.contains(&attempt) {
+            self.poison(batch);
+            Err(ExecutorError::Step(ScriptedFailure { attempt }.into()))
+        } else {
+            let token = |(sample, &(_, token)): (&SampleRow, _)| SampledToken {
+                token,
+                logprobs: logprobs(sample, token),
+            };
+            Ok(batch.samples.iter().zip(&sampled).map(token).collect())
+        };
+        self.last_sampled = sampled;
+        let ends_at = (!self.config.step_time.is_zero()).then(|| {
+            let now = Instant::now();
+            self.last_end.map_or(now, |end| end.max(now)) + self.config.step_time
+        });
+        self.last_end = ends_at;
+        self.in_flight.push_back(StepInFlight {
+            result,
+            writes,
+            ends_at,
+        });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<SampledToken>, ExecutorError> {
+        let step = self.in_flight.pop_front().expect("a step is in flight");
+        if let Some(ends_at) = step.ends_at {
+            std::thread::sleep(ends_at.saturating_duration_since(Instant::now()));
+        }
+        step.result
+    }
+}
+
+impl Request {
+    /// A greedy request for tests, without stop tokens.
+    #[must_use]
+    pub fn for_test(prompt: impl Into<Arc<[TokenId]>>, max_tokens: u32) -> Self {
+        Self {
+            prompt: prompt.into(),
+            sampling: Arc::new(SamplingParams {
+                temperature: 0.0,
+                ..SamplingParams::default()
+            }),
+            stop: StopCriteria {
+                max_tokens,
+                min_tokens: 0,
+                stop_token_ids: Arc::from([]),
+            },
+            priority: 0,
+            cache_salt: 0,
+            deadline: None,
+        }
+    }
+}
+
+const ROOT: u64 = 0x243f_6a88_85a3_08d3;
+
+fn mix(a: u64, b: u64) -> u64 {
+    let product = u128::from(a ^ 0x9e37_79b9_7f4a_7c15) * u128::from(b ^ 0xd1b5_4a32_d192_ed03);
+    (product as u64) ^ ((product >> 64) as u64)
+}
+
+fn slot_content(before: u64, token: TokenId, position: u32) -> u64 {
+    mix(before, u64::from(token) << 32 | u64::from(position))
+}
+
+fn choose(reached: u64, seed: u64, position: u32, vocab_size: u32, banned: &[TokenId]) -> TokenId {
+    let first = (mix(mix(reached, seed), u64::from(position)) % u64::from(vocab_size)) as u32;
+    (0..vocab_size)
+        .map(|offset| (first + offset) % vocab_size)
+        .find(|token| !banned.contains(token))
+        .unwrap_or(first)
+}
+
+fn logprobs(sample: &SampleRow, token: TokenId) -> Option<Box<TokenLogprobs>> {
+    let num_top = sample.params.logprobs?;
+    let top = (0..num_top).map(|rank| (token + rank, -0.5 - rank as f32)).collect();
+    Some(Box::new(TokenLogprobs {
+        logprob: -0.5,
+        rank: 1,
+        top,
+    }))
+}

@@ -1,0 +1,115 @@
+//! Writes a planned step down as a [`Batch`](crate::Batch), in vectors that keep their capacity.
+
+use super::plan::PlanEntry;
+use super::{Scheduler, StepRow};
+use crate::sequence::Sequence;
+use crate::stats::StepCounts;
+use crate::{Batch, FedToken, SampleRow, TokenHistory};
+
+impl Scheduler {
+    /// Turns the plan into the batch and a step in flight.
+    pub(super) fn fill_batch(&mut self) {
+        let mut step = self.spare_steps.pop().unwrap_or_default();
+        step.counts = StepCounts {
+            starts: self.newly_started.len() as u64,
+            ..StepCounts::default()
+        };
+        let batch = &mut self.batch;
+        clear(batch, self.next_step);
+        self.next_step += 1;
+        for &PlanEntry { index, num_tokens } in &self.plan.entries {
+            let sequence = self.sequences[index].as_mut().expect("planned sequences are live");
+            let start = sequence.num_computed_tokens;
+            let end = start + num_tokens;
+            step.counts.tokens += num_tokens as u64;
+            step.counts.prompt_tokens += sequence.num_prompt_tokens().min(end).saturating_sub(start) as u64;
+            push_rows(batch, sequence, start, end, self.kv.block_size());
+            let is_sampled = end == sequence.num_tokens();
+            if is_sampled {
+                push_sample(batch, sequence);
+            }
+            sequence.num_computed_tokens = end;
+            sequence.num_steps_in_flight += 1;
+            step.rows.push(StepRow {
+                index,
+                id: sequence.id,
+                num_preemptions: sequence.num_preemptions,
+                end,
+                is_sampled,
+            });
+        }
+        step.num_samples = batch.samples.len();
+        self.in_flight.push_back(step);
+    }
+}
+
+fn clear(batch: &mut Batch, step: u64) {
+    batch.step = step;
+    batch.request_ids.clear();
+    batch.token_ids.clear();
+    batch.fed.clear();
+    batch.positions.clear();
+    batch.slot_mapping.clear();
+    batch.query_start.clear();
+    batch.query_start.push(0);
+    batch.context_lens.clear();
+    batch.block_start.clear();
+    batch.block_start.push(0);
+    batch.block_ids.clear();
+    batch.samples.clear();
+}
+
+/// Rows for the tokens at positions `start..end`; the last may be one that is still in flight.
+fn push_rows(batch: &mut Batch, sequence: &Sequence, start: usize, end: usize, block_size: usize) {
+    let num_known = end.min(sequence.tokens.len());
+    batch.request_ids.push(sequence.id);
+    batch.token_ids.extend_from_slice(&sequence.tokens[start..num_known]);
+    if num_known < end {
+        debug_assert_eq!(
+            (end - num_known, sequence.num_pending),
+            (1, 1),
+            "one token is in flight at most"
+        );
+        batch.fed.push(FedToken {
+            row: batch.token_ids.len() as u32,
+            prev_sample: sequence.last_sample,
+        });
+        batch.token_ids.push(0);
+    }
+    batch.positions.extend(start as u32..end as u32);
+    let mut position = start;
+    while position < end {
+        let offset = position % block_size;
+        let num_slots = (block_size - offset).min(end - position);
+        let first = sequence.table.blocks()[position / block_size].0 * block_size as u32 + offset as u32;
+        batch.slot_mapping.extend(first..first + num_slots as u32);
+        position += num_slots;
+    }
+    batch.query_start.push(batch.token_ids.len() as u32);
+    batch.context_lens.push(end as u32);
+    batch
+        .block_ids
+        .extend_from_slice(&sequence.table.blocks()[..end.div_ceil(block_size)]);
+    batch.block_start.push(batch.block_ids.len() as u32);
+}
+
+/// Asks for the token after the sequence's last row, which was just written.
+fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
+    let num_generated = sequence.num_generated();
+    let request = &sequence.request;
+    let is_banned = num_generated < request.stop.min_tokens as usize && !request.stop.stop_token_ids.is_empty();
+    let history = request.sampling.needs_history().then(|| TokenHistory {
+        prompt: request.prompt.clone(),
+        output: sequence.tokens[request.prompt.len()..].to_vec(),
+    });
+    let sample = SampleRow {
+        row: batch.token_ids.len() as u32 - 1,
+        position: sequence.num_tokens() as u32,
+        params: request.sampling.clone(),
+        banned: is_banned.then(|| request.stop.stop_token_ids.clone()),
+        history,
+    };
+    sequence.last_sample = batch.samples.len() as u32;
+    sequence.num_pending += 1;
+    batch.samples.push(sample);
+}

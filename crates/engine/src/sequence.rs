@@ -1,0 +1,93 @@
+//! A request's live state in the scheduler.
+
+use crate::kv_cache::{BlockTable, PrefixHashes};
+use crate::{FinishReason, Request, RequestId, TokenId};
+
+/// Runs before another where it is less: priority, then arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub(crate) priority: i32,
+    pub(crate) arrival: u64,
+}
+
+/// Index of a sequence in the scheduler; reused, so whoever keeps one keeps the [`RequestId`] as well.
+pub(crate) type SequenceIndex = usize;
+
+/// A running sequence that computes blocks a waiting one needs as well.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leader {
+    pub(crate) index: SequenceIndex,
+    pub(crate) id: RequestId,
+    pub(crate) num_preemptions: u32,
+    /// Worth waiting for until it published this many blocks.
+    pub(crate) num_blocks: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) id: RequestId,
+    pub(crate) rank: Rank,
+    pub(crate) request: Request,
+    /// Prompt, then all generated tokens that were collected.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) hashes: PrefixHashes,
+    pub(crate) table: BlockTable,
+    pub(crate) is_running: bool,
+    pub(crate) has_started: bool,
+    /// Tokens whose KV is in the table's blocks once all launched steps are collected.
+    pub(crate) num_computed_tokens: usize,
+    /// Launched steps that compute for it and are not collected.
+    pub(crate) num_steps_in_flight: u32,
+    /// Tokens those steps sample: 0, or 1 whenever a step is scheduled.
+    pub(crate) num_pending: usize,
+    /// Index of its row among the samples of the last launched step that samples for it.
+    pub(crate) last_sample: u32,
+    /// Also tells whether rows launched before still belong to the table.
+    pub(crate) num_preemptions: u32,
+    /// Prompt tokens matched when it first ran.
+    pub(crate) num_cached_tokens: u32,
+    /// While waiting: who computes the same prefix.
+    pub(crate) leader: Option<Leader>,
+}
+
+impl Sequence {
+    pub(crate) fn num_prompt_tokens(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// Tokens generated, those in flight included.
+    pub(crate) fn num_generated(&self) -> usize {
+        self.tokens.len() - self.num_prompt_tokens() + self.num_pending
+    }
+
+    /// All tokens there are, those in flight included.
+    pub(crate) fn num_tokens(&self) -> usize {
+        self.tokens.len() + self.num_pending
+    }
+
+    /// Tokens to compute before the next one can be sampled; 0 while no further one is wanted.
+    pub(crate) fn num_remaining(&self) -> usize {
+        // The last token wanted needs no KV: nothing comes after it.
+        let wanted = self.num_prompt_tokens() + self.request.stop.max_tokens as usize - 1;
+        self.num_tokens().min(wanted) - self.num_computed_tokens
+    }
+
+    /// Takes in a collected token.
+    pub(crate) fn push(&mut self, token: TokenId) -> Option<FinishReason> {
+        self.num_pending -= 1;
+        self.tokens.push(token);
+        if self.request.stop.stop_token_ids.contains(&token) {
+            return Some(FinishReason::Stop(token));
+        }
+        let num_generated = self.tokens.len() - self.num_prompt_tokens();
+        (num_generated >= self.request.stop.max_tokens as usize).then_some(FinishReason::Length)
+    }
+
+    /// Gives up all blocks, to compute everything again later. Tokens in flight still count.
+    pub(crate) fn preempt(&mut self) -> BlockTable {
+        self.is_running = false;
+        self.num_computed_tokens = 0;
+        self.num_preemptions += 1;
+        std::mem::replace(&mut self.table, BlockTable::new(self.request.cache_salt))
+    }
+}
