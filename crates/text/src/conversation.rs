@@ -147,7 +147,8 @@ fn check(
         }
         "system" | "developer" => Role::System,
         "user" => Role::User,
-        "assistant" => Role::Assistant,
+        // Gemma's own name for it, which some clients have learned from the template.
+        "assistant" | "model" => Role::Assistant,
         other => {
             return Err(ConversationError::UnknownRole {
                 index,

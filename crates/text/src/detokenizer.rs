@@ -8,10 +8,11 @@ use crate::tokenizer::Tokenizer;
 
 /// A run of byte tokens is given out after this many tokens even if it has not ended.
 ///
-/// Decoded as a whole, an invalid byte makes the *entire* run into U+FFFD, so a run is certain only when it ends. The
-/// longest real runs are emoji sequences (a family of four is 25 bytes; with skin tones 41). A model that emits more
-/// bytes than this in a row and then an invalid one gets replacement characters for the last bytes only.
-pub const MAX_HELD_TOKENS: usize = 64;
+/// Decoded as a whole, an invalid byte makes the *entire* run into U+FFFD, so a run is certain only when it ends. Any
+/// token of another kind ends it, a space too, so real runs are a word of a rare script or a few emoji (a family of four
+/// is 25 bytes). The bound is for a model gone astray: it keeps the stream moving and the memory fixed. Only if such a
+/// model emits this many valid bytes in a row and then an invalid one does the text differ from decoding all at once.
+pub const MAX_HELD_TOKENS: usize = 512;
 
 /// Turns ids into text as they arrive. One per generated sequence; holds the tokenizer's table by `Arc`.
 ///
