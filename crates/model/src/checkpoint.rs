@@ -118,6 +118,31 @@ impl Checkpoint {
         })
     }
 
+    /// Opens a checkpoint that was made in memory; it has no other files.
+    ///
+    /// # Errors
+    /// As [`Self::open_dir`].
+    pub fn from_bytes(
+        config_json: &[u8],
+        safetensors: Vec<u8>,
+        overrides: ConfigOverrides,
+    ) -> Result<Self, CheckpointError> {
+        let (config, warnings) =
+            ModelConfig::from_json(config_json, overrides).map_err(|source| CheckpointError::Config {
+                file: "config.json",
+                source,
+            })?;
+        let weights = Weights::from_bytes(safetensors)?;
+        let (source, generation) = (Source::Embedded(&[]), GenerationDefaults::default());
+        Ok(Self {
+            source,
+            config,
+            generation,
+            weights,
+            warnings,
+        })
+    }
+
     /// The model's shape and constants.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {

@@ -11,6 +11,7 @@
 //! | `decoder` | the model |
 //! | `runner` | a model that runs the engine's batches |
 //! | `conformance` (feature `testing`) | what every backend must prove |
+//! | `testing` (feature `testing`) | small checkpoints made in memory |
 //!
 //! ```no_run
 //! use lapidary_model::{Backend, Checkpoint, ConfigOverrides, ModelRunner, RunnerConfig};
@@ -24,6 +25,8 @@
 mod backend;
 mod checkpoint;
 mod config;
+#[cfg(feature = "testing")]
+pub mod conformance;
 mod decoder;
 mod loader;
 mod problem;
@@ -31,6 +34,8 @@ mod quantization;
 mod runner;
 mod scalars;
 mod tensors;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod warning;
 mod weights;
 

@@ -1,0 +1,192 @@
+//! Embedding, norms and the gated activation.
+
+use half::bf16;
+
+use super::Bounds;
+use super::rig::{
+    Error, Numbers, Rig, SCHEMES, SequenceStep, Stored, assert_close, assert_quantized, batch_of, exact, shape,
+};
+use crate::backend::{Backend, DType, NormArgs};
+
+const WIDTHS: [usize; 12] = [1, 15, 16, 17, 63, 65, 127, 128, 129, 1000, 4095, 4097];
+
+/// Rows of the table, scaled, of every type a table can have.
+pub fn embed_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(1);
+    let tokens = vec![4, 0, 6, 6, 2];
+    for dtype in [DType::Bf16, DType::F16, DType::F32] {
+        for cols in WIDTHS {
+            let cols = shape(cols, bounds);
+            let values = numbers.values(7 * cols, 1.0);
+            let mut rig = Rig::new(make, 5);
+            let plan = rig
+                .backend
+                .begin(&batch_of(&[SequenceStep::new(tokens.clone(), 0, 0)]))
+                .expect("a small batch");
+            let table = Stored::new(&values, &[7, cols], dtype);
+            let table = rig.backend.upload_embedding(table.host()).expect("tables are small");
+            let mut out = rig.backend.alloc_tensor(5, cols).expect("tensors are small");
+            rig.backend
+                .embed(&plan, &table, bf16::from_f32(59.75), &mut out)
+                .expect("embed runs");
+            let got = rig.read(&out, 5);
+            let want: Vec<f64> = tokens
+                .iter()
+                .flat_map(|token| &values[*token as usize * cols..][..cols])
+                .map(|value| f64::from(*value) * 59.75)
+                .collect();
+            let magnitude: Vec<f64> = want.iter().map(|value| value.abs()).collect();
+            assert_close(
+                &format!("embed {dtype:?} {cols}"),
+                &got,
+                &want,
+                &magnitude,
+                bounds.element,
+            );
+        }
+    }
+}
+
+/// `x * rsqrt(mean(x^2) + eps) * (1 + w)`, quantised by every scheme; a row of zeros and one of large values among them.
+pub fn norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(2);
+    let rows = 4;
+    for cols in WIDTHS {
+        let cols = shape(cols, bounds);
+        let mut x = numbers.values(rows * cols, 3.0);
+        x[cols..2 * cols].fill(0.0);
+        x[2 * cols..3 * cols].iter_mut().for_each(|value| *value *= 4096.0);
+        let weight = numbers.values(cols, 1.0);
+        for scheme in SCHEMES {
+            let mut rig = Rig::new(make, rows);
+            let plan = rig.begin(rows);
+            let tensor = rig.tensor(&plan, &x, rows);
+            let weights = rig.norm_weight(&weight);
+            let mut out = rig.activation(rows, cols);
+            let args = NormArgs {
+                weight: &weights,
+                eps: 1e-6,
+                out_scheme: scheme,
+            };
+            rig.backend.norm(&plan, &tensor, args, &mut out).expect("norm runs");
+            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            let want = norm(&exact(&x), &weight, 1e-6);
+            assert_quantized(
+                &format!("norm {cols}"),
+                &got,
+                &want,
+                cols,
+                scheme,
+                Error::relative(bounds.element),
+            );
+        }
+    }
+}
+
+/// The residual gains the normed branch, and its own norm comes out.
+pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(3);
+    let rows = 3;
+    for cols in WIDTHS {
+        let cols = shape(cols, bounds);
+        let (x, residual) = (numbers.values(rows * cols, 0.5), numbers.values(rows * cols, 20.0));
+        let (post, pre) = (numbers.values(cols, 1.0), numbers.values(cols, 1.0));
+        for scheme in SCHEMES {
+            let mut rig = Rig::new(make, rows);
+            let plan = rig.begin(rows);
+            let branch = rig.tensor(&plan, &x, rows);
+            let mut stream = rig.tensor(&plan, &residual, rows);
+            let (post_norm, pre_norm) = (rig.norm_weight(&post), rig.norm_weight(&pre));
+            let mut out = rig.activation(rows, cols);
+            let args = NormArgs {
+                weight: &pre_norm,
+                eps: 1e-6,
+                out_scheme: scheme,
+            };
+            rig.backend
+                .add_norm(&plan, &branch, &post_norm, &mut stream, args, &mut out)
+                .expect("add_norm runs");
+
+            let added = norm(&exact(&x), &post, 1e-6);
+            let sum: Vec<f64> = exact(&residual)
+                .iter()
+                .zip(&added)
+                .map(|(old, added)| old + added)
+                .collect();
+            let magnitude: Vec<f64> = exact(&residual)
+                .iter()
+                .zip(&added)
+                .map(|(old, added)| old.abs() + added.abs())
+                .collect();
+            let got = rig.read(&stream, rows);
+            assert_close(
+                &format!("add_norm residual {cols}"),
+                &got,
+                &sum,
+                &magnitude,
+                bounds.element,
+            );
+            // Judged from the residual the backend really has: a sum that cancels may be off by more than itself.
+            let want = norm(&got, &pre, 1e-6);
+            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            assert_quantized(
+                &format!("add_norm {cols}"),
+                &got,
+                &want,
+                cols,
+                scheme,
+                Error::relative(4.0 * bounds.element),
+            );
+        }
+    }
+}
+
+/// `gelu_tanh(gate) * up`, also far out, where it is the identity or nothing.
+pub fn geglu_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(4);
+    let rows = 3;
+    for cols in WIDTHS {
+        let cols = shape(cols, bounds);
+        let mut gate_up = numbers.values(rows * 2 * cols, 4.0);
+        gate_up[0] = 40.0;
+        gate_up[2 * cols] = -40.0;
+        let want: Vec<f64> = exact(&gate_up)
+            .chunks(2 * cols)
+            .flat_map(|row| {
+                (0..cols)
+                    .map(|col| gelu_tanh(row[col]) * row[cols + col])
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        for scheme in SCHEMES {
+            let mut rig = Rig::new(make, rows);
+            let plan = rig.begin(rows);
+            let tensor = rig.tensor(&plan, &gate_up, rows);
+            let mut out = rig.activation(rows, cols);
+            rig.backend.geglu(&plan, &tensor, scheme, &mut out).expect("geglu runs");
+            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            // 1 + tanh cancels for negative gates: the error is relative to gate * up, at most 16 but for the outliers.
+            let error = Error {
+                relative: bounds.element,
+                absolute: bounds.element * 16.0,
+            };
+            assert_quantized(&format!("geglu {cols}"), &got, &want, cols, scheme, error);
+        }
+    }
+}
+
+pub(super) fn norm(x: &[f64], weight: &[f32], eps: f32) -> Vec<f64> {
+    x.chunks(weight.len())
+        .flat_map(|row| {
+            let mean_square = row.iter().map(|value| value * value).sum::<f64>() / row.len() as f64;
+            let factor = 1.0 / (mean_square + f64::from(eps)).sqrt();
+            row.iter()
+                .zip(weight)
+                .map(move |(value, weight)| value * factor * (1.0 + f64::from(*weight)))
+        })
+        .collect()
+}
+
+fn gelu_tanh(x: f64) -> f64 {
+    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)).tanh())
+}

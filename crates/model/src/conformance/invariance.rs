@@ -1,0 +1,141 @@
+//! A sequence gets the same logits whoever shares its steps and however its prompt is cut.
+
+use lapidary_engine::{Executor, SampleRow, SampledToken, SamplingParams, TokenId};
+
+use super::Bounds;
+use super::rig::{BLOCK_SIZE, SequenceStep, batch_of};
+use crate::backend::Backend;
+use crate::runner::{KvCacheSize, ModelRunner, RunnerConfig};
+use crate::testing::{TinyModel, TinyWeights};
+
+const ALL_WEIGHTS: [TinyWeights; 7] = [
+    TinyWeights::Dense("BF16"),
+    TinyWeights::Dense("F16"),
+    TinyWeights::Dense("F32"),
+    TinyWeights::AutoFp8Static,
+    TinyWeights::AutoFp8Dynamic,
+    TinyWeights::CompressedChannel,
+    TinyWeights::CompressedWeightOnly,
+];
+/// Blocks each sequence of a check owns.
+const BLOCKS_EACH: usize = 8;
+const MAX_SEQS: usize = 8;
+
+/// Long prompts, cut into chunks of every awkward size, give the logits of the uncut prompt: bit by bit, or closely.
+pub fn chunks_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let tokens = prompt(0, 70);
+    for weights in ALL_WEIGHTS {
+        let mut reference: Option<Vec<f32>> = None;
+        for chunk in [70, 1, 7, 16, 33, 64] {
+            let logits = runner(make, weights, chunk, chunk)
+                .forward_logits(&tokens)
+                .expect("the prompt fits");
+            let reference = reference.get_or_insert_with(|| logits.clone());
+            assert_same(&format!("{weights:?} in chunks of {chunk}"), &logits, reference, bounds);
+        }
+    }
+}
+
+/// Log-probabilities of a greedy continuation, alone and among neighbours that come, grow and go.
+pub fn neighbours_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    for weights in ALL_WEIGHTS {
+        let alone = continuation(&mut runner(make, weights, 128, MAX_SEQS), 0);
+        for neighbours in [1, 2, MAX_SEQS - 1] {
+            let crowded = continuation(&mut runner(make, weights, 128, MAX_SEQS), neighbours);
+            let what = format!("{weights:?} with {neighbours} neighbours");
+            assert_eq!(alone.0, crowded.0, "{what}: tokens");
+            assert_same(&what, &crowded.1, &alone.1, bounds);
+        }
+    }
+}
+
+/// Twenty greedy tokens after a prompt of thirty, and the log-probabilities of all alternatives shown.
+fn continuation<B: Backend>(runner: &mut ModelRunner<B>, neighbours: usize) -> (Vec<TokenId>, Vec<f32>) {
+    let mut tokens = prompt(0, 30);
+    let (mut computed, mut chosen, mut logprobs) = (0, Vec::new(), Vec::new());
+    for step in 0..20 {
+        // Neighbours stand before and after, in prompts of changing length that end at changing times.
+        let mut sequences = Vec::new();
+        for neighbour in 0..neighbours {
+            let length = 1 + (neighbour * 5 + step * 3) % 11;
+            let tokens = prompt(neighbour + 1, length);
+            sequences.push(SequenceStep::new(tokens, 0, (neighbour + 1) * BLOCKS_EACH));
+        }
+        let ours = neighbours / 2;
+        sequences.insert(ours, SequenceStep::new(tokens[computed..].to_vec(), computed, 0));
+        computed = tokens.len();
+        let mut batch = batch_of(&sequences);
+        batch.step = step as u64;
+        batch.samples = (0..sequences.len())
+            .map(|index| greedy(batch.query_start[index + 1] - 1))
+            .collect();
+        runner.launch(&batch).expect("the step runs");
+        let sampled: Vec<SampledToken> = runner.collect().expect("the step ran");
+        let token = sampled[ours].token;
+        let shown = sampled[ours]
+            .logprobs
+            .as_ref()
+            .expect("log-probabilities were asked for");
+        logprobs.extend(shown.top.iter().map(|(_, logprob)| *logprob));
+        chosen.push(token);
+        tokens.push(token);
+    }
+    (chosen, logprobs)
+}
+
+fn greedy(row: u32) -> SampleRow {
+    let params = SamplingParams {
+        temperature: 0.0,
+        logprobs: Some(10),
+        ..SamplingParams::default()
+    };
+    SampleRow {
+        row,
+        position: row + 1,
+        params: params.into(),
+        banned: None,
+        history: None,
+    }
+}
+
+fn prompt(salt: usize, length: usize) -> Vec<TokenId> {
+    (0..length)
+        .map(|index| ((index * 37 + salt * 11 + index * index) % 150 + 4) as TokenId)
+        .collect()
+}
+
+fn runner<B: Backend>(
+    make: &dyn Fn() -> B,
+    weights: TinyWeights,
+    max_num_batched_tokens: usize,
+    max_num_seqs: usize,
+) -> ModelRunner<B> {
+    let checkpoint = TinyModel::new(weights).checkpoint().expect("the tiny model is whole");
+    let config = RunnerConfig {
+        max_num_batched_tokens,
+        max_num_seqs,
+        max_model_len: Some(BLOCKS_EACH * BLOCK_SIZE),
+        block_size: BLOCK_SIZE as u32,
+        kv_cache: KvCacheSize::Blocks((BLOCKS_EACH * MAX_SEQS) as u32),
+    };
+    ModelRunner::load(make(), &checkpoint, config, &mut |_| ()).expect("the tiny model loads")
+}
+
+fn assert_same(what: &str, got: &[f32], want: &[f32], bounds: &Bounds) {
+    assert_eq!(got.len(), want.len(), "{what}: length");
+    for (index, (got, want)) in got.iter().zip(want).enumerate() {
+        if bounds.bit_exact_invariance {
+            assert_eq!(
+                got.to_bits(),
+                want.to_bits(),
+                "{what}: value {index} is {got}, expected {want} exactly"
+            );
+        } else {
+            // Near-random models amplify one FP8 rounding: only gross errors are caught this way.
+            assert!(
+                (got - want).abs() < 0.5,
+                "{what}: value {index} is {got}, expected about {want}"
+            );
+        }
+    }
+}

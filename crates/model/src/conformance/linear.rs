@@ -1,0 +1,149 @@
+//! Linear layers: every weight type, every activation scheme, stacked parts, odd shapes.
+
+use super::Bounds;
+use super::rig::{Numbers, Rig, Stored, assert_close, exact, quantized, shape};
+use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs};
+
+/// `[tokens, in, outs of the stacked parts]`.
+const SHAPES: [(usize, usize, &[usize]); 12] = [
+    (1, 1, &[1]),
+    (1, 15, &[17]),
+    (2, 16, &[16, 1]),
+    (3, 17, &[15, 5, 5]),
+    (1, 63, &[65]),
+    (4, 64, &[64, 32, 32]),
+    (15, 127, &[129]),
+    (16, 128, &[127, 127]),
+    (17, 129, &[63, 1, 64]),
+    (65, 256, &[96]),
+    (2, 4095, &[33]),
+    (129, 4097, &[17, 16]),
+];
+
+/// `x * weights^T` with the scale of every output row, from inputs that no scheme rounds ambiguously.
+pub fn linear_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let kinds = [
+        (DType::Bf16, ActivationScheme::None),
+        (DType::F16, ActivationScheme::None),
+        (DType::F32, ActivationScheme::None),
+        (DType::F8E4M3, ActivationScheme::None),
+        (DType::F8E4M3, ActivationScheme::Fp8Static { scale: 0.0371 }),
+        // Clips most of its input.
+        (DType::F8E4M3, ActivationScheme::Fp8Static { scale: 0.0011 }),
+        (DType::F8E4M3, ActivationScheme::Fp8Token),
+    ];
+    let mut numbers = Numbers::new(5);
+    for (rows, in_features, outs) in SHAPES {
+        let in_features = shape(in_features, bounds);
+        let outs: Vec<usize> = outs.iter().map(|out| shape(*out, bounds)).collect();
+        for (dtype, scheme) in kinds {
+            check(
+                make,
+                &mut numbers,
+                Case {
+                    rows,
+                    in_features,
+                    outs: &outs,
+                    dtype,
+                    scheme,
+                },
+                bounds,
+            );
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Case<'a> {
+    rows: usize,
+    in_features: usize,
+    outs: &'a [usize],
+    dtype: DType,
+    scheme: ActivationScheme,
+}
+
+fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: Case<'_>, bounds: &Bounds) {
+    let Case {
+        rows,
+        in_features,
+        outs,
+        dtype,
+        scheme,
+    } = case;
+    let out_features: usize = outs.iter().sum();
+    let mut rig = Rig::new(make, rows);
+    let plan = rig.begin(rows);
+    let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme);
+    let weight = numbers.e4m3_values(out_features * in_features);
+    let scales: Vec<f32> = match dtype {
+        DType::F8E4M3 => (0..out_features).map(|_| 0.02 + 0.01 * numbers.symmetric()).collect(),
+        _ => Vec::new(),
+    };
+    let mut first = 0;
+    let mut stored = Vec::new();
+    for out in outs {
+        let part = &weight[first * in_features..(first + out) * in_features];
+        stored.push(Stored::new(part, &[*out, in_features], dtype));
+        first += out;
+    }
+    let parts = stored.iter().map(Stored::host).collect();
+    let weights = LinearWeights {
+        parts,
+        scales: scales.clone(),
+        input: scheme,
+    };
+    let weights = rig.backend.upload_linear(&weights).expect("weights are small");
+    let mut out = rig.backend.alloc_tensor(rows, out_features).expect("tensors are small");
+    rig.backend
+        .linear(&plan, &activation, &weights, &mut out)
+        .expect("linear runs");
+    let got = rig.read(&out, rows);
+
+    let weight = exact(&weight);
+    let (mut want, mut magnitude) = (Vec::new(), Vec::new());
+    for row in x.chunks(in_features) {
+        let row = quantized(scheme, row);
+        for (index, weight) in weight.chunks(in_features).enumerate() {
+            let scale = scales.get(index).map_or(1.0, |scale| f64::from(*scale));
+            let products = || row.iter().zip(weight).map(|(x, weight)| x * weight * scale);
+            want.push(products().sum());
+            magnitude.push(products().map(f64::abs).sum());
+        }
+    }
+    let what = format!("linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}");
+    assert_close(&what, &got, &want, &magnitude, bounds.dot);
+}
+
+/// An activation whose values are known exactly: the norm of a row of signs is the row itself, times `1 + weight`.
+///
+/// The values are multiples of 1/64 up to 125/64: none of them, divided by the largest or by a scale above, comes near
+/// the middle between two e4m3 values, so that all backends round alike.
+fn known_activation<B: Backend>(
+    rig: &mut Rig<B>,
+    plan: &B::Plan,
+    numbers: &mut Numbers,
+    [rows, cols]: [usize; 2],
+    scheme: ActivationScheme,
+) -> (Vec<f64>, B::Activation) {
+    let mut gains: Vec<f32> = (0..cols).map(|_| (numbers.below(251) as f32 - 125.0) / 64.0).collect();
+    gains[cols / 2] = 125.0 / 64.0;
+    let signs: Vec<f32> = (0..rows * cols)
+        .map(|_| if numbers.below(2) == 0 { 1.0 } else { -1.0 })
+        .collect();
+    let tensor = rig.tensor(plan, &signs, rows);
+    let weight: Vec<f32> = gains.iter().map(|gain| gain - 1.0).collect();
+    let weight = rig.norm_weight(&weight);
+    let mut out = rig.activation(rows, cols);
+    let norm = NormArgs {
+        weight: &weight,
+        eps: 0.0,
+        out_scheme: scheme,
+    };
+    rig.backend.norm(plan, &tensor, norm, &mut out).expect("norm runs");
+    let values = signs
+        .iter()
+        .zip(gains.iter().cycle())
+        .map(|(sign, gain)| f64::from(sign * gain))
+        .collect();
+    (values, out)
+}
