@@ -1,1 +1,102 @@
 //! HTTP in, SSE out; wires the rest together.
+//!
+//! | module | hides |
+//! |---|---|
+//! | `openai` | the request: reading, checking, prompts; the answer's bytes |
+//! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
+//! | `sse` | streaming: when the status is sent, frames, keep-alive |
+//! | `tokenize`, `probes` | the small endpoints |
+//! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
+//! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
+//! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
+
+mod error;
+mod extract;
+mod generate;
+mod json;
+mod lenient;
+pub mod lifecycle;
+pub mod metrics;
+mod openai;
+mod probes;
+mod request_id;
+mod sse;
+pub mod state;
+mod tokenize;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{HeaderName, header};
+use axum::middleware;
+use axum::response::Response;
+use axum::routing::{get, post};
+use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
+use tower_http::cors::{AllowHeaders, AllowMethods, Any, CorsLayer};
+
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// How long browsers may remember a preflight's answer: Firefox's upper bound.
+const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// All routes and layers.
+pub fn router(state: AppState) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/models", get(openai::models::list))
+        .route("/v1/models/{*id}", get(openai::models::get))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/version", get(probes::version))
+        .route("/live", get(probes::live))
+        .route("/ready", get(probes::ready))
+        .route("/health", get(probes::health))
+        .route("/metrics", get(probes::metrics))
+        .fallback(unknown_url)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(state)
+        // Later layers wrap earlier ones: errors of all of them carry an id and are readable across origins.
+        .layer(CatchPanicLayer::custom(PanicResponse))
+        .layer(cors())
+        .layer(middleware::from_fn(request_id::assign))
+}
+
+/// Any page may call: keys, not origins, protect a server. Headers are mirrored since `*` would not cover
+/// `Authorization`.
+fn cors() -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(Any)
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([request_id::X_REQUEST_ID, header::RETRY_AFTER, HeaderName::from_static("x-should-retry")])
+        .max_age(PREFLIGHT_MAX_AGE)
+}
+
+async fn unknown_url(request: Request) -> ApiError {
+    ApiError::UnknownUrl { method: request.method().clone(), path: request.uri().path().to_owned() }
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    ApiError::MethodNotAllowed { method: request.method().clone(), path: request.uri().path().to_owned() }
+}
+
+/// A handler's panic is a bug of ours; its connection goes on.
+#[derive(Clone, Copy)]
+struct PanicResponse;
+
+impl ResponseForPanic for PanicResponse {
+    type ResponseBody = axum::body::Body;
+
+    fn response_for_panic(&mut self, _panic: Box<dyn std::any::Any + Send + 'static>) -> Response {
+        // The panic hook has logged it.
+        axum::response::IntoResponse::into_response(ApiError::Internal)
+    }
+}
+
+/// Seconds since 1970.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -14,14 +14,15 @@ pub enum Phase {
     WarmingUp,
     /// Requests are served.
     Ready,
-    /// No new requests; those in flight finish.
+    /// The end has begun: `/ready` says so, and requests are served until the engine takes no more.
     Draining,
     /// The engine died or the model could not be loaded.
     Failed,
 }
 
 impl Phase {
-    const ALL: [Self; 6] =
+    /// All phases.
+    pub(crate) const ALL: [Self; 6] =
         [Self::Downloading, Self::LoadingWeights, Self::WarmingUp, Self::Ready, Self::Draining, Self::Failed];
 
     /// As `/ready` spells it.

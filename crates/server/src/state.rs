@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use lapidary_engine::{EngineHandle, TokenId};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
+use tokio::sync::Semaphore;
 
-use crate::lifecycle::Lifecycle;
+use crate::error::ApiError;
+use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
 /// Shared by all handlers.
@@ -24,13 +26,55 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What a client may ask for.
     pub limits: Limits,
+    /// One permit for each long text that may be tokenised at the same time: as many as there are cores.
+    pub(crate) tokenizer_threads: Arc<Semaphore>,
 }
 
 impl AppState {
     /// A state without a model.
     #[must_use]
     pub fn new(limits: Limits, metrics: Metrics) -> Self {
-        Self(Arc::new(Shared { lifecycle: Lifecycle::default(), model: OnceLock::new(), metrics, limits }))
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self(Arc::new(Shared {
+            lifecycle: Lifecycle::default(),
+            model: OnceLock::new(),
+            metrics,
+            limits,
+            tokenizer_threads: Arc::new(Semaphore::new(cores)),
+        }))
+    }
+
+    /// The model a request may use. While the process drains it still is: the engine says when it takes no more.
+    pub(crate) fn served_model(&self, name: Option<&str>) -> Result<&ServedModel, ApiError> {
+        let phase = self.lifecycle.phase();
+        let Some(model) = self.model.get() else {
+            return Err(match phase {
+                Phase::Failed => ApiError::EngineDead,
+                Phase::Draining => ApiError::ShuttingDown,
+                _ => ApiError::ModelLoading { phase: phase.as_str() },
+            });
+        };
+        if let Some(name) = name.filter(|name| !model.names.iter().any(|known| known == name)) {
+            return Err(ApiError::ModelNotFound { model: name.to_owned() });
+        }
+        match phase {
+            Phase::Ready | Phase::Draining => Ok(model),
+            Phase::Failed => Err(ApiError::EngineDead),
+            _ => Err(ApiError::ModelLoading { phase: phase.as_str() }),
+        }
+    }
+
+    pub(crate) fn is_engine_dead(&self) -> bool {
+        self.model.get().is_some_and(|model| !model.engine.is_alive())
+    }
+
+    /// Alive, and not stuck in a step.
+    pub(crate) fn is_engine_well(&self) -> bool {
+        self.model.get().is_some_and(|model| {
+            let heartbeat = model.engine.heartbeat();
+            let is_stuck = heartbeat.busy && heartbeat.since_progress > self.limits.engine_stall;
+            model.engine.is_alive() && !is_stuck
+        })
     }
 }
 
@@ -109,6 +153,10 @@ pub struct Limits {
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
     pub request_timeout: Option<Duration>,
+    /// Time for a request's body to arrive.
+    pub body_timeout: Duration,
+    /// A step that takes longer makes `/health` fail.
+    pub engine_stall: Duration,
 }
 
 impl Default for Limits {
@@ -120,6 +168,9 @@ impl Default for Limits {
             max_body_bytes: 32 << 20,
             sse_keep_alive: Duration::from_secs(15),
             request_timeout: None,
+            body_timeout: Duration::from_secs(60),
+            // A step of a large prompt on a slow CPU takes tens of seconds.
+            engine_stall: Duration::from_secs(120),
         }
     }
 }

@@ -1,0 +1,290 @@
+//! The one error a client can see. Nothing else makes a status code.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use lapidary_engine::{EngineError, StatsSnapshot, SubmitError};
+use serde::Serialize;
+
+/// Bytes of a client's own words that an error message repeats.
+const MAX_ECHO_BYTES: usize = 200;
+
+/// Bounds of `Retry-After` for a full queue: below, a client would come back before anything changed; above, openai
+/// clients ignore it.
+const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+
+/// `x-should-retry`: openai clients retry every 5xx and 408 unless it says `false`.
+const SHOULD_RETRY: &str = "x-should-retry";
+
+/// Why a request is not answered, by what its sender can do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ApiError {
+    /// The request must be changed.
+    #[error("{message}")]
+    InvalidRequest {
+        /// What is wrong, and with which value.
+        message: String,
+        /// JSON path of the culprit.
+        param: Option<Cow<'static, str>>,
+        /// OpenAI's code where it has one.
+        code: Option<&'static str>,
+    },
+    /// No model of this name is served.
+    #[error("The model `{}` does not exist.", shorten(.model))]
+    ModelNotFound {
+        /// The name asked for.
+        model: String,
+    },
+    /// No such path.
+    #[error("Invalid URL ({method} {})", shorten(.path))]
+    UnknownUrl {
+        /// Of the request.
+        method: Method,
+        /// Of the request.
+        path: String,
+    },
+    /// The path exists, not for this method.
+    #[error("Not allowed to {method} on {}", shorten(.path))]
+    MethodNotAllowed {
+        /// Of the request.
+        method: Method,
+        /// Of the request.
+        path: String,
+    },
+    /// The body is larger than the server reads.
+    #[error("The request body is larger than the limit of {limit_bytes} bytes.")]
+    BodyTooLarge {
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// The body did not arrive in time.
+    #[error("The request body did not arrive within {} seconds.", .limit.as_secs_f64())]
+    BodyTimeout {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The answer was not complete at the deadline.
+    #[error("The request was not finished before its deadline.")]
+    DeadlineExceeded,
+    /// The queue has no room.
+    #[error("{message}")]
+    QueueFull {
+        /// Which limit, with the numbers.
+        message: String,
+        /// When the queue should have room again.
+        retry_after: Duration,
+    },
+    /// The model is not loaded yet.
+    #[error("The model is not loaded yet ({phase}).")]
+    ModelLoading {
+        /// As `/ready` spells it.
+        phase: &'static str,
+    },
+    /// The server takes no new requests.
+    #[error("The server is shutting down.")]
+    ShuttingDown,
+    /// The engine is gone; only a restart helps.
+    #[error("The engine is not running.")]
+    EngineDead,
+    /// Our fault. The cause is in the log, under the request's id.
+    #[error("The server had an error while processing the request.")]
+    Internal,
+}
+
+impl ApiError {
+    /// A value of `param` that is refused.
+    pub(crate) fn invalid(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self::InvalidRequest { message: message.into(), param: Some(param.into()), code: Some("invalid_value") }
+    }
+
+    /// A required field that is absent.
+    #[must_use]
+    pub(crate) fn missing(param: &'static str) -> Self {
+        Self::InvalidRequest {
+            message: format!("Missing required parameter: '{param}'."),
+            param: Some(param.into()),
+            code: Some("missing_required_parameter"),
+        }
+    }
+
+    /// Something the field's servers may know and this one does not.
+    pub(crate) fn unsupported(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self::InvalidRequest { message: message.into(), param: Some(param.into()), code: Some("unsupported_parameter") }
+    }
+
+    /// Prompt and answer do not fit the model. Gateways recognise the error by the first sentence.
+    #[must_use]
+    pub(crate) fn context_length(param: &'static str, max_model_len: u32, detail: &str) -> Self {
+        Self::InvalidRequest {
+            message: format!("This model's maximum context length is {max_model_len} tokens. {detail}"),
+            param: Some(param.into()),
+            code: Some("context_length_exceeded"),
+        }
+    }
+
+    /// What the engine's refusal means for the client.
+    pub(crate) fn refused(error: &SubmitError, stats: &StatsSnapshot) -> Self {
+        match error {
+            SubmitError::EmptyPrompt => Self::invalid("prompt", "The prompt has no tokens."),
+            SubmitError::NoTokensWanted => Self::invalid("max_tokens", "max_tokens must be at least 1, got 0."),
+            SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len, kv_cache_tokens } => {
+                let limit = (*max_model_len).min(*kv_cache_tokens);
+                Self::too_long("input_tokens", limit, *prompt_tokens, Some(*max_tokens))
+            }
+            SubmitError::QueueFull { .. } => Self::QueueFull {
+                message: format!("The server is overloaded: {error}."),
+                retry_after: stats
+                    .queue_drain_time()
+                    .unwrap_or(RETRY_AFTER_MIN)
+                    .clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX),
+            },
+            SubmitError::ShuttingDown => Self::ShuttingDown,
+            SubmitError::Dead => Self::EngineDead,
+        }
+    }
+
+    /// Prompt and answer, or the prompt alone, do not fit.
+    pub(crate) fn too_long(
+        param: &'static str,
+        max_model_len: u32,
+        prompt_tokens: u32,
+        max_tokens: Option<u32>,
+    ) -> Self {
+        let detail = match max_tokens {
+            Some(max_tokens) => format!(
+                "However, you requested {max_tokens} output tokens and your prompt contains {prompt_tokens} input \
+                 tokens, for a total of {} tokens. Please reduce the length of the input prompt or the number of \
+                 requested output tokens.",
+                u64::from(prompt_tokens) + u64::from(max_tokens)
+            ),
+            None => format!(
+                "However, your prompt contains {prompt_tokens} input tokens, which leaves no room for an answer. \
+                 Please reduce the length of the input prompt."
+            ),
+        };
+        Self::context_length(param, max_model_len, &detail)
+    }
+
+    /// The HTTP status.
+    #[must_use]
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::InvalidRequest { .. } => StatusCode::BAD_REQUEST,
+            Self::ModelNotFound { .. } | Self::UnknownUrl { .. } => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
+            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::ModelLoading { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::EngineDead | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// OpenAI's `type`.
+    #[must_use]
+    pub(crate) fn kind(&self) -> &'static str {
+        match self.status() {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// OpenAI's `code`.
+    #[must_use]
+    pub(crate) fn code(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidRequest { code, .. } => *code,
+            Self::ModelNotFound { .. } => Some("model_not_found"),
+            Self::UnknownUrl { .. } => Some("unknown_url"),
+            Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
+            Self::BodyTooLarge { .. } => Some("request_too_large"),
+            Self::BodyTimeout { .. } | Self::DeadlineExceeded => Some("request_timeout"),
+            Self::QueueFull { .. } => Some("queue_full"),
+            Self::ModelLoading { .. } => Some("model_loading"),
+            Self::ShuttingDown => Some("shutting_down"),
+            Self::EngineDead => Some("engine_dead"),
+            Self::Internal => Some("internal_error"),
+        }
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            Self::InvalidRequest { param, .. } => param.as_deref(),
+            Self::ModelNotFound { .. } => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// How long a client should wait before it tries again.
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::QueueFull { retry_after, .. } => Some(*retry_after),
+            Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
+            Self::ShuttingDown => Some(Duration::from_secs(5)),
+            _ => None,
+        }
+    }
+
+    /// `{"error":{…}}` with all four keys.
+    #[must_use]
+    pub(crate) fn to_json(&self) -> String {
+        let message = self.to_string();
+        let error =
+            ErrorObject { message: &message, r#type: self.kind(), param: self.param(), code: self.code() };
+        serde_json::to_string(&ErrorBody { error }).expect("strings serialise")
+    }
+}
+
+impl From<&EngineError> for ApiError {
+    fn from(error: &EngineError) -> Self {
+        match error {
+            EngineError::StepFailed { .. } => Self::Internal,
+            EngineError::DeadlineExceeded => Self::DeadlineExceeded,
+            EngineError::ShutDown => Self::ShuttingDown,
+            EngineError::EngineDead => Self::EngineDead,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), self.to_json()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(wait) = self.retry_after() {
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        if matches!(self, Self::EngineDead | Self::DeadlineExceeded) {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        response
+    }
+}
+
+/// The start of `text`, as much as a message can bear.
+#[must_use]
+pub(crate) fn shorten(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_ECHO_BYTES {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(format!("{}…", &text[..text.floor_char_boundary(MAX_ECHO_BYTES)]))
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: ErrorObject<'a>,
+}
+
+/// All four keys are required by OpenAI's schema; typed clients fail without them.
+#[derive(Serialize)]
+struct ErrorObject<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    param: Option<&'a str>,
+    code: Option<&'static str>,
+}

@@ -1,0 +1,378 @@
+//! From prompts to text: one [`Generation`] behind every answer, whatever endpoint and form it takes.
+//!
+//! It submits `n` sequences for each prompt, turns their tokens into text, finds stop strings and keeps count. Dropping
+//! it drops the engine's streams, which aborts what is still running.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use lapidary_engine::{
+    EngineError, FinishReason, Request, StopCriteria, TokenEvent, TokenId, TokenLogprobs, TokenStream,
+};
+use lapidary_text::{Detokenizer, StopMatcher, Tokenizer};
+
+use crate::error::ApiError;
+use crate::metrics::{FinishedSequence, SequenceEnd};
+use crate::openai::Params;
+use crate::state::{AppState, ServedModel};
+
+/// All answers to one request, in progress.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    choices: Vec<Choice>,
+    prompts: Vec<PromptUsage>,
+    state: AppState,
+    arrival: Instant,
+    /// Where the next poll begins: each choice gets its turn.
+    next: usize,
+    num_unfinished: usize,
+    has_failed: bool,
+}
+
+/// What is known of a prompt once its first token came.
+#[derive(Debug)]
+struct PromptUsage {
+    num_tokens: u32,
+    /// Of its first answer: siblings always find the prompt in the cache.
+    num_cached_tokens: Option<u32>,
+}
+
+/// Tokens used so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    /// Each prompt counts once, however many answers it gets.
+    pub(crate) prompt_tokens: u32,
+    /// Generated tokens, the stop token included.
+    pub(crate) completion_tokens: u32,
+    /// Of the prompt tokens, those that were not computed.
+    pub(crate) cached_tokens: u32,
+}
+
+/// One answer.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    prompt_index: usize,
+    /// `None` once it is finished.
+    stream: Option<TokenStream>,
+    tokenizer: Arc<Tokenizer>,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    include_stop: bool,
+    eos_token_id: Option<TokenId>,
+    /// Text of the newest tokens, before stop strings were looked for.
+    fresh: String,
+    /// Characters of text of settled tokens.
+    num_chars: usize,
+    /// Tokens whose text is not certain yet.
+    held: VecDeque<LogprobEntry>,
+    num_tokens: u32,
+    max_tokens: u32,
+    submitted: Instant,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    queue_time: Duration,
+    /// What the latest event added.
+    pub(crate) delta: Delta,
+}
+
+/// What one engine event added to an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Delta {
+    /// May be empty: half a character, or the beginning of a stop string, is held back.
+    pub(crate) text: String,
+    /// In order; each token exactly once.
+    pub(crate) logprobs: Vec<LogprobEntry>,
+    /// The answer is complete.
+    pub(crate) finish: Option<Finish>,
+}
+
+/// A token of which log-probabilities were asked for.
+#[derive(Debug)]
+pub(crate) struct LogprobEntry {
+    /// The sampled token.
+    pub(crate) token: TokenId,
+    /// Its own and the best ones.
+    pub(crate) logprobs: Box<TokenLogprobs>,
+    /// Characters of the answer before it.
+    pub(crate) text_offset: usize,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// At the model's end-of-sequence token.
+    Eos,
+    /// At another stop token.
+    StopToken(TokenId),
+    /// At this stop string.
+    StopString(usize),
+    /// At `max_tokens`.
+    Length,
+}
+
+impl Generation {
+    /// Submits everything to the engine. Nothing runs if any of it is refused.
+    pub(crate) fn submit(
+        state: &AppState,
+        model: &ServedModel,
+        prompts: Vec<Arc<[TokenId]>>,
+        params: &Params,
+        deadline: Option<Instant>,
+        arrival: Instant,
+    ) -> Result<Self, ApiError> {
+        let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
+        let mut usages = Vec::with_capacity(prompts.len());
+        for (prompt_index, prompt) in prompts.into_iter().enumerate() {
+            let num_tokens = u32::try_from(prompt.len()).expect("the length was checked against the context");
+            usages.push(PromptUsage { num_tokens, num_cached_tokens: None });
+            let room = model.max_model_len - num_tokens;
+            // Only a default can exceed the room here: what a client names was checked.
+            let max_tokens = params.max_tokens.map_or(room, |max_tokens| max_tokens.min(room));
+            for choice in 0..params.n {
+                let mut sampling = params.sampling.clone();
+                sampling.seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
+                let request = Request {
+                    prompt: Arc::clone(&prompt),
+                    sampling: Arc::new(sampling),
+                    stop: StopCriteria {
+                        max_tokens,
+                        min_tokens: params.min_tokens.min(max_tokens),
+                        stop_token_ids: Arc::clone(&params.stop_token_ids),
+                    },
+                    priority: params.priority,
+                    cache_salt: params.cache_salt,
+                    deadline,
+                };
+                // With `echo`, nothing at all may be asked for.
+                let stream = match max_tokens {
+                    0 => None,
+                    _ => Some(model.engine.submit(request).map_err(|error| ApiError::refused(&error, &model.engine.stats()))?),
+                };
+                choices.push(Choice::new(prompt_index, stream, &model.tokenizer, params, max_tokens, model.eos_token_id));
+            }
+        }
+        let num_unfinished = choices.len();
+        Ok(Self { choices, prompts: usages, state: state.clone(), arrival, next: 0, num_unfinished, has_failed: false })
+    }
+
+    /// The next choice that has something new in its [`Choice::delta`]; `None` when all are finished. Not to be called
+    /// again after an error: one lost answer fails the request.
+    ///
+    /// A delta stays until its choice comes up again.
+    pub(crate) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<usize, EngineError>>> {
+        if self.num_unfinished == 0 {
+            return Poll::Ready(None);
+        }
+        for _ in 0..self.choices.len() {
+            let index = self.next;
+            self.next = (index + 1) % self.choices.len();
+            let choice = &mut self.choices[index];
+            if choice.is_finished() {
+                continue;
+            }
+            match choice.poll(context) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(event)) => {
+                    self.count(index, event);
+                    return Poll::Ready(Some(Ok(index)));
+                }
+                Poll::Ready(Err(error)) => {
+                    self.has_failed = true;
+                    return Poll::Ready(Some(Err(error)));
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    /// One of the answers.
+    pub(crate) fn choice(&self, index: usize) -> &Choice {
+        &self.choices[index]
+    }
+
+    /// How many answers there will be.
+    pub(crate) fn num_choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// What was used so far.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompts.iter().map(|prompt| prompt.num_tokens).sum(),
+            completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
+            cached_tokens: self.prompts.iter().filter_map(|prompt| prompt.num_cached_tokens).sum(),
+        }
+    }
+
+    /// Whether some answer was cut off at `max_tokens`.
+    pub(crate) fn was_cut_off(&self) -> bool {
+        self.choices.iter().any(|choice| choice.delta.finish == Some(Finish::Length))
+    }
+
+    /// Keeps the metrics: every generated token passes here.
+    fn count(&mut self, index: usize, event: Arrived) {
+        let metrics = &self.state.metrics;
+        let choice = &self.choices[index];
+        let prompt = &mut self.prompts[choice.prompt_index];
+        if prompt.num_cached_tokens.is_none() {
+            prompt.num_cached_tokens = Some(event.num_cached_tokens);
+            metrics.prompt_tokens(prompt.num_tokens, event.num_cached_tokens);
+        }
+        match event.since_last {
+            _ if choice.num_tokens == 0 => {}
+            None => metrics.first_token(choice.last_token - self.arrival),
+            Some(since_last) => metrics.next_token(since_last),
+        }
+        let Some(finish) = choice.delta.finish else { return };
+        self.num_unfinished -= 1;
+        metrics.sequence_finished(&FinishedSequence {
+            end: if finish == Finish::Length { SequenceEnd::Length } else { SequenceEnd::Stop },
+            prompt_tokens: prompt.num_tokens,
+            generated_tokens: choice.num_tokens,
+            max_tokens: choice.max_tokens,
+            arrival: self.arrival,
+            scheduled: choice.submitted + choice.queue_time,
+            queue_time: choice.queue_time,
+            first_token: choice.first_token,
+            last_token: choice.last_token,
+        });
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let end = if self.has_failed { SequenceEnd::Error } else { SequenceEnd::Abort };
+        self.state.metrics.sequences_lost(end, self.num_unfinished);
+    }
+}
+
+/// What [`Generation::count`] needs to know of an event.
+#[derive(Debug, Clone, Copy)]
+struct Arrived {
+    num_cached_tokens: u32,
+    since_last: Option<Duration>,
+}
+
+impl Choice {
+    fn new(
+        prompt_index: usize,
+        stream: Option<TokenStream>,
+        tokenizer: &Arc<Tokenizer>,
+        params: &Params,
+        max_tokens: u32,
+        eos_token_id: TokenId,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            prompt_index,
+            stream,
+            tokenizer: Arc::clone(tokenizer),
+            detokenizer: Detokenizer::new(tokenizer, params.skip_special_tokens),
+            stop: params.stop.clone(),
+            include_stop: params.include_stop,
+            eos_token_id: params.eos_is_silent.then_some(eos_token_id),
+            fresh: String::new(),
+            num_chars: 0,
+            held: VecDeque::new(),
+            num_tokens: 0,
+            max_tokens,
+            submitted: now,
+            first_token: None,
+            last_token: now,
+            queue_time: Duration::ZERO,
+            delta: Delta::default(),
+        }
+    }
+
+    /// The prompt it answers.
+    pub(crate) fn prompt_index(&self) -> usize {
+        self.prompt_index
+    }
+
+    fn is_finished(&self) -> bool {
+        self.delta.finish.is_some()
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Arrived, EngineError>> {
+        self.delta.text.clear();
+        self.delta.logprobs.clear();
+        let Some(stream) = &mut self.stream else {
+            self.delta.finish = Some(Finish::Length);
+            return Poll::Ready(Ok(Arrived { num_cached_tokens: 0, since_last: None }));
+        };
+        match ready!(stream.poll_recv(context)) {
+            Some(Ok(event)) => {
+                let arrived = self.take(event);
+                if self.is_finished() {
+                    self.stream = None;
+                }
+                Poll::Ready(Ok(arrived))
+            }
+            Some(Err(error)) => Poll::Ready(Err(error)),
+            None => unreachable!("a stream's last item finishes the choice, which is not polled again"),
+        }
+    }
+
+    fn take(&mut self, event: TokenEvent) -> Arrived {
+        let now = Instant::now();
+        let since_last = self.first_token.map(|_| now - self.last_token);
+        self.first_token.get_or_insert(now);
+        self.last_token = now;
+        self.queue_time = event.queue_time;
+        self.num_tokens += 1;
+        let token = event.sampled.token;
+        if let Some(logprobs) = event.sampled.logprobs {
+            self.held.push_back(LogprobEntry { token, logprobs, text_offset: 0 });
+        }
+        self.fresh.clear();
+        // A stop token is no part of the answer unless the client wants it to be.
+        let is_stop = matches!(event.finish, Some(FinishReason::Stop(_)));
+        let mut num_settled = match is_stop && !self.include_stop {
+            true => 0,
+            false => self.detokenizer.push(token, &mut self.fresh),
+        };
+        if event.finish.is_some() {
+            self.detokenizer.finish(&mut self.fresh);
+            num_settled = self.held.len();
+        }
+        self.settle(num_settled);
+        self.delta.finish = match self.stop.push(&self.fresh, &mut self.delta.text) {
+            Some(index) => Some(Finish::StopString(index)),
+            None => event.finish.map(|finish| match finish {
+                FinishReason::Length => Finish::Length,
+                FinishReason::Stop(token) if Some(token) == self.eos_token_id => Finish::Eos,
+                FinishReason::Stop(token) => Finish::StopToken(token),
+            }),
+        };
+        match self.delta.finish {
+            Some(Finish::StopString(_)) => self.settle_rest(),
+            Some(_) => self.stop.finish(&mut self.delta.text),
+            None => {}
+        }
+        Arrived { num_cached_tokens: event.num_cached_tokens, since_last }
+    }
+
+    /// Moves the oldest held tokens, whose text is `fresh`, to the delta.
+    fn settle(&mut self, num_settled: usize) {
+        if !self.held.is_empty() {
+            let mut num_bytes = 0;
+            for mut entry in self.held.drain(..num_settled.min(self.held.len())) {
+                let before = self.fresh.floor_char_boundary(num_bytes.min(self.fresh.len()));
+                entry.text_offset = self.num_chars + self.fresh[..before].chars().count();
+                num_bytes += self.tokenizer.token_bytes(entry.token).map_or(0, |bytes| bytes.len());
+                self.delta.logprobs.push(entry);
+            }
+            self.num_chars += self.fresh.chars().count();
+        }
+    }
+
+    /// A stop string ended the answer: tokens whose text would have come later still were generated.
+    fn settle_rest(&mut self) {
+        for mut entry in self.held.drain(..) {
+            entry.text_offset = self.num_chars;
+            self.delta.logprobs.push(entry);
+        }
+    }
+}

@@ -1,0 +1,314 @@
+//! The bodies of answers: chunks of a stream, and the whole at once. Byte for byte what clients see.
+
+use std::fmt::Write;
+
+use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
+
+use lapidary_text::Tokenizer;
+
+use super::logprobs::LogprobsJson;
+use super::params::{Params, Streaming};
+use super::Endpoint;
+use crate::error::ApiError;
+use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
+use crate::json;
+
+/// What all chunks of an answer, or its one body, have in common.
+#[derive(Debug)]
+pub(crate) struct Head {
+    /// Which shape.
+    pub(crate) endpoint: Endpoint,
+    /// `chatcmpl-…` or `cmpl-…`.
+    pub(crate) id: String,
+    /// Unix time.
+    pub(crate) created: u64,
+    /// The name the model is served by.
+    pub(crate) model: String,
+    /// Build, checkpoint and backend.
+    pub(crate) system_fingerprint: String,
+    /// What `stop_reason` may name.
+    pub(crate) stop_strings: Arc<[String]>,
+    /// Whether `logprobs` has values.
+    pub(crate) has_logprobs: bool,
+    /// For each prompt, the text before the answer; empty without `echo`.
+    pub(crate) echoes: Vec<String>,
+    /// Names tokens in `logprobs`.
+    pub(crate) tokenizer: Arc<Tokenizer>,
+}
+
+impl Head {
+    /// Of an answer that begins now.
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        request_id: &str,
+        model: &crate::state::ServedModel,
+        params: &Params,
+        echoes: Vec<String>,
+    ) -> Self {
+        Self {
+            endpoint,
+            id: format!("{}-{request_id}", endpoint.id_prefix()),
+            created: crate::unix_time(),
+            model: model.names.first().cloned().unwrap_or_default(),
+            system_fingerprint: model.system_fingerprint.clone(),
+            stop_strings: Arc::clone(&params.stop_strings),
+            has_logprobs: params.sampling.logprobs.is_some(),
+            echoes,
+            tokenizer: Arc::clone(&model.tokenizer),
+        }
+    }
+
+    /// `{"id":…,` up to and without `"choices"`.
+    fn write_start(&self, out: &mut BytesMut, object: &str) {
+        json::push(out, "{\"id\":");
+        json::push_string(out, &self.id);
+        json::push(out, ",\"object\":\"");
+        json::push(out, object);
+        json::push(out, "\",\"created\":");
+        json::push_int(out, self.created);
+        json::push(out, ",\"model\":");
+        json::push_string(out, &self.model);
+        json::push(out, ",\"system_fingerprint\":");
+        json::push_string(out, &self.system_fingerprint);
+    }
+
+    fn echo_of(&self, choice: &Choice) -> &str {
+        self.echoes.get(choice.prompt_index()).map_or("", String::as_str)
+    }
+
+    fn logprobs_of(&self, entries: &[LogprobEntry], echo: &str) -> LogprobsJson {
+        let mut logprobs = LogprobsJson::new(self.endpoint);
+        let shift = echo.chars().count();
+        for entry in entries {
+            logprobs.push(entry, &self.tokenizer, shift);
+        }
+        logprobs
+    }
+
+    /// `"finish_reason":…,"stop_reason":…`
+    fn write_finish(&self, out: &mut BytesMut, finish: Finish) {
+        let reason = if finish == Finish::Length { "length" } else { "stop" };
+        write!(out, "\"finish_reason\":\"{reason}\",\"stop_reason\":").expect("BytesMut grows");
+        match finish {
+            Finish::Eos | Finish::Length => json::push(out, "null"),
+            Finish::StopToken(token) => json::push_int(out, u64::from(token)),
+            Finish::StopString(index) => json::push_string(out, &self.stop_strings[index]),
+        }
+    }
+}
+
+fn write_usage(out: &mut BytesMut, usage: Usage) {
+    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
+    write!(
+        out,
+        "{{\"prompt_tokens\":{prompt_tokens},\"total_tokens\":{total_tokens},\
+         \"completion_tokens\":{completion_tokens},\"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}}}"
+    )
+    .expect("BytesMut grows");
+}
+
+/// Writes an answer as server-sent events.
+#[derive(Debug)]
+pub(crate) struct ChunkWriter {
+    head: Head,
+    streaming: Streaming,
+    /// `data: {…,"choices":[{"index":`
+    prefix: Bytes,
+    /// `data: {…,"choices":[`
+    prefix_without_choice: Bytes,
+    /// For each choice, whether anything of it was sent.
+    has_begun: Vec<bool>,
+}
+
+impl ChunkWriter {
+    pub(crate) fn new(head: Head, streaming: Streaming, num_choices: usize) -> Self {
+        let mut prefix = BytesMut::from("data: ");
+        head.write_start(&mut prefix, head.endpoint.chunk_object());
+        json::push(&mut prefix, ",\"choices\":[");
+        let prefix_without_choice = Bytes::copy_from_slice(&prefix);
+        json::push(&mut prefix, "{\"index\":");
+        Self { head, streaming, prefix: prefix.freeze(), prefix_without_choice, has_begun: vec![false; num_choices] }
+    }
+
+    /// Writes what the latest event added to a choice; nothing if there is nothing to show.
+    pub(crate) fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let choice = generation.choice(index);
+        let delta = &choice.delta;
+        if !std::mem::replace(&mut self.has_begun[index], true) {
+            self.write_opening(out, generation, index);
+        }
+        if !delta.text.is_empty() || !delta.logprobs.is_empty() {
+            self.begin(out, index);
+            self.write_text(out, &delta.text);
+            match self.head.has_logprobs {
+                false => json::push(out, "\"logprobs\":null,"),
+                true => {
+                    json::push(out, "\"logprobs\":");
+                    self.head.logprobs_of(&delta.logprobs, self.head.echo_of(choice)).write(out);
+                    json::push(out, ",");
+                }
+            }
+            json::push(out, "\"finish_reason\":null}]");
+            self.end(out, generation);
+        }
+        if let Some(finish) = delta.finish {
+            self.begin(out, index);
+            json::push(out, match self.head.endpoint {
+                Endpoint::Chat => ",\"delta\":{},\"logprobs\":null,",
+                Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
+            });
+            self.head.write_finish(out, finish);
+            json::push(out, "}]");
+            self.end(out, generation);
+        }
+    }
+
+    /// Writes the usage chunk, if it was asked for, and the end mark.
+    pub(crate) fn write_end(&self, out: &mut BytesMut, usage: Usage) {
+        if self.streaming.include_usage {
+            out.extend_from_slice(&self.prefix_without_choice);
+            json::push(out, "],\"usage\":");
+            write_usage(out, usage);
+            json::push(out, "}\n\n");
+        }
+        json::push(out, "data: [DONE]\n\n");
+    }
+
+    /// Writes an error that came too late for a status, and the end mark.
+    pub(crate) fn write_error(&self, out: &mut BytesMut, error: &ApiError) {
+        json::push(out, "data: ");
+        json::push(out, &error.to_json());
+        json::push(out, "\n\ndata: [DONE]\n\n");
+    }
+
+    /// What comes before a choice's first text: the role, or the echoed prompt.
+    fn write_opening(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let echo = self.head.echo_of(generation.choice(index));
+        match self.head.endpoint {
+            Endpoint::Chat => {
+                self.begin(out, index);
+                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},");
+            }
+            Endpoint::Completions if echo.is_empty() => return,
+            Endpoint::Completions => {
+                self.begin(out, index);
+                self.write_text(out, echo);
+            }
+        }
+        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.end(out, generation);
+    }
+
+    fn begin(&self, out: &mut BytesMut, index: usize) {
+        out.extend_from_slice(&self.prefix);
+        json::push_int(out, index as u64);
+    }
+
+    fn write_text(&self, out: &mut BytesMut, text: &str) {
+        match self.head.endpoint {
+            Endpoint::Chat => {
+                json::push(out, ",\"delta\":{\"content\":\"");
+                json::push_escaped(out, text);
+                json::push(out, "\"},");
+            }
+            Endpoint::Completions => {
+                json::push(out, ",\"text\":\"");
+                json::push_escaped(out, text);
+                json::push(out, "\",");
+            }
+        }
+    }
+
+    fn end(&self, out: &mut BytesMut, generation: &Generation) {
+        if self.streaming.continuous_usage {
+            json::push(out, ",\"usage\":");
+            write_usage(out, generation.usage());
+        } else if self.streaming.include_usage {
+            json::push(out, ",\"usage\":null");
+        }
+        json::push(out, "}\n\n");
+    }
+}
+
+/// Collects an answer that is sent in one piece.
+#[derive(Debug)]
+pub(crate) struct WholeWriter {
+    head: Head,
+    choices: Vec<WholeChoice>,
+}
+
+#[derive(Debug)]
+struct WholeChoice {
+    text: String,
+    logprobs: LogprobsJson,
+    finish: Option<Finish>,
+}
+
+impl WholeWriter {
+    pub(crate) fn new(head: Head, generation: &Generation) -> Self {
+        let choice = |index| WholeChoice {
+            text: head.echo_of(generation.choice(index)).to_owned(),
+            logprobs: LogprobsJson::new(head.endpoint),
+            finish: None,
+        };
+        let choices = (0..generation.num_choices()).map(choice).collect();
+        Self { head, choices }
+    }
+
+    /// Takes what the latest event added to a choice.
+    pub(crate) fn add_delta(&mut self, generation: &Generation, index: usize) {
+        let choice = generation.choice(index);
+        let whole = &mut self.choices[index];
+        whole.text.push_str(&choice.delta.text);
+        if !choice.delta.logprobs.is_empty() {
+            let shift = self.head.echo_of(choice).chars().count();
+            for entry in &choice.delta.logprobs {
+                whole.logprobs.push(entry, &self.head.tokenizer, shift);
+            }
+        }
+        whole.finish = choice.delta.finish;
+    }
+
+    /// The body.
+    pub(crate) fn finish(self, usage: Usage) -> Bytes {
+        let mut out = BytesMut::new();
+        self.head.write_start(&mut out, self.head.endpoint.object());
+        json::push(&mut out, ",\"choices\":[");
+        for (index, choice) in self.choices.iter().enumerate() {
+            json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
+            json::push_int(&mut out, index as u64);
+            self.write_choice(&mut out, choice);
+        }
+        json::push(&mut out, "],\"usage\":");
+        write_usage(&mut out, usage);
+        if self.head.endpoint == Endpoint::Chat {
+            json::push(&mut out, ",\"service_tier\":null");
+        }
+        json::push(&mut out, "}");
+        out.freeze()
+    }
+
+    fn write_choice(&self, out: &mut BytesMut, choice: &WholeChoice) {
+        match self.head.endpoint {
+            Endpoint::Chat => {
+                json::push(out, ",\"message\":{\"role\":\"assistant\",\"content\":");
+                json::push_string(out, &choice.text);
+                json::push(out, ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null}");
+            }
+            Endpoint::Completions => {
+                json::push(out, ",\"text\":");
+                json::push_string(out, &choice.text);
+            }
+        }
+        json::push(out, ",\"logprobs\":");
+        match self.head.has_logprobs {
+            true => choice.logprobs.write(out),
+            false => json::push(out, "null"),
+        }
+        json::push(out, ",");
+        self.head.write_finish(out, choice.finish.expect("a generation ends when all its choices are finished"));
+        json::push(out, "}");
+    }
+}

@@ -1,0 +1,15 @@
+//! The prompt of a chat.
+
+use super::Prompts;
+use super::prompt::{Source, encode, prompt_end, render};
+use super::types::GenerationBody;
+use crate::error::ApiError;
+use crate::state::{AppState, ServedModel};
+
+/// Renders and tokenises the messages.
+pub(super) async fn prompts(state: &AppState, model: &ServedModel, body: GenerationBody) -> Result<Prompts, ApiError> {
+    let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
+    let rendered = render(model, body.messages, end)?;
+    let tokens = encode(state, model, Source::Chat(rendered), "messages").await?;
+    Ok(Prompts { tokens: vec![tokens], echoes: Vec::new() })
+}

@@ -1,0 +1,77 @@
+//! The prompts of a completion: texts or token ids, one or several.
+
+use std::sync::Arc;
+
+use lapidary_engine::TokenId;
+
+use super::prompt::{Source, encode};
+use super::types::{GenerationBody, Prompt};
+use super::{Params, Prompts};
+use crate::error::ApiError;
+use crate::lenient::{Flag, Int};
+use crate::state::{AppState, ServedModel};
+
+/// Tokenises texts, checks token ids.
+pub(super) async fn prompts(
+    state: &AppState,
+    model: &ServedModel,
+    body: GenerationBody,
+    params: &Params,
+) -> Result<Prompts, ApiError> {
+    let prompt = body.prompt.ok_or_else(|| ApiError::missing("prompt"))?;
+    let num_prompts = match &prompt {
+        Prompt::Texts(texts) => texts.len(),
+        Prompt::Tokens(lists) => lists.len(),
+    };
+    check_count(num_prompts, params.n, state.limits.max_sequences_per_request)?;
+    let mut prompts = Prompts { tokens: Vec::with_capacity(num_prompts), echoes: Vec::new() };
+    match prompt {
+        Prompt::Texts(texts) => {
+            let add_bos = body.add_special_tokens.map_or(model.tokenizer.adds_bos(), |Flag(add)| add);
+            for text in texts {
+                if params.echo {
+                    prompts.echoes.push(text.clone());
+                }
+                let tokens = encode(state, model, Source::Text { text, add_bos }, "prompt").await?;
+                prompts.tokens.push(tokens);
+            }
+        }
+        Prompt::Tokens(lists) => {
+            for (index, ids) in lists.iter().enumerate() {
+                let tokens = token_ids(index, ids, model.vocab_size)?;
+                if params.echo {
+                    prompts.echoes.push(model.tokenizer.decode(&tokens, params.skip_special_tokens));
+                }
+                prompts.tokens.push(tokens);
+            }
+        }
+    }
+    match prompts.tokens.iter().position(|tokens| tokens.is_empty()) {
+        Some(index) => Err(ApiError::invalid(format!("prompt[{index}]"), "The prompt has no tokens.")),
+        None => Ok(prompts),
+    }
+}
+
+fn check_count(num_prompts: usize, n: u32, limit: u32) -> Result<(), ApiError> {
+    if num_prompts == 0 {
+        return Err(ApiError::invalid("prompt", "prompt must not be empty."));
+    }
+    if num_prompts as u64 * u64::from(n) > u64::from(limit) {
+        return Err(ApiError::InvalidRequest {
+            message: format!("{num_prompts} prompts with n={n} are more than the limit of {limit} answers a request."),
+            param: Some("prompt".into()),
+            code: Some("array_above_max_length"),
+        });
+    }
+    Ok(())
+}
+
+fn token_ids(index: usize, ids: &[Int], vocab_size: u32) -> Result<Arc<[TokenId]>, ApiError> {
+    let checked = ids.iter().map(|&Int(id)| {
+        TokenId::try_from(id).ok().filter(|id| *id < vocab_size).ok_or_else(|| {
+            let message = format!("prompt names token {id}, but the vocabulary has {vocab_size} tokens.");
+            ApiError::invalid(format!("prompt[{index}]"), message)
+        })
+    });
+    checked.collect()
+}

@@ -1,0 +1,219 @@
+//! OpenAI's endpoints. Chat and completions differ in how a prompt is made and in the shape of the answer; all between
+//! is here, once.
+
+pub(crate) mod answer;
+mod chat;
+mod completions;
+mod logprobs;
+pub(crate) mod models;
+mod params;
+pub(crate) mod prompt;
+pub(crate) mod types;
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use lapidary_engine::{EngineError, TokenId};
+
+pub(crate) use self::params::{Params, Streaming};
+
+use self::answer::{Head, WholeWriter};
+use self::types::GenerationBody;
+use crate::error::ApiError;
+use crate::extract::{parse_json, read_body};
+use crate::generate::Generation;
+use crate::metrics::{Outcome, RequestOutcome};
+use crate::request_id::RequestId;
+use crate::sse;
+use crate::state::{AppState, Limits, ServedModel};
+
+/// A client's own deadline, in seconds.
+const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
+
+/// The endpoints that generate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endpoint {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completions,
+}
+
+impl Endpoint {
+    /// Label value.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completions => "completions",
+        }
+    }
+
+    /// The field that a prompt comes from.
+    fn prompt_param(self) -> &'static str {
+        match self {
+            Self::Chat => "messages",
+            Self::Completions => "prompt",
+        }
+    }
+
+    fn id_prefix(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl",
+            Self::Completions => "cmpl",
+        }
+    }
+
+    fn object(self) -> &'static str {
+        match self {
+            Self::Chat => "chat.completion",
+            Self::Completions => "text_completion",
+        }
+    }
+
+    fn chunk_object(self) -> &'static str {
+        match self {
+            Self::Chat => "chat.completion.chunk",
+            Self::Completions => "text_completion",
+        }
+    }
+}
+
+/// `POST /v1/chat/completions`.
+pub(crate) async fn chat(State(state): State<AppState>, request: Request) -> Response {
+    respond(Endpoint::Chat, state, request).await
+}
+
+/// `POST /v1/completions`.
+pub(crate) async fn completions(State(state): State<AppState>, request: Request) -> Response {
+    respond(Endpoint::Completions, state, request).await
+}
+
+/// A request that is on its way: what is left is to wait for tokens.
+struct Started {
+    generation: Generation,
+    head: Head,
+    params: Params,
+}
+
+/// The prompts of a request, and for each the text that `echo` repeats.
+struct Prompts {
+    tokens: Vec<Arc<[TokenId]>>,
+    echoes: Vec<String>,
+}
+
+async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
+    let arrival = Instant::now();
+    let request_id = request.extensions().get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
+    // Before anything can fail or be cancelled: from here on the request is counted, whatever happens.
+    let outcome = RequestOutcome::new(&state, endpoint, request_id.clone(), arrival);
+    match start(endpoint, &state, request, &request_id, arrival).await {
+        Err(error) => outcome.refuse(error),
+        Ok(started) => match started.params.stream {
+            None => whole(started, outcome).await,
+            Some(streaming) => {
+                let keep_alive = state.limits.sse_keep_alive;
+                sse::respond(started.generation, started.head, streaming, keep_alive, outcome).await
+            }
+        },
+    }
+}
+
+/// Everything up to the engine: JSON, model name, readiness, parameters, prompt, length, queue.
+async fn start(
+    endpoint: Endpoint,
+    state: &AppState,
+    request: Request,
+    request_id: &RequestId,
+    arrival: Instant,
+) -> Result<Started, ApiError> {
+    let (parts, body) = request.into_parts();
+    let bytes = read_body(&parts.headers, body, &state.limits).await?;
+    let body: GenerationBody = parse_json(&bytes)?;
+    drop(bytes);
+    let model = state.served_model(body.model.as_deref())?;
+    // Cheap checks first: a request that will be refused should not cost its tokenisation.
+    let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let deadline = deadline(&parts.headers, &state.limits, arrival)?;
+    let prompts = match endpoint {
+        Endpoint::Chat => chat::prompts(state, model, body).await?,
+        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
+    };
+    check_lengths(endpoint, &prompts.tokens, model, &params)?;
+    let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
+    let generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
+    state.metrics.request_submitted(params.n);
+    Ok(Started { generation, head, params })
+}
+
+fn check_lengths(
+    endpoint: Endpoint,
+    prompts: &[Arc<[TokenId]>],
+    model: &ServedModel,
+    params: &Params,
+) -> Result<(), ApiError> {
+    for prompt in prompts {
+        let num_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let room = model.max_model_len.saturating_sub(num_tokens);
+        let asked = params.max_tokens.filter(|_| params.max_tokens_was_given);
+        let fits = match asked {
+            Some(max_tokens) => num_tokens <= model.max_model_len && max_tokens <= room,
+            None => room > 0,
+        };
+        if !fits {
+            return Err(ApiError::too_long(endpoint.prompt_param(), model.max_model_len, num_tokens, asked));
+        }
+    }
+    Ok(())
+}
+
+/// The earlier of the client's deadline and the server's.
+fn deadline(headers: &HeaderMap, limits: &Limits, arrival: Instant) -> Result<Option<Instant>, ApiError> {
+    let asked = match headers.get(X_REQUEST_TIMEOUT) {
+        None => None,
+        Some(value) => {
+            let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
+            let timeout = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+            Some(timeout.filter(|timeout| !timeout.is_zero()).ok_or_else(|| {
+                ApiError::invalid(X_REQUEST_TIMEOUT, "The header x-request-timeout must be a positive number of seconds.")
+            })?)
+        }
+    };
+    let timeout = asked.into_iter().chain(limits.request_timeout).min();
+    Ok(timeout.and_then(|timeout| arrival.checked_add(timeout)))
+}
+
+/// Waits for all of the answer and sends it as one body. Dropped with the connection, which aborts the generation.
+async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
+    let Started { mut generation, head, .. } = started;
+    let mut writer = WholeWriter::new(head, &generation);
+    let collected = poll_fn(|context| {
+        loop {
+            match generation.poll_next(context) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(Ok(index))) => writer.add_delta(&generation, index),
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
+                Poll::Ready(None) => return Poll::Ready(Ok(())),
+            }
+        }
+    });
+    let collected: Result<(), EngineError> = collected.await;
+    match collected {
+        Ok(()) => {
+            let usage = generation.usage();
+            outcome.record(Outcome::of(&generation), usage);
+            json_response(writer.finish(usage))
+        }
+        Err(error) => outcome.fail(&error),
+    }
+}
+
+/// A finished JSON text as a response.
+pub(crate) fn json_response(body: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+}

@@ -1,0 +1,479 @@
+//! Checks what a client asked for and turns it into the engine's terms.
+
+use std::borrow::Cow;
+use std::hash::{BuildHasher, RandomState};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, OnceLock};
+
+use lapidary_engine::{SamplingParams, TokenId};
+use lapidary_text::{StopError, StopMatcher};
+
+use super::Endpoint;
+use super::types::{Choice, Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
+use crate::error::{ApiError, shorten};
+use crate::lenient::{Flag, Int, Number, Object};
+use crate::state::{Limits, ServedModel};
+
+/// Stop tokens of one request, beside the model's own.
+const MAX_STOP_TOKEN_IDS: usize = 256;
+
+/// Biased tokens of one request: each costs a write a step.
+const MAX_LOGIT_BIASES: usize = 1024;
+
+/// `max_tokens` of a completion that does not say: OpenAI's.
+const DEFAULT_COMPLETION_TOKENS: u32 = 16;
+
+/// A request's parameters, checked.
+#[derive(Debug)]
+pub(crate) struct Params {
+    /// Answers for each prompt.
+    pub(crate) n: u32,
+    /// `None` leaves it to the context.
+    pub(crate) max_tokens: Option<u32>,
+    /// The client named `max_tokens`: it is refused, not shortened, if the context has no room for so many.
+    pub(crate) max_tokens_was_given: bool,
+    /// No stop token before so many.
+    pub(crate) min_tokens: u32,
+    /// The seed in it is not the request's: see [`Params::seed_of`].
+    pub(crate) sampling: SamplingParams,
+    /// The client's seed.
+    seed: Option<i64>,
+    /// What the seeds of a request without one start from.
+    random_seed: u64,
+    /// Stop tokens of model and request.
+    pub(crate) stop_token_ids: Arc<[TokenId]>,
+    /// Whether stopping at the model's end-of-sequence token goes without saying.
+    pub(crate) eos_is_silent: bool,
+    /// Fresh; each answer gets a copy.
+    pub(crate) stop: StopMatcher,
+    /// What `stop` looks for.
+    pub(crate) stop_strings: Arc<[String]>,
+    /// A stop token's text is part of the answer.
+    pub(crate) include_stop: bool,
+    /// Special tokens are no part of the answer.
+    pub(crate) skip_special_tokens: bool,
+    /// The answer begins with the prompt.
+    pub(crate) echo: bool,
+    /// Lower first.
+    pub(crate) priority: i32,
+    /// Separates prefix caches.
+    pub(crate) cache_salt: u128,
+    /// `None`: one body at the end.
+    pub(crate) stream: Option<Streaming>,
+}
+
+/// How to stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Streaming {
+    /// A last chunk with usage.
+    pub(crate) include_usage: bool,
+    /// Usage in every chunk.
+    pub(crate) continuous_usage: bool,
+}
+
+impl Params {
+    /// Checks all of `body` that does not depend on the prompt.
+    pub(crate) fn new(
+        endpoint: Endpoint,
+        body: &GenerationBody,
+        model: &ServedModel,
+        limits: &Limits,
+    ) -> Result<Self, ApiError> {
+        refuse_unsupported(endpoint, body)?;
+        check_tools(body)?;
+        let n = integer("n", body.n, 1..=i64::from(u32::MAX), "n must be at least 1")?.unwrap_or(1);
+        if i64::from(limits.max_sequences_per_request) < n {
+            let limit = limits.max_sequences_per_request;
+            return Err(above("n", format!("n must be at most {limit}, got {n}.")));
+        }
+        let (max_tokens, min_tokens) = token_limits(endpoint, body)?;
+        let ignore_eos = is_set(body.ignore_eos);
+        let (stop_token_ids, eos_is_silent) = stop_tokens(body, model, ignore_eos)?;
+        let stop_strings = match &body.stop {
+            Some(Stop(strings)) => strings.clone(),
+            None => Vec::new(),
+        };
+        let include_stop = is_set(body.include_stop_str_in_output);
+        let seed = body.seed.map(|Int(seed)| seed);
+        Ok(Self {
+            n: u32::try_from(n).expect("n is bounded by a u32"),
+            max_tokens,
+            max_tokens_was_given: body.max_completion_tokens.or(body.max_tokens).is_some(),
+            min_tokens,
+            sampling: sampling(endpoint, body, model, limits)?,
+            seed,
+            random_seed: crate::request_id::random_u64(),
+            stop_token_ids,
+            eos_is_silent,
+            stop: stop_matcher(&stop_strings, include_stop, limits)?,
+            stop_strings: stop_strings.into(),
+            include_stop,
+            skip_special_tokens: body.skip_special_tokens.is_none_or(|Flag(skip)| skip),
+            echo: endpoint == Endpoint::Completions && is_set(body.echo),
+            priority: priority(body.priority)?,
+            cache_salt: cache_salt(body.cache_salt.as_deref())?,
+            stream: streaming(body)?,
+        })
+    }
+
+    /// The seed of one answer.
+    ///
+    /// A client's seed counts from itself for each prompt, so that a prompt's answers do not depend on the prompts sent
+    /// along with it. Without one, equal prompts of a batch must still differ.
+    pub(crate) fn seed_of(&self, prompt_index: u32, choice: u32) -> u64 {
+        match self.seed {
+            Some(seed) => seed.cast_unsigned().wrapping_add(u64::from(choice)),
+            None => self.random_seed.wrapping_add(u64::from(prompt_index) << 32 | u64::from(choice)),
+        }
+    }
+}
+
+fn is_set(flag: Option<Flag>) -> bool {
+    flag.is_some_and(|Flag(is_set)| is_set)
+}
+
+fn above(param: &'static str, message: String) -> ApiError {
+    ApiError::InvalidRequest { message, param: Some(param.into()), code: Some("integer_above_max_value") }
+}
+
+/// An integer in range; `complaint` is the start of the message otherwise.
+fn integer(
+    param: &'static str,
+    value: Option<Int>,
+    range: RangeInclusive<i64>,
+    complaint: &str,
+) -> Result<Option<i64>, ApiError> {
+    match value {
+        Some(Int(value)) if !range.contains(&value) => Err(ApiError::InvalidRequest {
+            message: format!("{complaint}, got {value}."),
+            param: Some(param.into()),
+            code: Some(if value < *range.start() { "integer_below_min_value" } else { "integer_above_max_value" }),
+        }),
+        Some(Int(value)) => Ok(Some(value)),
+        None => Ok(None),
+    }
+}
+
+/// A number that `is_valid`, or the default; `complaint` is the start of the message otherwise.
+#[expect(clippy::cast_possible_truncation, reason = "sampling computes in f32")]
+fn number(
+    param: &'static str,
+    value: Option<Number>,
+    default: f32,
+    is_valid: impl Fn(f64) -> bool,
+    complaint: &str,
+) -> Result<f32, ApiError> {
+    match value {
+        Some(Number(value)) if !is_valid(value) => Err(ApiError::InvalidRequest {
+            message: format!("{complaint}, got {value:?}."),
+            param: Some(param.into()),
+            code: Some("decimal_out_of_range"),
+        }),
+        Some(Number(value)) => Ok(value as f32),
+        None => Ok(default),
+    }
+}
+
+fn sampling(
+    endpoint: Endpoint,
+    body: &GenerationBody,
+    model: &ServedModel,
+    limits: &Limits,
+) -> Result<SamplingParams, ApiError> {
+    let defaults = &model.defaults;
+    let penalty = |value: f64| (-2.0..=2.0).contains(&value);
+    let temperature = match body.temperature {
+        Some(Number(value)) if value < 0.0 => {
+            number("temperature", body.temperature, 1.0, |_| false, "temperature must be non-negative")?
+        }
+        given => {
+            let is_valid = |value: f64| (0.0..=2.0).contains(&value);
+            number("temperature", given, defaults.temperature, is_valid, "temperature must be in [0, 2]")?
+        }
+    };
+    let top_k = match body.top_k {
+        // vLLM's older spelling of "off".
+        Some(Int(-1)) => 0,
+        given => {
+            let range = 0..=i64::from(u32::MAX);
+            let top_k = integer("top_k", given, range, "top_k must be 0 (disable), or at least 1")?;
+            top_k.map_or(defaults.top_k, |top_k| u32::try_from(top_k).expect("checked"))
+        }
+    };
+    let is_share = |value: f64| (0.0..=1.0).contains(&value);
+    let repetition = "repetition_penalty must be greater than zero";
+    Ok(SamplingParams {
+        temperature,
+        top_p: number("top_p", body.top_p, defaults.top_p, |p| p > 0.0 && p <= 1.0, "top_p must be in (0, 1]")?,
+        top_k,
+        min_p: number("min_p", body.min_p, defaults.min_p, is_share, "min_p must be in [0, 1]")?,
+        presence_penalty: number(
+            "presence_penalty",
+            body.presence_penalty,
+            0.0,
+            penalty,
+            "presence_penalty must be in [-2, 2]",
+        )?,
+        frequency_penalty: number(
+            "frequency_penalty",
+            body.frequency_penalty,
+            0.0,
+            penalty,
+            "frequency_penalty must be in [-2, 2]",
+        )?,
+        repetition_penalty: number(
+            "repetition_penalty",
+            body.repetition_penalty,
+            defaults.repetition_penalty,
+            // What f32 rounds to zero or infinity would make logits NaN.
+            |penalty| penalty >= f64::from(f32::MIN_POSITIVE) && penalty <= f64::from(f32::MAX),
+            repetition,
+        )?,
+        logit_bias: logit_bias(body.logit_bias.as_ref(), model.vocab_size)?,
+        seed: 0,
+        logprobs: logprobs(endpoint, body, limits)?,
+    })
+}
+
+fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Result<Option<u32>, ApiError> {
+    let (param, count) = match endpoint {
+        Endpoint::Chat => {
+            let wanted = matches!(body.logprobs, Some(Logprobs::Flag(true) | Logprobs::Count(1..)));
+            match body.top_logprobs {
+                Some(Int(count)) if count != 0 && !wanted => {
+                    let message = "when using `top_logprobs`, `logprobs` must be set to true.";
+                    return Err(ApiError::invalid("top_logprobs", message));
+                }
+                Some(Int(count)) if count < -1 => {
+                    return Err(ApiError::invalid("top_logprobs", "`top_logprobs` must be a positive value or -1."));
+                }
+                _ if !wanted => return Ok(None),
+                count => ("top_logprobs", count.map_or(0, |Int(count)| count)),
+            }
+        }
+        Endpoint::Completions => match body.logprobs {
+            None | Some(Logprobs::Flag(false)) => return Ok(None),
+            Some(Logprobs::Flag(true)) => {
+                return Err(ApiError::invalid("logprobs", "logprobs must be an integer, got true."));
+            }
+            Some(Logprobs::Count(count)) if count < -1 => {
+                return Err(ApiError::invalid(
+                    "logprobs",
+                    format!("logprobs must be non-negative or -1, got {count}."),
+                ));
+            }
+            Some(Logprobs::Count(count)) => ("logprobs", count),
+        },
+    };
+    match u32::try_from(count) {
+        Ok(count) if count <= limits.max_logprobs => Ok(Some(count)),
+        // -1 asks for the whole vocabulary.
+        _ => Err(above(
+            param,
+            format!("Requested {param} of {count}, which is greater than max allowed: {}.", limits.max_logprobs),
+        )),
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "clamped first; logits are f32")]
+fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let Some(LogitBias(entries)) = bias else { return Ok(Vec::new()) };
+    if entries.len() > MAX_LOGIT_BIASES {
+        let message = format!("logit_bias has {} entries, the limit is {MAX_LOGIT_BIASES}.", entries.len());
+        return Err(ApiError::invalid("logit_bias", message));
+    }
+    let (mut biases, mut bad_keys) = (Vec::with_capacity(entries.len()), Vec::new());
+    for (key, Number(value)) in entries {
+        match key.trim().parse::<i64>() {
+            Ok(id) => match TokenId::try_from(id).ok().filter(|id| *id < vocab_size) {
+                Some(id) => biases.push((id, value.clamp(-100.0, 100.0) as f32)),
+                None => {
+                    let message = format!("logit_bias names token {id}, but the vocabulary has {vocab_size} tokens.");
+                    return Err(ApiError::invalid("logit_bias", message));
+                }
+            },
+            Err(_) => bad_keys.push(key.as_str()),
+        }
+    }
+    if !bad_keys.is_empty() {
+        let keys = format!("{bad_keys:?}");
+        let message =
+            format!("logit_bias contains key(s) that cannot be converted to integer token IDs: {}.", shorten(&keys));
+        return Err(ApiError::invalid("logit_bias", message));
+    }
+    // A token named twice (as "1" and "01") gets the last of its values, as in a Python dict.
+    biases.reverse();
+    biases.sort_by_key(|(id, _)| *id);
+    biases.dedup_by_key(|(id, _)| *id);
+    Ok(biases)
+}
+
+fn token_limits(endpoint: Endpoint, body: &GenerationBody) -> Result<(Option<u32>, u32), ApiError> {
+    let (param, given) = match body.max_completion_tokens {
+        Some(_) => ("max_completion_tokens", body.max_completion_tokens),
+        None => ("max_tokens", body.max_tokens),
+    };
+    let echo_only = endpoint == Endpoint::Completions && is_set(body.echo);
+    let range = i64::from(!echo_only)..=i64::MAX;
+    let max_tokens = integer(param, given, range, "max_tokens must be at least 1")?;
+    // More than a u32 is more than any context: the length check refuses it with the numbers.
+    let max_tokens = max_tokens.map(|max_tokens| u32::try_from(max_tokens).unwrap_or(u32::MAX));
+    let max_tokens = match endpoint {
+        Endpoint::Completions => max_tokens.or(Some(DEFAULT_COMPLETION_TOKENS)),
+        Endpoint::Chat => max_tokens,
+    };
+    let complaint = "min_tokens must be greater than or equal to 0";
+    let min_tokens = integer("min_tokens", body.min_tokens, 0..=i64::MAX, complaint)?.unwrap_or(0);
+    match max_tokens {
+        Some(max_tokens) if min_tokens > i64::from(max_tokens) => Err(above(
+            "min_tokens",
+            format!("min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}."),
+        )),
+        _ => Ok((max_tokens, u32::try_from(min_tokens).unwrap_or(u32::MAX))),
+    }
+}
+
+fn stop_tokens(
+    body: &GenerationBody,
+    model: &ServedModel,
+    ignore_eos: bool,
+) -> Result<(Arc<[TokenId]>, bool), ApiError> {
+    let given = body.stop_token_ids.as_deref().unwrap_or_default();
+    if given.len() > MAX_STOP_TOKEN_IDS {
+        let message = format!("stop_token_ids has {} entries, the limit is {MAX_STOP_TOKEN_IDS}.", given.len());
+        return Err(ApiError::invalid("stop_token_ids", message));
+    }
+    let asked = given.iter().enumerate().map(|(index, &Int(id))| {
+        TokenId::try_from(id).ok().filter(|id| *id < model.vocab_size).ok_or_else(|| {
+            let message = format!("stop_token_ids names token {id}, but the vocabulary has {} tokens.", model.vocab_size);
+            ApiError::invalid(format!("stop_token_ids[{index}]"), message)
+        })
+    });
+    let mut ids = asked.collect::<Result<Vec<_>, _>>()?;
+    let eos_is_silent = !ids.contains(&model.eos_token_id);
+    if !ignore_eos {
+        ids.extend_from_slice(&model.stop_token_ids);
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok((ids.into(), eos_is_silent))
+}
+
+fn stop_matcher(strings: &[String], include_stop: bool, limits: &Limits) -> Result<StopMatcher, ApiError> {
+    if strings.len() > limits.max_stop_strings {
+        return Err(ApiError::InvalidRequest {
+            message: format!("stop has {} strings, the limit is {}.", strings.len(), limits.max_stop_strings),
+            param: Some("stop".into()),
+            code: Some("array_above_max_length"),
+        });
+    }
+    StopMatcher::new(strings, include_stop).map_err(|error| match error {
+        StopError::Empty { .. } => ApiError::invalid("stop", "stop cannot contain an empty string."),
+        error => ApiError::invalid("stop", format!("{error}.")),
+    })
+}
+
+fn priority(priority: Option<Int>) -> Result<i32, ApiError> {
+    let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
+    let priority = integer("priority", priority, range, "priority must fit in 32 bits")?;
+    Ok(priority.map_or(0, |priority| i32::try_from(priority).expect("checked")))
+}
+
+/// Hashed with keys of this process, so that no client can compute another tenant's salt.
+fn cache_salt(salt: Option<&str>) -> Result<u128, ApiError> {
+    static KEYS: OnceLock<[RandomState; 2]> = OnceLock::new();
+    match salt {
+        None => Ok(0),
+        Some("") => Err(ApiError::invalid("cache_salt", "cache_salt must be a non-empty string if provided.")),
+        Some(salt) => {
+            let [low, high] = KEYS.get_or_init(|| [RandomState::new(), RandomState::new()]);
+            Ok(u128::from(low.hash_one(salt)) | u128::from(high.hash_one(salt)) << 64)
+        }
+    }
+}
+
+fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
+    match (is_set(body.stream), &body.stream_options) {
+        (false, Some(_)) => {
+            Err(ApiError::invalid("stream_options", "Stream options can only be defined when `stream=True`."))
+        }
+        (false, None) => Ok(None),
+        (true, None) => Ok(Some(Streaming::default())),
+        (true, Some(Object(StreamOptions { include_usage, continuous_usage_stats }))) => {
+            let include_usage = is_set(*include_usage);
+            Ok(Some(Streaming { include_usage, continuous_usage: include_usage && is_set(*continuous_usage_stats) }))
+        }
+    }
+}
+
+fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), ApiError> {
+    let used: [(&'static str, Extension); 16] = [
+        ("audio", body.audio),
+        ("prediction", body.prediction),
+        ("suffix", body.suffix),
+        ("use_beam_search", body.use_beam_search),
+        ("prompt_logprobs", body.prompt_logprobs),
+        ("structured_outputs", body.structured_outputs),
+        ("guided_json", body.guided_json),
+        ("guided_regex", body.guided_regex),
+        ("guided_choice", body.guided_choice),
+        ("guided_grammar", body.guided_grammar),
+        ("bad_words", body.bad_words),
+        ("allowed_token_ids", body.allowed_token_ids),
+        ("truncate_prompt_tokens", body.truncate_prompt_tokens),
+        ("chat_template", body.chat_template),
+        ("prompt_embeds", body.prompt_embeds),
+        ("best_of", best_of(body)),
+    ];
+    if let Some((param, _)) = used.iter().find(|(_, extension)| extension.is_used) {
+        return Err(ApiError::unsupported(*param, format!("{param} is not supported.")));
+    }
+    if body.modalities.iter().flatten().any(|modality| modality != "text") {
+        return Err(ApiError::unsupported("modalities", "Only the modality 'text' is supported."));
+    }
+    if endpoint == Endpoint::Completions && is_set(body.echo) && matches!(body.logprobs, Some(Logprobs::Count(_))) {
+        let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
+        return Err(ApiError::unsupported("logprobs", message));
+    }
+    match body.response_format.as_ref().map(|Object(format)| format.r#type.as_deref()) {
+        None | Some(Some("text")) => Ok(()),
+        Some(None) => Err(ApiError::missing("response_format.type")),
+        Some(Some(kind @ ("json_object" | "json_schema" | "structural_tag"))) => Err(ApiError::unsupported(
+            "response_format.type",
+            format!("response_format of type '{kind}' is not supported: the answer's form cannot be guaranteed."),
+        )),
+        Some(Some(other)) => Err(ApiError::invalid(
+            "response_format.type",
+            format!("response_format.type must be 'text', 'json_object' or 'json_schema', got '{}'.", shorten(other)),
+        )),
+    }
+}
+
+/// Asking for the best of as many as are returned is no use of `best_of`.
+fn best_of(body: &GenerationBody) -> Extension {
+    let n = body.n.map_or(1, |Int(n)| n);
+    Extension { is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n) }
+}
+
+/// Tools may be offered: the model, which knows no tool calls, then answers in text. They cannot be forced.
+fn check_tools(body: &GenerationBody) -> Result<(), ApiError> {
+    if body.tools.as_ref().is_some_and(Vec::is_empty) {
+        let message = "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.";
+        return Err(ApiError::invalid("tools", message));
+    }
+    for (param, choice) in [("tool_choice", &body.tool_choice), ("function_call", &body.function_call)] {
+        let forced: Cow<'_, str> = match choice {
+            None => continue,
+            Some(Choice::Mode(mode)) if mode == "none" => continue,
+            Some(_) if param == "tool_choice" && body.tools.is_none() => {
+                return Err(ApiError::invalid(param, "When using `tool_choice`, `tools` must be set."));
+            }
+            Some(Choice::Mode(mode)) if mode == "auto" => continue,
+            Some(Choice::Mode(mode)) => format!("'{}'", shorten(mode)).into(),
+            Some(Choice::Named) => "a certain tool".into(),
+        };
+        let message = format!("{param} of {forced} is not supported: this model has no tool calls. Use 'none' or 'auto'.");
+        return Err(ApiError::unsupported(param, message));
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! Texts and chats to token ids, off the async threads where that takes long.
+
+use std::sync::Arc;
+
+use lapidary_engine::TokenId;
+use lapidary_text::{ChatTemplate, Message, PromptEnd, Rendered, TemplateError, Tokenizer, TokenizerError};
+
+use super::types::{ChatMessage, Content, ContentPart};
+use crate::error::{ApiError, shorten};
+use crate::lenient::{Flag, Object};
+use crate::state::{AppState, ServedModel};
+
+/// Texts up to this many bytes are tokenised where they are: at 0.25 us a byte they hold up other requests for half a
+/// millisecond at most, and a hop to another thread costs a tenth of that.
+const MAX_INLINE_BYTES: usize = 2048;
+
+/// What is to be tokenised.
+pub(crate) enum Source {
+    /// Text of a client, with or without BOS.
+    Text { text: String, add_bos: bool },
+    /// A rendered chat.
+    Chat(Rendered),
+}
+
+impl Source {
+    fn text(&self) -> &str {
+        match self {
+            Self::Text { text, .. } => text,
+            Self::Chat(rendered) => rendered.text(),
+        }
+    }
+
+    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<TokenId>, TokenizerError> {
+        match self {
+            Self::Text { text, add_bos } => tokenizer.encode(text, *add_bos),
+            Self::Chat(rendered) => tokenizer.encode_rendered(rendered),
+        }
+    }
+}
+
+/// Tokenises. A text that cannot fit the context however it is tokenised is refused unread.
+pub(crate) async fn encode(
+    state: &AppState,
+    model: &ServedModel,
+    source: Source,
+    param: &'static str,
+) -> Result<Arc<[TokenId]>, ApiError> {
+    let num_bytes = source.text().len();
+    let at_least = model.tokenizer.min_num_tokens(num_bytes);
+    if at_least > model.max_model_len as usize {
+        let detail = format!(
+            "However, your prompt contains at least {at_least} input tokens. Please reduce the length of the input \
+             prompt."
+        );
+        return Err(ApiError::context_length(param, model.max_model_len, &detail));
+    }
+    let encoded = if num_bytes <= MAX_INLINE_BYTES {
+        source.encode(&model.tokenizer)
+    } else {
+        let tokenizer = Arc::clone(&model.tokenizer);
+        let permit = Arc::clone(&state.tokenizer_threads).acquire_owned().await;
+        let work = move || {
+            let encoded = source.encode(&tokenizer);
+            drop(permit);
+            encoded
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "tokenisation panicked");
+            ApiError::Internal
+        })?
+    };
+    encoded.map(Arc::from).map_err(|error| {
+        tracing::warn!(error = &error as &dyn std::error::Error, "text could not be tokenised");
+        ApiError::invalid(param, "The text cannot be tokenised.")
+    })
+}
+
+/// Renders a chat with the model's template.
+pub(crate) fn render(
+    model: &ServedModel,
+    messages: Option<Vec<Object<ChatMessage>>>,
+    end: PromptEnd,
+) -> Result<Rendered, ApiError> {
+    let template: &ChatTemplate = model.chat_template.as_deref().ok_or_else(|| {
+        let message = "This model has no chat template; use /v1/completions.";
+        ApiError::InvalidRequest { message: message.to_owned(), param: None, code: Some("no_chat_template") }
+    })?;
+    let messages = messages.ok_or_else(|| ApiError::missing("messages"))?;
+    let messages = messages.into_iter().enumerate().map(|(index, Object(message))| convert(index, message));
+    let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    template.render(&messages, end).map_err(|error| template_error(&error))
+}
+
+/// How a prompt ends, from the two flags that say so.
+pub(crate) fn prompt_end(add_generation_prompt: Option<Flag>, continue_final: Option<Flag>) -> Result<PromptEnd, ApiError> {
+    match (add_generation_prompt, continue_final) {
+        (Some(Flag(true)), Some(Flag(true))) => Err(ApiError::invalid(
+            "continue_final_message",
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+        )),
+        (_, Some(Flag(true))) => Ok(PromptEnd::FinalMessage),
+        (Some(Flag(false)), _) => Ok(PromptEnd::LastTurn),
+        _ => Ok(PromptEnd::GenerationPrompt),
+    }
+}
+
+fn convert(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
+    let missing = |field: &str| ApiError::InvalidRequest {
+        message: format!("Missing required parameter: 'messages[{index}].{field}'."),
+        param: Some(format!("messages[{index}].{field}").into()),
+        code: Some("missing_required_parameter"),
+    };
+    let role = message.role.ok_or_else(|| missing("role"))?;
+    match message.content {
+        Some(Content::Text(text)) => Ok(Message::new(role, text)),
+        Some(Content::Parts(parts)) => {
+            let texts = parts.into_iter().enumerate().map(|(part_index, part)| {
+                part_text(part).map_err(|(field, message)| {
+                    let param = format!("messages[{index}].content[{part_index}].{field}");
+                    ApiError::unsupported(param, message)
+                })
+            });
+            Ok(Message::from_parts(role, &texts.collect::<Result<Vec<_>, _>>()?))
+        }
+        // An assistant message that only called tools has no content.
+        None if role == "assistant" => Ok(Message::new(role, String::new())),
+        None => Err(missing("content")),
+    }
+}
+
+/// The text of a part, or the field at fault and what is wrong with it.
+fn part_text(part: ContentPart) -> Result<String, (&'static str, String)> {
+    let text = match part.r#type.as_deref() {
+        // Some clients leave the type out.
+        Some("text" | "input_text" | "output_text") | None => part.text,
+        Some("refusal") => part.refusal,
+        Some(other) => {
+            return Err(("type", format!("Content of type '{}' is not supported: this model reads text.", shorten(other))));
+        }
+    };
+    text.ok_or_else(|| ("text", "A content part must have a text.".to_owned()))
+}
+
+fn template_error(error: &TemplateError) -> ApiError {
+    match error {
+        TemplateError::Conversation(refused) => {
+            let param = refused.message_index().map_or("messages".to_owned(), |index| format!("messages[{index}].role"));
+            ApiError::invalid(param, format!("{error}."))
+        }
+        TemplateError::Raised { .. } | TemplateError::Rewritten | TemplateError::NothingToContinue => {
+            ApiError::invalid("messages", format!("{error}."))
+        }
+        error => {
+            tracing::error!(error = error as &dyn std::error::Error, "chat template failed");
+            ApiError::Internal
+        }
+    }
+}
