@@ -105,6 +105,11 @@ impl Rig {
         };
         assert!(batch.num_tokens() <= self.setup.config.max_num_batched_tokens as usize);
         assert!(batch.num_seqs() <= self.setup.config.max_num_seqs as usize);
+        for (id, &context_len) in batch.request_ids.iter().zip(&batch.context_lens) {
+            let request = &self.alive[id];
+            let wanted = request.prompt.len() as u32 + request.stop.max_tokens - 1;
+            assert!(context_len <= wanted, "computes what nobody wants");
+        }
         let launched = self.executor.launch(batch);
         if launched.is_err() {
             let mut failed = Vec::new();
