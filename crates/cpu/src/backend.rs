@@ -1,0 +1,344 @@
+//! [`Cpu`]: the operations of [`Backend`] in terms of this crate's modules.
+
+use std::sync::{Mutex, PoisonError};
+
+use half::bf16;
+use lapidary_engine::{Batch, SampledToken};
+use lapidary_model::{
+    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, LastHidden, LinearWeights, MemoryInfo,
+    NormArgs, StepLimits,
+};
+
+use crate::memory;
+use crate::ops::attention::{self, AttentionScratch, Geometry, Inputs};
+use crate::ops::elementwise::{self, On};
+use crate::ops::linear::{self, LinearScratch};
+use crate::ops::rope::{self, RopeTable};
+use crate::parallel::Pool;
+use crate::plan::Plan;
+use crate::sample::{Choose, SampleScratch};
+use crate::simd::{Buffer, Dispatch, Isa};
+use crate::tensor::{Activation, Embedding, KvLayer, Linear, Matrix, Norm, Tensor};
+
+/// How the CPU is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// Threads that compute, the caller's included. 0 counts as 1.
+    pub threads: usize,
+    /// Instructions to compute with.
+    pub isa: Isa,
+}
+
+impl Default for CpuConfig {
+    /// All CPUs this process may run on (its control group's quota included), and the best instructions they have.
+    fn default() -> Self {
+        Self { threads: std::thread::available_parallelism().map_or(1, usize::from), isa: Isa::detect() }
+    }
+}
+
+/// The backend that every machine has.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: Pool,
+    dispatch: Dispatch,
+    /// Set by `prepare`.
+    prepared: Option<Prepared>,
+    linear_scratch: Vec<Mutex<LinearScratch>>,
+    sample_scratch: Vec<Mutex<SampleScratch>>,
+    /// Normed hidden states of the rows that are sampled.
+    hidden: Option<Activation>,
+    /// KV cache allocated but not yet touched: the operating system still calls it free.
+    kv_bytes: u64,
+    /// Of the step before, for rows that it feeds.
+    last_tokens: Vec<SampledToken>,
+    /// Steps not yet collected, oldest first.
+    finished: std::collections::VecDeque<Vec<SampledToken>>,
+}
+
+/// What depends on the model and the limits.
+#[derive(Debug)]
+struct Prepared {
+    limits: StepLimits,
+    geometry: Geometry,
+    rope: RopeTable,
+    attention_scratch: Vec<Mutex<AttentionScratch>>,
+    /// `[num_kv_heads, max_tokens, group * head_dim]`
+    heads: Buffer<f32>,
+}
+
+impl Cpu {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// This CPU lacks the instructions asked for, or the operating system refused a thread.
+    pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
+        let dispatch = Dispatch::new(config.isa)
+            .ok_or_else(|| BackendError::Unsupported(format!("this CPU has no {:?}", config.isa)))?;
+        let pool = Pool::new(config.threads).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let num_threads = pool.num_threads();
+        Ok(Self {
+            pool,
+            dispatch,
+            prepared: None,
+            linear_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
+            sample_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
+            hidden: None,
+            kv_bytes: 0,
+            last_tokens: Vec::new(),
+            finished: std::collections::VecDeque::new(),
+        })
+    }
+
+    fn on(&self) -> On<'_> {
+        On { pool: &self.pool, dispatch: self.dispatch }
+    }
+
+    fn prepared(&self) -> &Prepared {
+        self.prepared.as_ref().expect("`prepare` is called before everything else")
+    }
+
+    fn reserve(&self, what: &'static str, needed_bytes: u64) -> Result<(), BackendError> {
+        let free_bytes = self.memory().free_bytes;
+        if needed_bytes <= free_bytes {
+            Ok(())
+        } else {
+            Err(BackendError::OutOfMemory { what, needed_bytes, free_bytes })
+        }
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = Tensor;
+    type Activation = Activation;
+    type Linear = Linear;
+    type Norm = Norm;
+    type Embedding = Embedding;
+    type KvLayer = KvLayer;
+    type Plan = Plan;
+
+    fn prepare(&mut self, limits: StepLimits, attention: AttentionConfig) -> Result<(), BackendError> {
+        let AttentionConfig { num_heads, num_kv_heads, head_dim, .. } = attention;
+        if num_kv_heads == 0 || num_heads % num_kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
+            let shape = format!("{num_heads} query heads, {num_kv_heads} key/value heads of {head_dim}");
+            return Err(BackendError::Unsupported(shape));
+        }
+        let geometry = Geometry::new(attention);
+        let scratch = || Mutex::new(AttentionScratch::new(&geometry, limits.max_model_len));
+        let heads_len = limits.max_tokens * num_heads * head_dim;
+        self.reserve("attention scratch", 4 * heads_len as u64)?;
+        self.prepared = Some(Prepared {
+            limits,
+            geometry,
+            rope: RopeTable::new(&attention, limits.max_model_len),
+            attention_scratch: (0..self.pool.num_threads()).map(|_| scratch()).collect(),
+            heads: Buffer::zeroed(heads_len),
+        });
+        Ok(())
+    }
+
+    fn memory(&self) -> MemoryInfo {
+        let MemoryInfo { free_bytes, total_bytes } = memory::available();
+        MemoryInfo { free_bytes: free_bytes.saturating_sub(self.kv_bytes), total_bytes }
+    }
+
+    fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Linear, BackendError> {
+        self.reserve("a linear layer", weights.parts.iter().map(|part| part.data.len() as u64).sum())?;
+        Linear::upload(weights, self.dispatch.isa())
+    }
+
+    fn upload_norm(&mut self, weight: HostTensor<'_>) -> Result<Norm, BackendError> {
+        Norm::upload(weight)
+    }
+
+    fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Embedding, BackendError> {
+        self.reserve("the embedding table", table.data.len() as u64)?;
+        let table = Matrix::upload(&[table], false)?;
+        if self.hidden.as_ref().is_none_or(|hidden| hidden.cols != table.cols) {
+            self.hidden = Some(Activation::zeroed(self.prepared().limits.max_seqs, table.cols, false));
+        }
+        Ok(Embedding { table })
+    }
+
+    fn alloc_tensor(&mut self, rows: usize, cols: usize) -> Result<Tensor, BackendError> {
+        self.reserve("a tensor", self.tensor_bytes(rows, cols))?;
+        Ok(Tensor::zeroed(rows, cols))
+    }
+
+    fn activation_bytes(&self, rows: usize, cols: usize) -> u64 {
+        let bytes = if self.dispatch.has_pairs() { 6 } else { 4 };
+        (rows * cols * bytes) as u64
+    }
+
+    fn alloc_activation(&mut self, rows: usize, cols: usize) -> Result<Activation, BackendError> {
+        self.reserve("an activation", self.activation_bytes(rows, cols))?;
+        Ok(Activation::zeroed(rows, cols, self.dispatch.has_pairs()))
+    }
+
+    /// 0 before `prepare`.
+    fn kv_block_bytes(&self, block_size: usize) -> u64 {
+        self.prepared.as_ref().map_or(0, |prepared| {
+            let Geometry { config, padded_dim, .. } = prepared.geometry;
+            (2 * block_size * config.num_kv_heads * padded_dim * size_of::<f32>()) as u64
+        })
+    }
+
+    fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<KvLayer, BackendError> {
+        let bytes = num_blocks as u64 * self.kv_block_bytes(block_size);
+        self.reserve("the KV cache of a layer", bytes)?;
+        self.kv_bytes += bytes;
+        let len = bytes as usize / 2 / size_of::<f32>();
+        Ok(KvLayer { keys: Buffer::zeroed(len), values: Buffer::zeroed(len), block_size })
+    }
+
+    fn begin(&mut self, batch: &Batch) -> Result<Plan, BackendError> {
+        let Geometry { config, group, .. } = self.prepared().geometry;
+        let mut token_ids = batch.token_ids.clone();
+        for fed in &batch.fed {
+            let sampled = self.last_tokens.get(fed.prev_sample as usize).ok_or_else(|| {
+                let count = self.last_tokens.len();
+                BackendError::Unsupported(format!("sample {} of a step that had {count}", fed.prev_sample))
+            })?;
+            token_ids[fed.row as usize] = sampled.token;
+        }
+        Ok(Plan::new(batch, token_ids, config.num_kv_heads, group * config.head_dim))
+    }
+
+    fn embed(
+        &mut self,
+        plan: &Plan,
+        table: &Embedding,
+        scale: bf16,
+        residual: &mut Tensor,
+    ) -> Result<(), BackendError> {
+        let scale = scale.to_f32();
+        self.on().update_rows(residual, plan.num_tokens(), |row, out| {
+            table.table.widen_row(plan.token_ids[row] as usize, out);
+            out.iter_mut().for_each(|x| *x *= scale);
+        });
+        Ok(())
+    }
+
+    fn norm(
+        &mut self,
+        plan: &Plan,
+        x: &Tensor,
+        norm: NormArgs<'_, Self>,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        self.on().fill_rows(out, plan.num_tokens(), norm.out_scheme, |row, out| {
+            elementwise::rms_norm(x.row(row), norm.weight, norm.eps, out);
+        });
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        plan: &Plan,
+        x: &Activation,
+        weights: &Linear,
+        out: &mut Tensor,
+    ) -> Result<(), BackendError> {
+        linear::linear(self.on(), &self.linear_scratch, plan.num_tokens(), x, weights, out)
+    }
+
+    fn rope_append(&mut self, plan: &Plan, qkv: &mut Tensor, kv: &mut KvLayer) -> Result<(), BackendError> {
+        let Prepared { geometry, rope, .. } = self.prepared();
+        rope::rope_append(self.on(), plan, geometry, rope, qkv, kv);
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        plan: &Plan,
+        qkv: &Tensor,
+        kv: &KvLayer,
+        window: Option<usize>,
+        out_scheme: ActivationScheme,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        let on = On { pool: &self.pool, dispatch: self.dispatch };
+        let prepared = self.prepared.as_mut().expect("`prepare` is called before everything else");
+        let inputs = Inputs { plan, geometry: prepared.geometry, qkv, kv, window };
+        attention::attention(on, &prepared.attention_scratch, inputs, &mut prepared.heads, out_scheme, out);
+        Ok(())
+    }
+
+    fn add_norm(
+        &mut self,
+        plan: &Plan,
+        x: &Tensor,
+        post: &Norm,
+        residual: &mut Tensor,
+        pre: NormArgs<'_, Self>,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        self.on().update_rows(residual, plan.num_tokens(), |row, residual| {
+            elementwise::add_rms_norm(x.row(row), post, pre.eps, residual);
+        });
+        self.norm(plan, residual, pre, out)
+    }
+
+    fn geglu(
+        &mut self,
+        plan: &Plan,
+        gate_up: &Tensor,
+        out_scheme: ActivationScheme,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        self.on().fill_rows(out, plan.num_tokens(), out_scheme, |row, out| {
+            elementwise::geglu(gate_up.row(row), out);
+        });
+        Ok(())
+    }
+
+    fn logits(
+        &mut self,
+        plan: &Plan,
+        last: LastHidden<'_, Self>,
+        table: &Embedding,
+        softcap: Option<f32>,
+        logits: &mut Tensor,
+    ) -> Result<(), BackendError> {
+        let num_samples = plan.sample_rows.len();
+        let mut hidden = self.hidden.take().expect("made when the table was uploaded");
+        if hidden.rows.len() < num_samples || hidden.cols != table.table.cols {
+            hidden = Activation::zeroed(num_samples, table.table.cols, false);
+        }
+        self.on().fill_rows(&mut hidden, num_samples, ActivationScheme::None, |index, out| {
+            let row = plan.sample_rows[index] as usize;
+            elementwise::last_norms(last.x.row(row), last.post, last.residual.row(row), last.norm, last.eps, out);
+        });
+        let rows = &hidden.rows[..num_samples];
+        linear::logits(self.on(), &self.linear_scratch, rows, &table.table, softcap, logits);
+        self.hidden = Some(hidden);
+        Ok(())
+    }
+
+    fn sample(&mut self, plan: &Plan, batch: &Batch, logits: &mut Tensor) -> Result<(), BackendError> {
+        let vocab = logits.cols;
+        let fed = |row: u32| batch.fed.iter().any(|fed| fed.row == row).then(|| plan.token_ids[row as usize]);
+        let rows = logits.rows_mut(batch.samples.len()).chunks_exact_mut(vocab);
+        let nothing = SampledToken { token: 0, logprobs: None };
+        let mut work: Vec<_> = rows.map(|row| (row, nothing.clone())).collect();
+        self.pool.for_chunks(&mut work, 1, |worker, index, work| {
+            let mut scratch = self.sample_scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            for (logits, sampled) in work {
+                let sample = &batch.samples[index];
+                let fed = fed(sample.row);
+                *sampled = self.dispatch.run(Choose { sample, fed, logits, scratch: &mut scratch });
+            }
+        });
+        let sampled: Vec<_> = work.into_iter().map(|(_, sampled)| sampled).collect();
+        self.last_tokens.clone_from(&sampled);
+        self.finished.push_back(sampled);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<SampledToken>, BackendError> {
+        Ok(self.finished.pop_front().unwrap_or_default())
+    }
+
+    fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>, BackendError> {
+        Ok(tensor.data[..rows * tensor.cols].to_vec())
+    }
+}

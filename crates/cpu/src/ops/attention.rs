@@ -1,0 +1,293 @@
+//! Attention over the paged cache.
+//!
+//! A task is one key/value head and up to [`TILE_TOKENS`] tokens of one sequence, which share every load of keys and
+//! values. Whatever shares them, a query's scores are dot products of its own, its weights are summed in the order of
+//! its own positions, and its values are added one position after another: chunks and neighbours change no bit.
+
+use std::sync::{Mutex, PoisonError};
+
+use lapidary_engine::BlockId;
+use lapidary_model::{ActivationScheme, AttentionConfig};
+
+use super::elementwise::On;
+use super::linear::dot_rows;
+use crate::math;
+use crate::plan::{Plan, Tile};
+use crate::simd::{Buffer, F32, Fma, Kernel, LANES, Simd};
+use crate::tensor::{Activation, KvLayer, Tensor};
+
+/// Tokens of a sequence that one task attends for.
+pub(crate) const TILE_TOKENS: usize = 8;
+
+/// Geometry of attention, and where heads are in memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub(crate) config: AttentionConfig,
+    /// Query heads that share a key/value head.
+    pub(crate) group: usize,
+    /// Elements of a head in the cache, a multiple of 16.
+    pub(crate) padded_dim: usize,
+}
+
+impl Geometry {
+    pub(crate) fn new(config: AttentionConfig) -> Self {
+        let group = config.num_heads / config.num_kv_heads;
+        Self { config, group, padded_dim: config.head_dim.next_multiple_of(LANES) }
+    }
+
+    /// Where `slot`'s keys of `head` start in a [`KvLayer`].
+    pub(crate) fn cache_offset(&self, block_size: usize, slot: usize, head: usize) -> usize {
+        let (block, offset) = (slot / block_size, slot % block_size);
+        ((block * self.config.num_kv_heads + head) * block_size + offset) * self.padded_dim
+    }
+}
+
+/// Of one thread.
+#[derive(Debug, Default)]
+pub(crate) struct AttentionScratch {
+    /// `[queries, padded_dim]`
+    queries: Buffer<f32>,
+    /// `[queries, span]`
+    scores: Buffer<f32>,
+    /// `[queries, padded_dim]`
+    sums: Buffer<f32>,
+    /// `[queries]`
+    totals: Buffer<f32>,
+}
+
+impl AttentionScratch {
+    pub(crate) fn new(geometry: &Geometry, max_model_len: usize) -> Self {
+        let queries = TILE_TOKENS * geometry.group;
+        Self {
+            queries: Buffer::zeroed(queries * geometry.padded_dim),
+            scores: Buffer::zeroed(queries * max_model_len),
+            sums: Buffer::zeroed(queries * geometry.padded_dim),
+            totals: Buffer::zeroed(queries),
+        }
+    }
+}
+
+/// What one attention operation reads.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) geometry: Geometry,
+    pub(crate) qkv: &'a Tensor,
+    pub(crate) kv: &'a KvLayer,
+    pub(crate) window: Option<usize>,
+}
+
+/// `out = quantise(attention(q, kv))`. `heads` is `[num_kv_heads, num_tokens, group * head_dim]`, by which each task
+/// writes one piece.
+pub(crate) fn attention(
+    on: On<'_>,
+    scratch: &[Mutex<AttentionScratch>],
+    inputs: Inputs<'_>,
+    heads: &mut [f32],
+    scheme: ActivationScheme,
+    out: &mut Activation,
+) {
+    let Inputs { plan, geometry, .. } = inputs;
+    let num_tokens = plan.num_tokens();
+    let width = geometry.group * geometry.config.head_dim;
+    let heads = &mut heads[..num_tokens * width * geometry.config.num_kv_heads];
+    on.pool.for_parts(heads, &plan.tile_starts, |worker, index, out| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let kv_head = index / plan.tiles.len();
+        let tile = plan.tiles[index % plan.tiles.len()];
+        on.dispatch.run(AttendTile { inputs, kv_head, tile, scratch: &mut scratch, out });
+    });
+    let heads = &*heads;
+    on.fill_rows(out, num_tokens, scheme, |token, row| {
+        for (kv_head, row) in row.chunks_exact_mut(width).enumerate() {
+            row.copy_from_slice(&heads[(kv_head * num_tokens + token) * width..][..width]);
+        }
+    });
+}
+
+/// Positions of one block that some query of a tile sees.
+struct Page {
+    /// Where the first position is in the cache, in elements.
+    offset: usize,
+    first: usize,
+    end: usize,
+}
+
+struct AttendTile<'a> {
+    inputs: Inputs<'a>,
+    kv_head: usize,
+    tile: Tile,
+    scratch: &'a mut AttentionScratch,
+    /// `[tile tokens, group * head_dim]`
+    out: &'a mut [f32],
+}
+
+impl Kernel for AttendTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        self.load_queries();
+        self.score(simd);
+        self.add_values(simd);
+    }
+}
+
+impl AttendTile<'_> {
+    #[inline(always)]
+    fn num_queries(&self) -> usize {
+        self.tile.num_rows * self.inputs.geometry.group
+    }
+
+    /// Positions a query sees: the first, and one past the last.
+    #[inline(always)]
+    fn visible(&self, query: usize) -> (usize, usize) {
+        let row = self.tile.first_row + query / self.inputs.geometry.group;
+        let end = self.inputs.plan.positions[row] as usize + 1;
+        (self.inputs.window.map_or(0, |window| end.saturating_sub(window)), end)
+    }
+
+    /// Positions any query sees: a tile's positions ascend.
+    #[inline(always)]
+    fn seen(&self) -> (usize, usize) {
+        (self.visible(0).0, self.visible(self.num_queries() - 1).1)
+    }
+
+    #[inline(always)]
+    fn num_pages(&self) -> usize {
+        let (begin, end) = self.seen();
+        end.div_ceil(self.inputs.kv.block_size) - begin / self.inputs.kv.block_size
+    }
+
+    #[inline(always)]
+    fn page(&self, index: usize) -> Page {
+        let (begin, end) = self.seen();
+        let block_size = self.inputs.kv.block_size;
+        let number = begin / block_size + index;
+        let (first, end) = (begin.max(number * block_size), end.min((number + 1) * block_size));
+        let BlockId(block) = self.inputs.plan.block_ids[self.tile.first_block + number];
+        let slot = block as usize * block_size + first % block_size;
+        Page { offset: self.inputs.geometry.cache_offset(block_size, slot, self.kv_head), first, end }
+    }
+
+    #[inline(always)]
+    fn load_queries(&mut self) {
+        let Geometry { config, group, padded_dim } = self.inputs.geometry;
+        let num_queries = self.num_queries();
+        for (index, query) in self.scratch.queries.chunks_exact_mut(padded_dim).take(num_queries).enumerate() {
+            let head = self.kv_head * group + index % group;
+            let row = self.inputs.qkv.row(self.tile.first_row + index / group);
+            query[..config.head_dim].copy_from_slice(&row[head * config.head_dim..][..config.head_dim]);
+        }
+    }
+
+    /// Fills `scores` with unnormalised softmax weights and `totals` with their sums.
+    #[inline(always)]
+    fn score<S: Simd>(&mut self, simd: S) {
+        let Geometry { config, padded_dim, .. } = self.inputs.geometry;
+        let (num_queries, per_row) = (self.num_queries(), padded_dim / LANES);
+        let (begin, end) = self.seen();
+        let span = end - begin;
+        for index in 0..self.num_pages() {
+            let page = self.page(index);
+            let keys = self.inputs.kv.keys[page.offset..][..(page.end - page.first) * padded_dim].as_chunks().0;
+            let AttentionScratch { queries, scores, .. } = &mut *self.scratch;
+            let queries = queries.as_chunks().0;
+            let mut first = 0;
+            while first < num_queries {
+                let query = |index: usize| &queries[(first + index) * per_row..][..per_row];
+                let sink = &mut |index: usize, key: usize, products: &[f32]| {
+                    let start = (first + index) * span + page.first - begin + key;
+                    scores[start..][..products.len()].copy_from_slice(products);
+                };
+                first += dot_rows(Fma::<S, F32>::new(simd), num_queries - first, query, (keys, per_row), sink);
+            }
+        }
+        for query in 0..num_queries {
+            let (from, to) = self.visible(query);
+            let scores = &mut self.scratch.scores[query * span..][from - begin..to - begin];
+            self.scratch.totals[query] = softmax_weights(scores, config.scale, config.softcap);
+        }
+    }
+
+    /// Adds up the values by their weights.
+    #[inline(always)]
+    fn add_values<S: Simd>(&mut self, simd: S) {
+        let Geometry { config, padded_dim, .. } = self.inputs.geometry;
+        let (num_queries, per_row) = (self.num_queries(), padded_dim / LANES);
+        let (begin, end) = self.seen();
+        let span = end - begin;
+        self.scratch.sums[..num_queries * padded_dim].fill(0.0);
+        for index in 0..self.num_pages() {
+            let page = self.page(index);
+            let values = self.inputs.kv.values[page.offset..][..(page.end - page.first) * padded_dim].as_chunks().0;
+            for query in 0..num_queries {
+                let (from, to) = self.visible(query);
+                let (from, to) = (from.max(page.first), to.min(page.end));
+                if from < to {
+                    let AttentionScratch { scores, sums, .. } = &mut *self.scratch;
+                    let weights = &scores[query * span..][from - begin..to - begin];
+                    let values = &values[(from - page.first) * per_row..(to - page.first) * per_row];
+                    let sums = &mut sums.as_chunks_mut().0[query * per_row..][..per_row];
+                    add_weighted(simd, weights, values, sums);
+                }
+            }
+        }
+        for (query, out) in self.out.chunks_exact_mut(config.head_dim).enumerate() {
+            let factor = 1.0 / self.scratch.totals[query];
+            for (out, sum) in out.iter_mut().zip(&self.scratch.sums[query * padded_dim..]) {
+                *out = sum * factor;
+            }
+        }
+    }
+}
+
+/// Turns products into unnormalised softmax weights, and returns their sum.
+#[inline(always)]
+fn softmax_weights(scores: &mut [f32], scale: f32, softcap: Option<f32>) -> f32 {
+    match softcap {
+        Some(cap) => scores.iter_mut().for_each(|score| *score = math::softcap(*score * scale, cap)),
+        None => scores.iter_mut().for_each(|score| *score *= scale),
+    }
+    let max = math::max_of(scores);
+    scores.iter_mut().for_each(|score| *score = math::exp(*score - max));
+    math::sum_of(scores, |weight| weight)
+}
+
+/// `sums += weights[i] * values[i]`, one position after another.
+#[inline(always)]
+fn add_weighted<S: Simd>(simd: S, weights: &[f32], values: &[[f32; LANES]], sums: &mut [[f32; LANES]]) {
+    let per_row = sums.len();
+    let mut first = 0;
+    while first < per_row {
+        let (values, sums) = (&values[first..], &mut sums[first..]);
+        first += match sums.len() {
+            8.. => add_weighted_vectors::<S, 8>(simd, weights, values, per_row, sums),
+            4.. => add_weighted_vectors::<S, 4>(simd, weights, values, per_row, sums),
+            _ => add_weighted_vectors::<S, 1>(simd, weights, values, per_row, sums),
+        };
+    }
+}
+
+/// The first `N` vectors of [`add_weighted`], held in registers over all positions.
+#[inline(always)]
+fn add_weighted_vectors<S: Simd, const N: usize>(
+    simd: S,
+    weights: &[f32],
+    values: &[[f32; LANES]],
+    per_row: usize,
+    sums: &mut [[f32; LANES]],
+) -> usize {
+    let mut held: [S::V; N] = std::array::from_fn(|i| simd.load(&sums[i]));
+    for (weight, value) in weights.iter().zip(values.chunks(per_row)) {
+        let weight = simd.splat(*weight);
+        let value = &value[..N];
+        for i in 0..N {
+            held[i] = simd.mul_add(weight, simd.load(&value[i]), held[i]);
+        }
+    }
+    for i in 0..N {
+        simd.store(held[i], &mut sums[i]);
+    }
+    N
+}

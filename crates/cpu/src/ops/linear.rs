@@ -1,0 +1,303 @@
+//! Matrix products with weights in their stored type.
+//!
+//! A task takes some output columns, that is, weight rows. For a few tokens it decodes weights in registers, straight
+//! from memory; for more it decodes them once into its thread's cache and goes over the tokens in tiles. Both compute
+//! each output element by the same operations in the same order (see [`crate::simd`]'s `dot`).
+
+use std::sync::{Mutex, PoisonError};
+
+use lapidary_model::{ActivationScheme, BackendError};
+
+use super::elementwise::On;
+use crate::math;
+use crate::parallel::Columns;
+use crate::simd::{
+    Arith, Bf16, Bf16Pairs, Buffer, E4m3, E4m3Pairs, F16, F32, Fma, Kernel, LANES, PairDot, PairKernel, Simd, WeightBlock, dot_tile,
+};
+use crate::tensor::{Activation, ActivationRow, Elements, Linear, Matrix, ROW_BLOCK, Tensor};
+
+/// Tokens up to which weights are decoded in registers, as often as there are tiles of tokens: one.
+const MAX_DIRECT_TOKENS: usize = 6;
+
+/// Bytes of decoded weights of a task: half of a common second-level cache.
+const MAX_DECODED_BYTES: usize = 512 << 10;
+
+/// Weight bytes times tokens worth a task: a microsecond or so.
+const MIN_TASK_BYTES: usize = 32 << 10;
+
+/// Tasks for each thread, if they are large enough: some threads may be slower than others.
+const TASKS_PER_THREAD: usize = 8;
+
+/// Decoded weights of one thread.
+#[derive(Debug, Default)]
+pub(crate) struct LinearScratch {
+    floats: Buffer<f32>,
+    pairs: Buffer<u16>,
+}
+
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy)]
+enum Finish<'a> {
+    Keep,
+    /// `* scale[column]`
+    Scale(&'a [f32]),
+    /// `* (token's scale * scale[column])`
+    ScaleBoth(&'a [f32]),
+    Softcap(f32),
+}
+
+impl Finish<'_> {
+    #[inline(always)]
+    fn apply(self, token: &ActivationRow, first_column: usize, sums: &mut [f32]) {
+        match self {
+            Self::Keep => (),
+            Self::Scale(scales) => {
+                for (sum, scale) in sums.iter_mut().zip(&scales[first_column..]) {
+                    *sum *= scale;
+                }
+            }
+            Self::ScaleBoth(scales) => {
+                for (sum, scale) in sums.iter_mut().zip(&scales[first_column..]) {
+                    *sum *= token.scale * scale;
+                }
+            }
+            Self::Softcap(cap) => sums.iter_mut().for_each(|sum| *sum = math::softcap(*sum, cap)),
+        }
+    }
+}
+
+/// `out[..num_tokens] = x * weights^T`.
+pub(crate) fn linear(
+    on: On<'_>,
+    scratch: &[Mutex<LinearScratch>],
+    num_tokens: usize,
+    x: &Activation,
+    weights: &Linear,
+    out: &mut Tensor,
+) -> Result<(), BackendError> {
+    if x.scheme != weights.input {
+        let (given, wanted) = (x.scheme, weights.input);
+        return Err(BackendError::Unsupported(format!("input quantised as {given:?}, weights want {wanted:?}")));
+    }
+    assert_eq!((x.cols, out.cols), (weights.matrix.cols, weights.matrix.rows), "shapes of a linear layer");
+    let finish = match (weights.scales.is_empty(), weights.input) {
+        (true, _) => Finish::Keep,
+        (false, ActivationScheme::None) => Finish::Scale(&weights.scales),
+        (false, _) => Finish::ScaleBoth(&weights.scales),
+    };
+    multiply(on, scratch, &x.rows[..num_tokens], &weights.matrix, finish, out.rows_mut(num_tokens));
+    Ok(())
+}
+
+/// `logits[..hidden.len()] = softcap(hidden * table^T)`.
+pub(crate) fn logits(
+    on: On<'_>,
+    scratch: &[Mutex<LinearScratch>],
+    hidden: &[ActivationRow],
+    table: &Matrix,
+    softcap: Option<f32>,
+    logits: &mut Tensor,
+) {
+    assert_eq!(logits.cols, table.rows, "shape of the logits");
+    let finish = softcap.map_or(Finish::Keep, Finish::Softcap);
+    multiply(on, scratch, hidden, table, finish, logits.rows_mut(hidden.len()));
+}
+
+fn multiply(
+    on: On<'_>,
+    scratch: &[Mutex<LinearScratch>],
+    x: &[ActivationRow],
+    weights: &Matrix,
+    finish: Finish<'_>,
+    out: &mut [f32],
+) {
+    let width = columns_per_task(weights, x.len(), on.pool.num_threads());
+    on.pool.for_columns(out, weights.rows, width, |worker, mut columns| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let out = &mut columns;
+        let stride = weights.stride();
+        let elements = out.first() * stride..(out.first() + out.width().next_multiple_of(ROW_BLOCK)) * stride;
+        let dispatch = on.dispatch;
+        match &weights.elements {
+            Elements::F32(data) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(Panel::<F32> { x, w, stride, finish, scratch: &mut scratch, out });
+            }
+            Elements::Bf16(data) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(Panel::<Bf16> { x, w, stride, finish, scratch: &mut scratch, out });
+            }
+            Elements::F16(data) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(Panel::<F16> { x, w, stride, finish, scratch: &mut scratch, out });
+            }
+            Elements::E4m3(data) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(Panel::<E4m3> { x, w, stride, finish, scratch: &mut scratch, out });
+            }
+            Elements::E4m3Pairs(data) => {
+                let w = data[elements].as_chunks().0;
+                let ran = dispatch.run_pairs(PairPanel { x, w, stride, finish, scratch: &mut scratch, out });
+                assert!(ran.is_some(), "weights are stored in pairs only where the CPU multiplies pairs");
+            }
+        }
+    });
+}
+
+/// Output columns to a task: enough to be worth it, few enough to decode into the cache and to share out evenly.
+fn columns_per_task(weights: &Matrix, num_tokens: usize, threads: usize) -> usize {
+    let row_bytes = weights.row_bytes() * num_tokens.max(1);
+    let even = weights.rows.div_ceil(threads * TASKS_PER_THREAD);
+    let worth = MIN_TASK_BYTES.div_ceil(row_bytes);
+    let fitting = if num_tokens > MAX_DIRECT_TOKENS {
+        (MAX_DECODED_BYTES / (weights.stride() * size_of::<f32>())).max(ROW_BLOCK)
+    } else {
+        usize::MAX
+    };
+    even.max(worth).min(fitting).max(1).next_multiple_of(ROW_BLOCK).min(fitting / ROW_BLOCK * ROW_BLOCK)
+}
+
+/// Some columns of the output, by fused multiply-add.
+struct Panel<'a, 'c, W: WeightBlock> {
+    x: &'a [ActivationRow],
+    w: &'a [W::Block],
+    stride: usize,
+    finish: Finish<'a>,
+    scratch: &'a mut LinearScratch,
+    out: &'a mut Columns<'c>,
+}
+
+impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let per_row = self.stride / LANES;
+        let x = |token: usize| self.x[token].values.as_chunks().0;
+        if self.x.len() <= MAX_DIRECT_TOKENS {
+            all_tokens(Fma::<S, W>::new(simd), self.x, x, (self.w, per_row), self.finish, self.out);
+            return;
+        }
+        self.scratch.floats.reserve(self.w.len() * LANES);
+        let decoded = &mut self.scratch.floats.as_chunks_mut().0[..self.w.len()];
+        for (to, from) in decoded.iter_mut().zip(self.w) {
+            simd.store(W::load(simd, from), to);
+        }
+        all_tokens(Fma::<S, F32>::new(simd), self.x, x, (decoded, per_row), self.finish, self.out);
+    }
+}
+
+/// Some columns of the output, by dot products of pairs.
+struct PairPanel<'a, 'c> {
+    x: &'a [ActivationRow],
+    w: &'a [[u8; 64]],
+    stride: usize,
+    finish: Finish<'a>,
+    scratch: &'a mut LinearScratch,
+    out: &'a mut Columns<'c>,
+}
+
+impl PairKernel for PairPanel<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<P: PairDot>(self, pairs: P) {
+        let per_row = self.stride / 64;
+        let x = |token: usize| self.x[token].pairs.as_chunks().0.as_chunks().0;
+        if self.x.len() <= MAX_DIRECT_TOKENS {
+            all_tokens(E4m3Pairs(pairs), self.x, x, (self.w, per_row), self.finish, self.out);
+            return;
+        }
+        self.scratch.pairs.reserve(self.w.len() * 64);
+        let decoded = &mut self.scratch.pairs.as_chunks_mut::<32>().0.as_chunks_mut::<2>().0[..self.w.len()];
+        for (to, from) in decoded.iter_mut().zip(self.w) {
+            let [low, high] = pairs.decode(from);
+            pairs.store(low, &mut to[0]);
+            pairs.store(high, &mut to[1]);
+        }
+        all_tokens(Bf16Pairs(pairs), self.x, x, (decoded, per_row), self.finish, self.out);
+    }
+}
+
+/// Goes over the tokens in tiles as large as the registers allow.
+#[inline(always)]
+fn all_tokens<'x, A: Arith>(
+    arith: A,
+    tokens: &[ActivationRow],
+    x: impl Fn(usize) -> &'x [A::X] + Copy,
+    (w, per_row): (&[A::W], usize),
+    finish: Finish<'_>,
+    out: &mut Columns<'_>,
+) {
+    let mut first = 0;
+    while first < tokens.len() {
+        let x = |index: usize| &x(first + index)[..per_row];
+        let sink = &mut |token: usize, row: usize, sums: &[f32]| {
+            let width = out.width();
+            let end = width.min(row + sums.len());
+            if row < end {
+                out.row(first + token)[row..end].copy_from_slice(&sums[..end - row]);
+            }
+        };
+        let left = tokens.len() - first;
+        let done = dot_rows(arith, left, x, (w, per_row), sink);
+        let first_column = out.first();
+        for token in first..first + done {
+            finish.apply(&tokens[token], first_column, out.row(token));
+        }
+        first += done;
+    }
+}
+
+/// Multiplies the first rows of x, at most `left`, with all rows of w; `sink(x row, first w row, sums)` takes the
+/// results. Returns how many rows of x it took.
+#[inline(always)]
+pub(crate) fn dot_rows<'x, A: Arith>(
+    arith: A,
+    left: usize,
+    x: impl Fn(usize) -> &'x [A::X],
+    w: (&[A::W], usize),
+    sink: &mut impl FnMut(usize, usize, &[f32]),
+) -> usize {
+    if A::WIDE {
+        match left {
+            1 => strip::<A, 1, 8>(arith, x, w, sink),
+            2 => strip::<A, 2, 8>(arith, x, w, sink),
+            3 => strip::<A, 3, 4>(arith, x, w, sink),
+            4 | 7 | 8 => strip::<A, 4, 4>(arith, x, w, sink),
+            5 => strip::<A, 5, 4>(arith, x, w, sink),
+            _ => strip::<A, 6, 4>(arith, x, w, sink),
+        }
+    } else {
+        match left {
+            1 => strip::<A, 1, 4>(arith, x, w, sink),
+            _ => strip::<A, 2, 2>(arith, x, w, sink),
+        }
+    }
+}
+
+#[inline(always)]
+fn strip<'x, A: Arith, const MR: usize, const NR: usize>(
+    arith: A,
+    x: impl Fn(usize) -> &'x [A::X],
+    (w, per_row): (&[A::W], usize),
+    sink: &mut impl FnMut(usize, usize, &[f32]),
+) -> usize {
+    let x: [&[A::X]; MR] = std::array::from_fn(x);
+    let mut row = 0;
+    let mut rows = w.chunks_exact(per_row);
+    while rows.len() >= NR {
+        let tile: [&[A::W]; NR] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        for (token, sums) in dot_tile(arith, x, tile).iter().enumerate() {
+            sink(token, row, sums);
+        }
+        row += NR;
+    }
+    for tile in rows {
+        for (token, sums) in dot_tile(arith, x, [tile]).iter().enumerate() {
+            sink(token, row, sums);
+        }
+        row += 1;
+    }
+    MR
+}

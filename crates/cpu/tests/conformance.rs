@@ -1,0 +1,26 @@
+//! The model crate's suite, on every instruction set this machine has.
+
+use lapidary_cpu::{Cpu, CpuConfig, Isa};
+use lapidary_model::conformance::Bounds;
+
+fn cpu(isa: Isa) -> Cpu {
+    // An instruction set this machine lacks is tested as the best it has: the same code as another module's.
+    let isa = if isa.is_available() { isa } else { Isa::detect() };
+    Cpu::new(CpuConfig { threads: 2, isa }).unwrap()
+}
+
+mod portable {
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Portable), super::Bounds::F32);
+}
+
+mod avx2 {
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx2), super::Bounds::F32);
+}
+
+mod avx512 {
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx512), super::Bounds::F32);
+}
+
+mod avx512_bf16 {
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx512Bf16), super::Bounds::F32);
+}
