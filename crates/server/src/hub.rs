@@ -15,6 +15,7 @@ use cache::{Partial, RepoCache};
 use client::{Client, Repository};
 
 use crate::config::HubConfig;
+use crate::logging::CauseChain;
 
 /// Attempts in a row that bring no byte before a transfer is given up.
 const MAX_FUTILE_ATTEMPTS: u32 = 5;
@@ -40,7 +41,7 @@ const METADATA_FILES: [&str; 9] = [
 ];
 
 /// Told the bytes done and the bytes in all.
-pub type OnProgress<'a> = &'a dyn Fn(u64, u64);
+pub(crate) type OnProgress<'a> = &'a dyn Fn(u64, u64);
 
 /// Why a model cannot be had. Messages say what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -193,7 +194,7 @@ impl HubError {
 
 /// Whether `name` can be a repository: `org/name` in the hub's alphabet, and safe as part of a path.
 #[must_use]
-pub fn is_repository_name(name: &str) -> bool {
+pub(crate) fn is_repository_name(name: &str) -> bool {
     let is_part = |part: &str| {
         !part.is_empty()
             && part
@@ -212,7 +213,7 @@ pub fn is_repository_name(name: &str) -> bool {
 
 /// Whether `name` can be a branch, tag or commit, and is safe as part of a path.
 #[must_use]
-pub fn is_revision_name(name: &str) -> bool {
+pub(crate) fn is_revision_name(name: &str) -> bool {
     let is_part = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')
@@ -240,7 +241,7 @@ fn is_plain_file_name(name: &str) -> bool {
 ///
 /// # Errors
 /// See [`HubError`].
-pub fn fetch(repo: &str, config: &HubConfig, on_progress: OnProgress<'_>) -> Result<PathBuf, HubError> {
+pub(crate) fn fetch(repo: &str, config: &HubConfig, on_progress: OnProgress<'_>) -> Result<PathBuf, HubError> {
     fetch_with_backoff(repo, config, on_progress, FIRST_BACKOFF)
 }
 
@@ -382,23 +383,8 @@ impl Retries {
     fn pause(self, futile: &mut u32, error: &HubError) {
         let backoff = self.first_backoff * 2u32.pow(*futile);
         *futile += 1;
-        tracing::warn!(error = %Causes(error), attempt = *futile, ?backoff, "download failed; trying again");
+        tracing::warn!(error = %CauseChain(error), attempt = *futile, ?backoff, "download failed; trying again");
         std::thread::sleep(backoff);
-    }
-}
-
-/// Prints an error with all its causes on one line.
-struct Causes<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Causes<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
     }
 }
 

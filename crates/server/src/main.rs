@@ -1,3 +1,66 @@
-//! The `lapidary` binary.
+//! The `lapidary` binary: parses the command line and hands over to the library.
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use lapidary_server::cli::{Cli, Command, LogFormat, ServeArgs};
+use lapidary_server::config::{Config, Environment};
+use lapidary_server::logging::{self, CauseChain};
+use lapidary_server::serve;
+
+/// The command line or a setting is at fault, as clap has it.
+const USAGE_ERROR: u8 = 2;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(args) => run_serve(&args),
+    }
+}
+
+fn run_serve(args: &ServeArgs) -> ExitCode {
+    let config = match Config::resolve(args, &Environment::of_process()) {
+        Ok(config) => config,
+        Err(error) => return fail(&error, USAGE_ERROR),
+    };
+    if args.print_config {
+        return match config.to_toml() {
+            Ok(text) => print(&text),
+            Err(error) => fail(&error, USAGE_ERROR),
+        };
+    }
+    logging::init(&config.log);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), model = config.settings.model, "lapidary starts");
+    for variable in &config.unknown_variables {
+        tracing::warn!(variable, "this environment variable is no setting: is it misspelt?");
+    }
+    let log_format = config.log.format;
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, 1),
+    };
+    let outcome = runtime.block_on(serve::serve(config));
+    // Whatever still runs has nobody left to answer.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if log_format == LogFormat::Json => {
+            tracing::error!(error = %CauseChain(&error), "failed");
+            ExitCode::FAILURE
+        }
+        Err(error) => fail(&error, 1),
+    }
+}
+
+/// Tells a person what went wrong. Nothing can be done where even stderr is closed.
+fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "error: {}", CauseChain(error));
+    ExitCode::from(code)
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
+    }
+}

@@ -1,0 +1,319 @@
+//! From a model's name to a running engine: fetch, open, check, upload, warm up.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use lapidary_cpu::CpuBackend;
+use lapidary_engine::{Engine, EngineConfig, EngineHandle, SpawnError, TokenId};
+use lapidary_model::{
+    Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, MemoryPlan, ModelRunner,
+    RunnerConfig, RunnerError,
+};
+use lapidary_text::{ChatTemplate, SystemRole, TemplateError, Tokenizer, TokenizerError};
+
+use crate::cli::{GenerationConfigSource, SystemRoleSetting};
+use crate::config::{Config, LoadConfig, ModelSource, SchedulingConfig};
+use crate::fingerprint::fingerprint;
+use crate::hub::{self, HubError};
+use crate::lifecycle::Phase;
+use crate::progress::Progress;
+use crate::state::{AppState, SamplingDefaults, ServedModel};
+use crate::units::ByteSize;
+use crate::demo;
+
+/// Length of an answer with its prompt that the KV cache is sized for when nothing else is said: chats are rarely longer.
+const TYPICAL_SEQUENCE_TOKENS: u64 = 2048;
+/// Run once before the first request; any text would do.
+const WARM_UP_TEXT: &str = "The lapidary cut the stone, and the light came through.";
+
+/// Why a model cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// It cannot be downloaded.
+    #[error("cannot get the model from the hub")]
+    Hub(#[from] HubError),
+    /// Its files cannot be used.
+    #[error("cannot open the checkpoint")]
+    Checkpoint(#[from] CheckpointError),
+    /// It has no tokenizer.
+    #[error("the checkpoint has no tokenizer.json")]
+    NoTokenizer,
+    /// Its tokenizer cannot be used.
+    #[error("cannot use the checkpoint's tokenizer")]
+    Tokenizer(#[from] TokenizerError),
+    /// The tokenizer belongs to another model.
+    #[error(
+        "the tokenizer has {tokenizer} tokens and the embedding table only {embedding} rows: they belong to different \
+         models"
+    )]
+    VocabularyMismatch {
+        /// Tokens.
+        tokenizer: usize,
+        /// Rows.
+        embedding: usize,
+    },
+    /// The checkpoint's chat template cannot be used.
+    #[error("cannot use the checkpoint's chat template (--chat-template gives another)")]
+    ChatTemplate(#[source] TemplateError),
+    /// The file of `--chat-template` cannot be used.
+    #[error("cannot use the chat template {}", path.display())]
+    OwnChatTemplate {
+        /// Of the flag.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Nothing says when an answer ends.
+    #[error("neither config.json, generation_config.json nor the tokenizer names an end-of-sequence token")]
+    NoEndOfSequence,
+    /// The engine did not start.
+    #[error("cannot start the engine")]
+    Engine(#[source] SpawnError<StartError>),
+}
+
+/// Why the engine's executor cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Weights or memory.
+    #[error("cannot load the model")]
+    Runner(#[from] RunnerError),
+    /// The model is loaded and computes nonsense.
+    #[error(
+        "a first forward pass gave {count} values that are no numbers: weights or scales of this checkpoint are damaged"
+    )]
+    NotFinite {
+        /// NaN or infinite logits.
+        count: usize,
+    },
+}
+
+/// Loads the model that `config` names and starts its engine. Blocks for as long as that takes.
+///
+/// # Errors
+/// See [`LoadError`].
+pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError> {
+    let checkpoint = open(config, state)?;
+    let tokenizer = load_tokenizer(&checkpoint)?;
+    let chat_template = load_chat_template(&config.load, &checkpoint, &tokenizer)?;
+    let stop_token_ids = stop_token_ids(&checkpoint, &tokenizer);
+    let eos_token_id = primary_eos(&checkpoint, &tokenizer).ok_or(LoadError::NoEndOfSequence)?;
+    let defaults = match config.load.generation_config {
+        GenerationConfigSource::Auto => sampling_defaults(&checkpoint),
+        GenerationConfigSource::Vllm => SamplingDefaults::default(),
+    };
+    let vocab_size = checkpoint.config().vocab_size as u32;
+    let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, "cpu")?;
+    let warm_up = tokenizer.encode(WARM_UP_TEXT, true)?;
+    let engine = start_engine(config, state, checkpoint, warm_up)?;
+    Ok(ServedModel {
+        names: config.load.names.clone(),
+        root: config.settings.model.clone().unwrap_or_default(),
+        created: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+        max_model_len: engine.max_model_len(),
+        vocab_size,
+        tokenizer: Arc::new(tokenizer),
+        chat_template: chat_template.map(Arc::new),
+        system_role: system_role(&config.load),
+        eos_token_id,
+        stop_token_ids: stop_token_ids.into(),
+        defaults,
+        system_fingerprint,
+        engine,
+    })
+}
+
+fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
+    let overrides = ConfigOverrides { query_pre_attn_scalar: config.load.query_pre_attn_scalar };
+    let folder = match &config.load.source {
+        ModelSource::Demo => return Ok(Checkpoint::from_embedded(demo::FILES, overrides)?),
+        ModelSource::Directory(folder) => folder.clone(),
+        ModelSource::Hub(repo) => {
+            let progress = Progress::start(state, Phase::Downloading);
+            let folder = hub::fetch(repo, &config.hub, &|done, total| progress.set(done, total))?;
+            tracing::info!(folder = %folder.display(), "model files are complete");
+            folder
+        }
+    };
+    Ok(Checkpoint::open_dir(&folder, overrides)?)
+}
+
+fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
+    let json = checkpoint.file("tokenizer.json")?.ok_or(LoadError::NoTokenizer)?;
+    let tokenizer = Tokenizer::from_bytes(&json, checkpoint.file("tokenizer_config.json")?.as_deref())?;
+    let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config().vocab_size);
+    if tokens > rows {
+        return Err(LoadError::VocabularyMismatch { tokenizer: tokens, embedding: rows });
+    }
+    Ok(tokenizer)
+}
+
+fn system_role(config: &LoadConfig) -> SystemRole {
+    match config.system_role {
+        SystemRoleSetting::Merge => SystemRole::Merge,
+        SystemRoleSetting::Error => SystemRole::Error,
+    }
+}
+
+fn load_chat_template(
+    config: &LoadConfig,
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+) -> Result<Option<ChatTemplate>, LoadError> {
+    let role = system_role(config);
+    if let Some(path) = &config.chat_template {
+        let unusable = |source| LoadError::OwnChatTemplate { path: path.clone(), source };
+        let source = std::fs::read_to_string(path).map_err(|error| unusable(error.into()))?;
+        let template = ChatTemplate::new(&source, tokenizer, role).map_err(|error| unusable(error.into()))?;
+        return Ok(Some(template));
+    }
+    let template = if let Some(source) = checkpoint.file("chat_template.jinja")? {
+        ChatTemplate::new(&String::from_utf8_lossy(&source), tokenizer, role).map(Some)
+    } else if let Some(config) = checkpoint.file("tokenizer_config.json")? {
+        ChatTemplate::from_config(&config, tokenizer, role)
+    } else {
+        Ok(None)
+    };
+    let template = template.map_err(LoadError::ChatTemplate)?;
+    if template.is_none() {
+        tracing::warn!("the checkpoint has no chat template: chat completions are refused, completions work");
+    }
+    Ok(template)
+}
+
+/// Every file may forget one: Gemma-2's config.json knows no `<end_of_turn>`, and answers would never end.
+fn stop_token_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<TokenId> {
+    let mut ids = checkpoint.stop_token_ids();
+    ids.extend(tokenizer.eos_id());
+    ids.extend(tokenizer.end_of_turn_id());
+    ids.into_iter().collect()
+}
+
+fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
+    tokenizer.eos_id().or_else(|| checkpoint.config().eos_token_ids.first().copied())
+}
+
+fn sampling_defaults(checkpoint: &Checkpoint) -> SamplingDefaults {
+    let (file, neutral) = (checkpoint.generation_defaults(), SamplingDefaults::default());
+    SamplingDefaults {
+        temperature: file.temperature.unwrap_or(neutral.temperature),
+        top_p: file.top_p.unwrap_or(neutral.top_p),
+        top_k: file.top_k.unwrap_or(neutral.top_k),
+        min_p: file.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty: file.repetition_penalty.unwrap_or(neutral.repetition_penalty),
+    }
+}
+
+fn start_engine(
+    config: &Config,
+    state: &AppState,
+    checkpoint: Checkpoint,
+    warm_up: Vec<TokenId>,
+) -> Result<EngineHandle, LoadError> {
+    let scheduling = config.scheduling;
+    let model_len = checkpoint.config().max_position_embeddings as u32;
+    let max_model_len = config.load.max_model_len.unwrap_or(model_len);
+    let engine_config = EngineConfig {
+        max_num_batched_tokens: scheduling.max_num_batched_tokens,
+        max_num_seqs: scheduling.max_num_seqs,
+        max_model_len,
+        max_queued_requests: scheduling.max_num_queued_reqs,
+        max_queued_tokens: scheduling.max_num_queued_tokens,
+        enable_prefix_caching: scheduling.enable_prefix_caching,
+    };
+    let threads = config.load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let state = state.clone();
+    let build = move || {
+        let backend = CpuBackend::new(threads);
+        build_runner(backend, &checkpoint, scheduling, max_model_len, &warm_up, &state)
+    };
+    Engine::spawn(engine_config, build).map_err(LoadError::Engine)
+}
+
+/// Loads the weights and proves that the model computes.
+fn build_runner<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    scheduling: SchedulingConfig,
+    max_model_len: u32,
+    warm_up: &[TokenId],
+    state: &AppState,
+) -> Result<ModelRunner<B>, StartError> {
+    let runner_config = RunnerConfig {
+        max_num_batched_tokens: scheduling.max_num_batched_tokens as usize,
+        max_num_seqs: scheduling.max_num_seqs as usize,
+        max_model_len: Some(max_model_len as usize),
+        block_size: scheduling.block_size,
+        kv_cache: KvCacheSize::Bytes(kv_cache_bytes(&backend, checkpoint, scheduling, max_model_len)),
+    };
+    let progress = Progress::start(state, Phase::LoadingWeights);
+    let mut runner = ModelRunner::load(backend, checkpoint, runner_config, &mut |step| {
+        if step.phase == LoadPhase::Weights {
+            progress.set(step.done_bytes, step.total_bytes);
+        }
+    })?;
+    drop(progress);
+    for warning in runner.warnings() {
+        tracing::warn!("{warning}");
+    }
+    log_memory_plan(runner.memory_plan());
+    state.lifecycle.enter(Phase::WarmingUp);
+    check_logits(&mut runner, warm_up)?;
+    Ok(runner)
+}
+
+/// What `max-num-seqs` typical sequences need and one of full length at least, but no more than half of what is free.
+fn kv_cache_bytes<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    scheduling: SchedulingConfig,
+    max_model_len: u32,
+) -> u64 {
+    if let Some(bytes) = scheduling.kv_cache_memory_bytes {
+        return bytes;
+    }
+    let block_size = u64::from(scheduling.block_size);
+    let blocks_of = |tokens: u64| tokens.div_ceil(block_size);
+    let longest = u64::from(max_model_len);
+    let wanted_blocks = (u64::from(scheduling.max_num_seqs) * blocks_of(TYPICAL_SEQUENCE_TOKENS.min(longest)))
+        .max(blocks_of(longest));
+    let num_layers = checkpoint.config().num_layers as u64;
+    let wanted = wanted_blocks * num_layers * backend.kv_block_bytes(scheduling.block_size as usize);
+    let free = backend.memory().free_bytes.saturating_sub(checkpoint.weights().total_bytes());
+    wanted.min(free / 2)
+}
+
+fn log_memory_plan(plan: &MemoryPlan) {
+    let rows = [
+        ("weights", plan.weight_bytes),
+        ("scratch", plan.scratch_bytes),
+        ("kv cache", plan.kv_cache_bytes),
+        ("total", plan.total_bytes()),
+        ("free before loading", plan.device_free_bytes),
+        ("device", plan.device_total_bytes),
+    ];
+    for (what, bytes) in rows {
+        tracing::info!("memory plan: {what:<20}{:>12}", ByteSize(bytes));
+    }
+    let (tokens, per_token) = (plan.capacity_tokens(), ByteSize(plan.kv_bytes_per_token));
+    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, "kv cache");
+}
+
+/// A checkpoint with wrong scales loads without complaint and answers garbage: better found before the first client.
+fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> Result<(), StartError> {
+    let room = runner.memory_plan().capacity_tokens().min(runner.limits().max_model_len as u64) as usize;
+    let logits = runner.forward_logits(&tokens[..tokens.len().min(room)])?;
+    let count = logits.iter().filter(|logit| !logit.is_finite()).count();
+    if count > 0 {
+        return Err(StartError::NotFinite { count });
+    }
+    if let Some(cap) = runner.config().final_logit_softcapping {
+        let saturated = logits.iter().filter(|logit| logit.abs() > 0.99 * cap).count();
+        if saturated > logits.len() / 10 {
+            let share = saturated as f64 / logits.len() as f64;
+            tracing::warn!(share, "logits sit at the soft-cap: the checkpoint's scales are probably wrong");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! The life of a serving process: listen, load, serve, drain.
+//!
+//! The listener is up before the model is loaded, so that probes are answered from the first second. The end comes in
+//! one of four ways: a signal and a drain (exit 0), a drain that ran out of time or was cut short by a second signal,
+//! a model that cannot be loaded, or an engine that died; the last three exit non-zero, so that an orchestrator
+//! restarts the process.
+
+mod listener;
+
+use std::io;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{sleep, timeout};
+
+use crate::config::{Config, HttpConfig};
+use crate::lifecycle::Phase;
+use crate::load::{LoadError, load};
+use crate::metrics::Metrics;
+use crate::state::{AppState, ServedModel};
+use listener::{Connections, Listener};
+
+/// How often the engine's health is looked at. Its death is rare; clients hear of it at once through their streams.
+const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+/// Time for answers to be written once the engine is gone: they are errors of a few hundred bytes.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the process must end with a failure.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Port taken, address not ours, no permission.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// As configured.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refused to deliver signals.
+    #[error("cannot handle signals")]
+    Signals(#[source] io::Error),
+    /// No model, nothing to serve.
+    #[error("cannot serve {model}")]
+    Load {
+        /// As configured.
+        model: String,
+        /// Why.
+        #[source]
+        source: Box<LoadError>,
+    },
+    /// A bug in loading.
+    #[error("loading the model panicked")]
+    LoadPanicked,
+    /// Nothing will run any more.
+    #[error("the engine died; the log above says why")]
+    EngineDied,
+    /// Requests were still running when the time was up, or a second signal came.
+    #[error("the drain was cut short: requests in flight were ended with an error")]
+    CutShort,
+}
+
+/// Serves until a signal ends it.
+///
+/// # Errors
+/// See [`ServeError`]: the process should exit non-zero.
+pub async fn serve(config: Config) -> Result<(), ServeError> {
+    let started = Instant::now();
+    let mut signals = Signals::new().map_err(ServeError::Signals)?;
+    let state = AppState::new(config.limits.clone(), Metrics::default());
+    let listener = Listener::bind(&config.http).await?;
+    let address = listener.local_address();
+    tracing::info!(url = format!("http://{address}"), "listening");
+    let connections = listener.start(crate::router(state.clone()), &config.http);
+    let http = config.http.clone();
+
+    let model = config.settings.model.clone().unwrap_or_default();
+    let loading = {
+        let state = state.clone();
+        tokio::task::spawn_blocking(move || load(&config, &state))
+    };
+    let loaded = tokio::select! {
+        loaded = loading => loaded,
+        _ = signals.next() => {
+            tracing::info!("stopped before the model was loaded");
+            return Ok(());
+        }
+    };
+    let loaded = match loaded {
+        Ok(Ok(loaded)) => loaded,
+        Ok(Err(source)) => {
+            state.lifecycle.enter(Phase::Failed);
+            return Err(ServeError::Load { model, source: Box::new(source) });
+        }
+        Err(_) => return Err(ServeError::LoadPanicked),
+    };
+    let loaded = publish(&state, loaded, started);
+    run(&state, loaded, connections, &mut signals, &http).await
+}
+
+/// Makes the model visible to handlers and says so.
+fn publish(state: &AppState, model: ServedModel, started: Instant) -> &ServedModel {
+    let model = state.model.get_or_init(|| model);
+    state.lifecycle.enter(Phase::Ready);
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(model = model.names[0], max_model_len = model.max_model_len, seconds, "ready");
+    model
+}
+
+async fn run(
+    state: &AppState,
+    model: &ServedModel,
+    connections: Connections,
+    signals: &mut Signals,
+    http: &HttpConfig,
+) -> Result<(), ServeError> {
+    tokio::select! {
+        signal = signals.next() => drain(state, model, connections, signals, Grace::after(signal, http)).await,
+        () = engine_death(model) => {
+            state.lifecycle.enter(Phase::Failed);
+            tracing::error!("the engine died; exiting so that the process is restarted");
+            // Clients whose streams just failed get to read so.
+            let _ = timeout(LAST_WORDS_TIMEOUT, connections.close()).await;
+            Err(ServeError::EngineDied)
+        }
+    }
+}
+
+async fn engine_death(model: &ServedModel) {
+    while model.engine.is_alive() {
+        sleep(WATCH_INTERVAL).await;
+    }
+}
+
+/// The two times of a drain.
+struct Grace {
+    /// Before the listener closes.
+    accept: Duration,
+    /// After it closed.
+    finish: Duration,
+}
+
+impl Grace {
+    /// A person at a terminal has no load balancer that must notice first.
+    fn after(signal: SignalKind, http: &HttpConfig) -> Self {
+        let accept = if signal == SignalKind::interrupt() { Duration::ZERO } else { http.drain_grace };
+        Self { accept, finish: http.shutdown_timeout }
+    }
+}
+
+async fn drain(
+    state: &AppState,
+    model: &ServedModel,
+    connections: Connections,
+    signals: &mut Signals,
+    grace: Grace,
+) -> Result<(), ServeError> {
+    state.lifecycle.enter(Phase::Draining);
+    let in_flight = connections.count();
+    tracing::info!(connections = in_flight, accept = ?grace.accept, finish = ?grace.finish, "draining");
+    let mut impatient = tokio::select! {
+        () = sleep(grace.accept) => false,
+        _ = signals.next() => true,
+    };
+    // No request is refused from here on: those that got in run, and no new one can get in.
+    let mut closed = pin!(connections.close());
+    if !impatient {
+        tokio::select! {
+            () = &mut closed => {
+                tracing::info!("drained");
+                return Ok(());
+            }
+            () = sleep(grace.finish) => tracing::warn!("shutdown-timeout is over: ending requests in flight"),
+            _ = signals.next() => impatient = true,
+        }
+    }
+    if impatient {
+        tracing::warn!("second signal: ending requests in flight");
+    }
+    let engine = model.engine.clone();
+    // Waits for the step in flight; the streams' errors do not.
+    let ending = tokio::task::spawn_blocking(move || engine.shutdown());
+    let _ = timeout(LAST_WORDS_TIMEOUT, async { tokio::join!(ending, closed) }).await;
+    Err(ServeError::CutShort)
+}
+
+/// SIGTERM from an orchestrator, SIGINT from a terminal.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> SignalKind {
+        tokio::select! {
+            _ = self.terminate.recv() => SignalKind::terminate(),
+            _ = self.interrupt.recv() => SignalKind::interrupt(),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Accepts connections, bounds how many there are and how long a client may take for its headers.
+//!
+//! `axum::serve` has neither bound, so this drives hyper itself.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use super::ServeError;
+use crate::config::HttpConfig;
+
+/// Wait after an accept that failed for want of descriptors or memory: the next one would fail too.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// A bound socket that does not accept yet.
+pub(super) struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    pub(super) async fn bind(http: &HttpConfig) -> Result<Self, ServeError> {
+        let failed = |source| {
+            let addresses: Vec<_> = http.addresses.iter().map(SocketAddr::to_string).collect();
+            ServeError::Listen { address: addresses.join(" or "), source }
+        };
+        let socket = TcpListener::bind(&*http.addresses).await.map_err(failed)?;
+        let address = socket.local_addr().map_err(failed)?;
+        Ok(Self { socket, address })
+    }
+
+    pub(super) fn local_address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Starts to accept.
+    pub(super) fn start(self, router: Router, http: &HttpConfig) -> Connections {
+        let (stop, stopped) = oneshot::channel();
+        let slots = Arc::new(Semaphore::new(http.max_connections as usize));
+        let acceptor = Acceptor {
+            socket: self.socket,
+            router,
+            header_read_timeout: http.header_read_timeout,
+            slots: Arc::clone(&slots),
+            graceful: GracefulShutdown::new(),
+        };
+        let accepting = tokio::spawn(acceptor.run(stopped));
+        Connections { stop, accepting, slots, max_connections: http.max_connections as usize }
+    }
+}
+
+/// The open connections and the task that accepts more.
+pub(super) struct Connections {
+    stop: oneshot::Sender<()>,
+    accepting: JoinHandle<GracefulShutdown>,
+    slots: Arc<Semaphore>,
+    max_connections: usize,
+}
+
+impl Connections {
+    /// Open now.
+    pub(super) fn count(&self) -> usize {
+        self.max_connections - self.slots.available_permits()
+    }
+
+    /// Closes the listener and idle connections, and waits for the others to finish their requests.
+    pub(super) async fn close(self) {
+        // Where the task is gone already, nothing is accepted either.
+        let _ = self.stop.send(());
+        if let Ok(graceful) = self.accepting.await {
+            graceful.shutdown().await;
+        }
+    }
+}
+
+struct Acceptor {
+    socket: TcpListener,
+    router: Router,
+    header_read_timeout: Duration,
+    slots: Arc<Semaphore>,
+    graceful: GracefulShutdown,
+}
+
+impl Acceptor {
+    /// Accepts until told to stop, then closes the socket and gives up the connections to whoever waits for their end.
+    async fn run(self, mut stopped: oneshot::Receiver<()>) -> GracefulShutdown {
+        loop {
+            let (stream, slot) = tokio::select! {
+                biased;
+                _ = &mut stopped => break,
+                accepted = self.accept() => accepted,
+            };
+            self.serve(stream, slot);
+        }
+        // Clients in the system's queue believe they are connected: closing the socket would reset them.
+        while let Ok((stream, slot)) = timeout(Duration::ZERO, self.accept()).await {
+            self.serve(stream, slot);
+        }
+        self.graceful
+    }
+
+    /// A slot first: connections beyond the bound wait in the system's queue, where they cost us nothing.
+    async fn accept(&self) -> (TcpStream, OwnedSemaphorePermit) {
+        let slot = Arc::clone(&self.slots).acquire_owned().await.expect("the semaphore is never closed");
+        loop {
+            match self.socket.accept().await {
+                Ok((stream, _)) => return (stream, slot),
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept connections");
+                    sleep(ACCEPT_BACKOFF).await;
+                }
+            }
+        }
+    }
+
+    fn serve(&self, stream: TcpStream, slot: OwnedSemaphorePermit) {
+        // Tokens are small packets: Nagle's algorithm would hold each back for the last one's acknowledgement.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.header_read_timeout)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router.clone()));
+        let connection = self.graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended early");
+            }
+            drop(slot);
+        });
+    }
+}
+
+/// The client gave up before it was accepted: nothing is wrong here.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
