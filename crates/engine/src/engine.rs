@@ -1,5 +1,8 @@
 //! The engine thread: owns scheduler and executor, and is the only place where time, callers and the device meet.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc as sync_mpsc};

@@ -253,6 +253,59 @@ fn who_waits_for_a_prefix_goes_on_alone_when_its_leader_is_aborted() {
 }
 
 #[test]
+fn another_sequence_in_a_leaders_place_is_not_taken_for_it() {
+    let mut bench = Bench::new(16, 4096, 1);
+    let prompt: Vec<_> = (0..64).collect();
+    let leader = bench.add(Request::for_test(prompt.clone(), 2));
+    let waiter = bench.add(Request {
+        priority: 1,
+        ..Request::for_test(prompt, 2)
+    });
+    bench.step();
+    bench.scheduler.abort(leader);
+    bench.requests.remove(&leader);
+    let successor = bench.add_unique(100, 2);
+    assert_eq!(
+        bench.scheduler.indices[&successor], 0,
+        "the leader's place is used again"
+    );
+    let computed = bench.step();
+    assert_eq!(computed, [(successor, 12), (waiter, 4)]);
+    bench.finish();
+}
+
+#[test]
+fn a_newcomer_leaves_running_prefills_the_blocks_they_will_need() {
+    // Room for 64 tokens.
+    let mut bench = Bench::new(16, 16, 1);
+    let first = bench.add_unique(40, 2);
+    bench.step();
+    let second = bench.add_unique(24, 2);
+    bench.finish();
+    assert_eq!(bench.scheduler.totals.preemptions, 0);
+    assert!(bench.first_launch[&first] < bench.first_launch[&second]);
+}
+
+#[test]
+fn nobody_else_is_preempted_while_enough_blocks_are_coming_free() {
+    // Room for 48 tokens: three sequences of 16 whose blocks are full at the same step.
+    let mut bench = Bench::new(64, 12, 2);
+    for _ in 0..3 {
+        bench.add_unique(15, 12);
+    }
+    while bench.scheduler.totals.preemptions == 0 {
+        bench.step();
+    }
+    assert_eq!(
+        bench.scheduler.totals.preemptions, 1,
+        "the last one's blocks are enough for both others"
+    );
+    bench.step();
+    assert_eq!(bench.scheduler.totals.preemptions, 1);
+    bench.finish();
+}
+
+#[test]
 fn nobody_waits_for_a_leader_of_worse_priority() {
     let mut bench = Bench::new(64, 4096, 1);
     let prompt: Vec<_> = (0..200).collect();
@@ -318,9 +371,7 @@ fn the_newest_gives_its_blocks_up_and_the_oldest_never_does() {
                 "{computed:?}"
             );
         }
-        computed
-            .iter()
-            .for_each(|&(id, _)| drop(last_step.insert(id, bench.num_launched)));
+        last_step.extend(computed.iter().map(|&(id, _)| (id, bench.num_launched)));
     }
     assert_eq!(last_step[&oldest], 20, "one step a token");
     assert!(last_step[&newest] > 20);
