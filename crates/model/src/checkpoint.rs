@@ -254,3 +254,6 @@ fn read_file(path: &Path) -> Result<Option<Vec<u8>>, CheckpointError> {
     file.take(MAX_SIDE_FILE_BYTES).read_to_end(&mut content).map_err(io)?;
     Ok(Some(content))
 }
+
+#[cfg(test)]
+mod tests;

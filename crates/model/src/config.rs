@@ -293,6 +293,13 @@ fn refuse_unsupported(map: &Map<String, Value>) -> Result<(), ConfigError> {
             "true: Gemma-2's output projection is its embedding",
         ));
     }
+    if flag(map, "use_bidirectional_attention", false)? {
+        return Err(invalid(
+            map,
+            "use_bidirectional_attention",
+            "false: this decoder is causal",
+        ));
+    }
     // `hidden_act` counts only where `hidden_activation` is absent, and there "gelu" always meant the tanh form.
     match (present(map, "hidden_activation"), present(map, "hidden_act")) {
         (Some(activation), _) if activation != "gelu_pytorch_tanh" => {
@@ -451,3 +458,6 @@ pub(crate) fn shorten(value: &Value) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -394,3 +394,6 @@ fn unsupported(key: &'static str, found: &Value, reason: &'static str) -> Quanti
         reason,
     }
 }
+
+#[cfg(test)]
+mod tests;

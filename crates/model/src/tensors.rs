@@ -176,10 +176,7 @@ impl<'a> Verifier<'a> {
                 self.weight_scales(module, *out, &mut scales);
             }
             input = self.input_scheme(modules, scheme);
-        } else if parts
-            .windows(2)
-            .any(|pair| !pair[0].data.is_empty() && pair[0].dtype != pair[1].dtype)
-        {
+        } else if differ(parts.iter().filter(|part| !part.data.is_empty()).map(|part| part.dtype)) {
             self.problems.push(Problem::MixedDTypes { modules: group() });
         }
         let names = modules.iter().map(|(module, _)| format!("{module}.weight")).collect();
@@ -343,6 +340,11 @@ impl<'a> Verifier<'a> {
             self.warnings.push(Warning::TensorsIgnored { count: ignored, first });
         }
     }
+}
+
+fn differ(mut values: impl Iterator<Item = DType>) -> bool {
+    let first = values.next();
+    values.any(|value| Some(value) != first)
 }
 
 /// Tensors that exporters leave behind and that change nothing here: the tied output projection, scales of an FP8 KV

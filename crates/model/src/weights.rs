@@ -418,3 +418,6 @@ fn map_file(path: &Path) -> Result<Mmap, WeightsError> {
     let map = unsafe { Mmap::map(&file) };
     map.map_err(io)
 }
+
+#[cfg(test)]
+mod tests;
