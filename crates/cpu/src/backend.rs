@@ -32,7 +32,10 @@ pub struct CpuConfig {
 impl Default for CpuConfig {
     /// All CPUs this process may run on (its control group's quota included), and the best instructions they have.
     fn default() -> Self {
-        Self { threads: std::thread::available_parallelism().map_or(1, usize::from), isa: Isa::detect() }
+        Self {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            isa: Isa::detect(),
+        }
     }
 }
 
@@ -90,11 +93,16 @@ impl Cpu {
     }
 
     fn on(&self) -> On<'_> {
-        On { pool: &self.pool, dispatch: self.dispatch }
+        On {
+            pool: &self.pool,
+            dispatch: self.dispatch,
+        }
     }
 
     fn prepared(&self) -> &Prepared {
-        self.prepared.as_ref().expect("`prepare` is called before everything else")
+        self.prepared
+            .as_ref()
+            .expect("`prepare` is called before everything else")
     }
 
     fn reserve(&self, what: &'static str, needed_bytes: u64) -> Result<(), BackendError> {
@@ -102,7 +110,11 @@ impl Cpu {
         if needed_bytes <= free_bytes {
             Ok(())
         } else {
-            Err(BackendError::OutOfMemory { what, needed_bytes, free_bytes })
+            Err(BackendError::OutOfMemory {
+                what,
+                needed_bytes,
+                free_bytes,
+            })
         }
     }
 }
@@ -117,7 +129,12 @@ impl Backend for Cpu {
     type Plan = Plan;
 
     fn prepare(&mut self, limits: StepLimits, attention: AttentionConfig) -> Result<(), BackendError> {
-        let AttentionConfig { num_heads, num_kv_heads, head_dim, .. } = attention;
+        let AttentionConfig {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = attention;
         if num_kv_heads == 0 || num_heads % num_kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
             let shape = format!("{num_heads} query heads, {num_kv_heads} key/value heads of {head_dim}");
             return Err(BackendError::Unsupported(shape));
@@ -137,12 +154,21 @@ impl Backend for Cpu {
     }
 
     fn memory(&self) -> MemoryInfo {
-        let MemoryInfo { free_bytes, total_bytes } = memory::available();
-        MemoryInfo { free_bytes: free_bytes.saturating_sub(self.kv_bytes), total_bytes }
+        let MemoryInfo {
+            free_bytes,
+            total_bytes,
+        } = memory::available();
+        MemoryInfo {
+            free_bytes: free_bytes.saturating_sub(self.kv_bytes),
+            total_bytes,
+        }
     }
 
     fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Linear, BackendError> {
-        self.reserve("a linear layer", weights.parts.iter().map(|part| part.data.len() as u64).sum())?;
+        self.reserve(
+            "a linear layer",
+            weights.parts.iter().map(|part| part.data.len() as u64).sum(),
+        )?;
         Linear::upload(weights, self.dispatch.isa())
     }
 
@@ -187,7 +213,11 @@ impl Backend for Cpu {
         self.reserve("the KV cache of a layer", bytes)?;
         self.kv_bytes += bytes;
         let len = bytes as usize / 2 / size_of::<f32>();
-        Ok(KvLayer { keys: Buffer::zeroed(len), values: Buffer::zeroed(len), block_size })
+        Ok(KvLayer {
+            keys: Buffer::zeroed(len),
+            values: Buffer::zeroed(len),
+            block_size,
+        })
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<Plan, BackendError> {
@@ -200,7 +230,12 @@ impl Backend for Cpu {
             })?;
             token_ids[fed.row as usize] = sampled.token;
         }
-        Ok(Plan::new(batch, token_ids, config.num_kv_heads, group * config.head_dim))
+        Ok(Plan::new(
+            batch,
+            token_ids,
+            config.num_kv_heads,
+            group * config.head_dim,
+        ))
     }
 
     fn embed(
@@ -225,19 +260,14 @@ impl Backend for Cpu {
         norm: NormArgs<'_, Self>,
         out: &mut Activation,
     ) -> Result<(), BackendError> {
-        self.on().fill_rows(out, plan.num_tokens(), norm.out_scheme, |row, out| {
-            elementwise::rms_norm(x.row(row), norm.weight, norm.eps, out);
-        });
+        self.on()
+            .fill_rows(out, plan.num_tokens(), norm.out_scheme, |row, out| {
+                elementwise::rms_norm(x.row(row), norm.weight, norm.eps, out);
+            });
         Ok(())
     }
 
-    fn linear(
-        &mut self,
-        plan: &Plan,
-        x: &Activation,
-        weights: &Linear,
-        out: &mut Tensor,
-    ) -> Result<(), BackendError> {
+    fn linear(&mut self, plan: &Plan, x: &Activation, weights: &Linear, out: &mut Tensor) -> Result<(), BackendError> {
         linear::linear(self.on(), &self.linear_scratch, plan.num_tokens(), x, weights, out)
     }
 
@@ -256,10 +286,29 @@ impl Backend for Cpu {
         out_scheme: ActivationScheme,
         out: &mut Activation,
     ) -> Result<(), BackendError> {
-        let on = On { pool: &self.pool, dispatch: self.dispatch };
-        let prepared = self.prepared.as_mut().expect("`prepare` is called before everything else");
-        let inputs = Inputs { plan, geometry: prepared.geometry, qkv, kv, window };
-        attention::attention(on, &prepared.attention_scratch, inputs, &mut prepared.heads, out_scheme, out);
+        let on = On {
+            pool: &self.pool,
+            dispatch: self.dispatch,
+        };
+        let prepared = self
+            .prepared
+            .as_mut()
+            .expect("`prepare` is called before everything else");
+        let inputs = Inputs {
+            plan,
+            geometry: prepared.geometry,
+            qkv,
+            kv,
+            window,
+        };
+        attention::attention(
+            on,
+            &prepared.attention_scratch,
+            inputs,
+            &mut prepared.heads,
+            out_scheme,
+            out,
+        );
         Ok(())
     }
 
@@ -304,10 +353,18 @@ impl Backend for Cpu {
         if hidden.rows.len() < num_samples || hidden.cols != table.table.cols {
             hidden = Activation::zeroed(num_samples, table.table.cols, false);
         }
-        self.on().fill_rows(&mut hidden, num_samples, ActivationScheme::None, |index, out| {
-            let row = plan.sample_rows[index] as usize;
-            elementwise::last_norms(last.x.row(row), last.post, last.residual.row(row), last.norm, last.eps, out);
-        });
+        self.on()
+            .fill_rows(&mut hidden, num_samples, ActivationScheme::None, |index, out| {
+                let row = plan.sample_rows[index] as usize;
+                elementwise::last_norms(
+                    last.x.row(row),
+                    last.post,
+                    last.residual.row(row),
+                    last.norm,
+                    last.eps,
+                    out,
+                );
+            });
         let rows = &hidden.rows[..num_samples];
         linear::logits(self.on(), &self.linear_scratch, rows, &table.table, softcap, logits);
         self.hidden = Some(hidden);
@@ -316,16 +373,32 @@ impl Backend for Cpu {
 
     fn sample(&mut self, plan: &Plan, batch: &Batch, logits: &mut Tensor) -> Result<(), BackendError> {
         let vocab = logits.cols;
-        let fed = |row: u32| batch.fed.iter().any(|fed| fed.row == row).then(|| plan.token_ids[row as usize]);
+        let fed = |row: u32| {
+            batch
+                .fed
+                .iter()
+                .any(|fed| fed.row == row)
+                .then(|| plan.token_ids[row as usize])
+        };
         let rows = logits.rows_mut(batch.samples.len()).chunks_exact_mut(vocab);
-        let nothing = SampledToken { token: 0, logprobs: None };
+        let nothing = SampledToken {
+            token: 0,
+            logprobs: None,
+        };
         let mut work: Vec<_> = rows.map(|row| (row, nothing.clone())).collect();
         self.pool.for_chunks(&mut work, 1, |worker, index, work| {
-            let mut scratch = self.sample_scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let mut scratch = self.sample_scratch[worker]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             for (logits, sampled) in work {
                 let sample = &batch.samples[index];
                 let fed = fed(sample.row);
-                *sampled = self.dispatch.run(Choose { sample, fed, logits, scratch: &mut scratch });
+                *sampled = self.dispatch.run(Choose {
+                    sample,
+                    fed,
+                    logits,
+                    scratch: &mut scratch,
+                });
             }
         });
         let sampled: Vec<_> = work.into_iter().map(|(_, sampled)| sampled).collect();

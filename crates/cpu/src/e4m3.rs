@@ -94,7 +94,10 @@ mod tests {
 
     #[test]
     fn decoding_follows_the_definition_and_encoding_inverts_it() {
-        assert_eq!([decode(0x7e), decode(0x08), decode(0x01), decode(0xb8)], [448.0, 1.0 / 64.0, 1.0 / 512.0, -1.0]);
+        assert_eq!(
+            [decode(0x7e), decode(0x08), decode(0x01), decode(0xb8)],
+            [448.0, 1.0 / 64.0, 1.0 / 512.0, -1.0]
+        );
         for code in (0..=255).filter(|code| code & 0x7f != 0x7f) {
             assert_rounds_to(decode(code), code);
         }

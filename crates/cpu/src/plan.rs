@@ -35,7 +35,11 @@ impl Plan {
         for (rows, blocks) in batch.query_start.windows(2).zip(&batch.block_start) {
             for first_row in (rows[0] as usize..rows[1] as usize).step_by(TILE_TOKENS) {
                 let num_rows = TILE_TOKENS.min(rows[1] as usize - first_row);
-                tiles.push(Tile { first_row, num_rows, first_block: *blocks as usize });
+                tiles.push(Tile {
+                    first_row,
+                    num_rows,
+                    first_block: *blocks as usize,
+                });
             }
         }
         let num_tokens = batch.num_tokens();

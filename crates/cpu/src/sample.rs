@@ -41,7 +41,12 @@ impl Kernel for Choose<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> SampledToken {
-        let Self { sample, fed, logits, scratch } = self;
+        let Self {
+            sample,
+            fed,
+            logits,
+            scratch,
+        } = self;
         if sample.params.logprobs.is_some() {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);
@@ -50,7 +55,11 @@ impl Kernel for Choose<'_> {
         let params = &sample.params;
         let token = if params.temperature > 0.0 {
             let uniform = uniform(params.seed, sample.position);
-            let limits = Limits { min_p: params.min_p, top_k: params.top_k as usize, top_p: params.top_p };
+            let limits = Limits {
+                min_p: params.min_p,
+                top_k: params.top_k as usize,
+                top_p: params.top_p,
+            };
             draw(logits, params.temperature, limits, uniform, &mut scratch.candidates)
         } else {
             arg_max(logits)
@@ -94,7 +103,11 @@ fn adjust(sample: &SampleRow, fed: Option<TokenId>, logits: &mut [f32], scratch:
     for token in counted.drain(..) {
         let logit = &mut logits[token as usize];
         let repetition = params.repetition_penalty;
-        *logit = if *logit > 0.0 { *logit / repetition } else { *logit * repetition };
+        *logit = if *logit > 0.0 {
+            *logit / repetition
+        } else {
+            *logit * repetition
+        };
         let generated = std::mem::take(&mut counts[token as usize]) - 1;
         if generated > 0 {
             *logit -= params.frequency_penalty * generated as f32;
@@ -151,15 +164,26 @@ fn draw(
         let total: f64 = weights.chunks(CHUNK).map(chunk_sum).sum();
         let chunks = weights.chunks(CHUNK).map(chunk_sum).enumerate();
         let (chunk, rest) = pick(chunks, uniform * total);
-        let tokens = weights[chunk * CHUNK..].iter().take(CHUNK).map(|weight| f64::from(*weight)).enumerate();
+        let tokens = weights[chunk * CHUNK..]
+            .iter()
+            .take(CHUNK)
+            .map(|weight| f64::from(*weight))
+            .enumerate();
         return (chunk * CHUNK + pick(tokens, rest).0) as TokenId;
     }
-    let mut count = if limits.top_k > 0 { limits.top_k.min(weights.len()) } else { FIRST_CANDIDATES.min(weights.len()) };
+    let mut count = if limits.top_k > 0 {
+        limits.top_k.min(weights.len())
+    } else {
+        FIRST_CANDIDATES.min(weights.len())
+    };
     loop {
         largest(weights, count, candidates);
         let probable = candidates.iter().map(|(weight, _)| f64::from(*weight));
-        let total =
-            if limits.top_k > 0 { probable.clone().sum() } else { weights.chunks(CHUNK).map(chunk_sum).sum::<f64>() };
+        let total = if limits.top_k > 0 {
+            probable.clone().sum()
+        } else {
+            weights.chunks(CHUNK).map(chunk_sum).sum::<f64>()
+        };
         let wanted = f64::from(limits.top_p) * total;
         let mut reached = 0.0;
         let needed = probable.take_while(|weight| {
@@ -237,7 +261,10 @@ fn logprobs(raw: &[f32], token: TokenId, count: usize, found: &mut Vec<(f32, Tok
     let logprob = |logit: f32| (f64::from(logit) - log_total) as f32;
     let chosen = raw[token as usize];
     let above = raw.iter().map(|logit| u32::from(*logit > chosen)).sum::<u32>();
-    let equal_before = raw[..token as usize].iter().map(|logit| u32::from(*logit == chosen)).sum::<u32>();
+    let equal_before = raw[..token as usize]
+        .iter()
+        .map(|logit| u32::from(*logit == chosen))
+        .sum::<u32>();
     largest(raw, count.min(raw.len()), found);
     TokenLogprobs {
         logprob: logprob(chosen),
@@ -297,7 +324,11 @@ mod tests {
     #[test]
     fn a_nucleus_larger_than_the_first_candidates_is_found() {
         let mut counts = [0u32; 2000];
-        let limits = Limits { min_p: 0.0, top_k: 0, top_p: 0.5 };
+        let limits = Limits {
+            min_p: 0.0,
+            top_k: 0,
+            top_p: 0.5,
+        };
         for position in 0..20_000 {
             // Equal logits: the nucleus is the first half of the ids.
             let mut logits = [1.0; 2000];

@@ -22,7 +22,10 @@ pub struct Tensor {
 
 impl Tensor {
     pub(crate) fn zeroed(rows: usize, cols: usize) -> Self {
-        Self { data: Buffer::zeroed(rows * cols), cols }
+        Self {
+            data: Buffer::zeroed(rows * cols),
+            cols,
+        }
     }
 
     pub(crate) fn row(&self, row: usize) -> &[f32] {
@@ -62,7 +65,12 @@ impl Activation {
             pairs: Buffer::zeroed(if has_pairs { padded } else { 0 }),
             scale: 1.0,
         };
-        Self { rows: (0..rows).map(|_| row()).collect(), cols, scheme: ActivationScheme::None, has_pairs }
+        Self {
+            rows: (0..rows).map(|_| row()).collect(),
+            cols,
+            scheme: ActivationScheme::None,
+            has_pairs,
+        }
     }
 }
 
@@ -97,7 +105,9 @@ fn amax(values: &[f32]) -> f32 {
             *lane = if value.abs() > *lane { value.abs() } else { *lane };
         }
     }
-    rest.iter().chain(&lanes).fold(0.0, |max, value| f32::max(max, value.abs()))
+    rest.iter()
+        .chain(&lanes)
+        .fold(0.0, |max, value| f32::max(max, value.abs()))
 }
 
 /// Elements of weights as stored.
@@ -144,10 +154,16 @@ impl Matrix {
                 return Err(BackendError::Unsupported(format!("weights of shape {:?}", part.shape)));
             };
             if part.data.len() != part_rows * part_cols * part.dtype.size_bytes() {
-                return Err(BackendError::Unsupported(format!("{} bytes for shape {:?}", part.data.len(), part.shape)));
+                return Err(BackendError::Unsupported(format!(
+                    "{} bytes for shape {:?}",
+                    part.data.len(),
+                    part.shape
+                )));
             }
             if cols.is_some_and(|cols| cols != part_cols) || dtype.is_some_and(|dtype| dtype != part.dtype) {
-                return Err(BackendError::Unsupported("stacked weights of unequal width or type".to_owned()));
+                return Err(BackendError::Unsupported(
+                    "stacked weights of unequal width or type".to_owned(),
+                ));
             }
             rows += part_rows;
             (cols, dtype) = (Some(part_cols), Some(part.dtype));
@@ -157,14 +173,20 @@ impl Matrix {
         };
         let stride = cols.next_multiple_of(K_BLOCK);
         let len = rows.next_multiple_of(ROW_BLOCK) * stride;
-        let bytes = || parts.iter().flat_map(|part| part.data.chunks_exact(cols * part.dtype.size_bytes()));
+        let bytes = || {
+            parts
+                .iter()
+                .flat_map(|part| part.data.chunks_exact(cols * part.dtype.size_bytes()))
+        };
         let elements = match dtype {
             DType::F32 => Elements::F32(fill(len, stride, bytes(), f32::from_le_bytes)),
             DType::Bf16 => Elements::Bf16(fill(len, stride, bytes(), u16::from_le_bytes)),
             DType::F16 => Elements::F16(fill(len, stride, bytes(), u16::from_le_bytes)),
             DType::F8E4M3 => {
                 if bytes().any(|row| row.iter().fold(false, |nan, code| nan | (code & 0x7f == 0x7f))) {
-                    return Err(BackendError::Unsupported("e4m3 weights that are not numbers".to_owned()));
+                    return Err(BackendError::Unsupported(
+                        "e4m3 weights that are not numbers".to_owned(),
+                    ));
                 }
                 let mut codes = fill(len, stride, bytes(), u8::from_le_bytes);
                 if in_pairs {
@@ -236,13 +258,21 @@ impl Linear {
         let matrix = Matrix::upload(&weights.parts, quantized && isa == Isa::Avx512Bf16)?;
         let is_fp8 = matches!(matrix.elements, Elements::E4m3(_) | Elements::E4m3Pairs(_));
         if quantized && !is_fp8 {
-            return Err(BackendError::Unsupported("quantised input for weights that are not e4m3".to_owned()));
+            return Err(BackendError::Unsupported(
+                "quantised input for weights that are not e4m3".to_owned(),
+            ));
         }
         if weights.scales.len() != if is_fp8 { matrix.rows } else { 0 } {
             let (scales, rows) = (weights.scales.len(), matrix.rows);
-            return Err(BackendError::Unsupported(format!("{scales} weight scales for {rows} output rows")));
+            return Err(BackendError::Unsupported(format!(
+                "{scales} weight scales for {rows} output rows"
+            )));
         }
-        Ok(Self { matrix, scales: weights.scales.clone(), input: weights.input })
+        Ok(Self {
+            matrix,
+            scales: weights.scales.clone(),
+            input: weights.input,
+        })
     }
 }
 
@@ -255,7 +285,13 @@ pub struct Norm {
 impl Norm {
     pub(crate) fn upload(weight: HostTensor<'_>) -> Result<Self, BackendError> {
         let len = weight.shape.iter().product();
-        let row = Matrix::upload(&[HostTensor { shape: &[1, len], ..weight }], false)?;
+        let row = Matrix::upload(
+            &[HostTensor {
+                shape: &[1, len],
+                ..weight
+            }],
+            false,
+        )?;
         let mut factors = vec![0.0; len];
         row.widen_row(0, &mut factors);
         factors.iter_mut().for_each(|factor| *factor += 1.0);

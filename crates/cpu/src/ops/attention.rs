@@ -32,7 +32,11 @@ pub(crate) struct Geometry {
 impl Geometry {
     pub(crate) fn new(config: AttentionConfig) -> Self {
         let group = config.num_heads / config.num_kv_heads;
-        Self { config, group, padded_dim: config.head_dim.next_multiple_of(LANES) }
+        Self {
+            config,
+            group,
+            padded_dim: config.head_dim.next_multiple_of(LANES),
+        }
     }
 
     /// Where `slot`'s keys of `head` start in a [`KvLayer`].
@@ -95,7 +99,13 @@ pub(crate) fn attention(
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let kv_head = index / plan.tiles.len();
         let tile = plan.tiles[index % plan.tiles.len()];
-        on.dispatch.run(AttendTile { inputs, kv_head, tile, scratch: &mut scratch, out });
+        on.dispatch.run(AttendTile {
+            inputs,
+            kv_head,
+            tile,
+            scratch: &mut scratch,
+            out,
+        });
     });
     let heads = &*heads;
     on.fill_rows(out, num_tokens, scheme, |token, row| {
@@ -167,14 +177,28 @@ impl AttendTile<'_> {
         let (first, end) = (begin.max(number * block_size), end.min((number + 1) * block_size));
         let BlockId(block) = self.inputs.plan.block_ids[self.tile.first_block + number];
         let slot = block as usize * block_size + first % block_size;
-        Page { offset: self.inputs.geometry.cache_offset(block_size, slot, self.kv_head), first, end }
+        Page {
+            offset: self.inputs.geometry.cache_offset(block_size, slot, self.kv_head),
+            first,
+            end,
+        }
     }
 
     #[inline(always)]
     fn load_queries(&mut self) {
-        let Geometry { config, group, padded_dim } = self.inputs.geometry;
+        let Geometry {
+            config,
+            group,
+            padded_dim,
+        } = self.inputs.geometry;
         let num_queries = self.num_queries();
-        for (index, query) in self.scratch.queries.chunks_exact_mut(padded_dim).take(num_queries).enumerate() {
+        for (index, query) in self
+            .scratch
+            .queries
+            .chunks_exact_mut(padded_dim)
+            .take(num_queries)
+            .enumerate()
+        {
             let head = self.kv_head * group + index % group;
             let row = self.inputs.qkv.row(self.tile.first_row + index / group);
             query[..config.head_dim].copy_from_slice(&row[head * config.head_dim..][..config.head_dim]);
@@ -190,7 +214,9 @@ impl AttendTile<'_> {
         let span = end - begin;
         for index in 0..self.num_pages() {
             let page = self.page(index);
-            let keys = self.inputs.kv.keys[page.offset..][..(page.end - page.first) * padded_dim].as_chunks().0;
+            let keys = self.inputs.kv.keys[page.offset..][..(page.end - page.first) * padded_dim]
+                .as_chunks()
+                .0;
             let AttentionScratch { queries, scores, .. } = &mut *self.scratch;
             let queries = queries.as_chunks().0;
             let mut first = 0;
@@ -200,7 +226,13 @@ impl AttendTile<'_> {
                     let start = (first + index) * span + page.first - begin + key;
                     scores[start..][..products.len()].copy_from_slice(products);
                 };
-                first += dot_rows(Fma::<S, F32>::new(simd), num_queries - first, query, (keys, per_row), sink);
+                first += dot_rows(
+                    Fma::<S, F32>::new(simd),
+                    num_queries - first,
+                    query,
+                    (keys, per_row),
+                    sink,
+                );
             }
         }
         for query in 0..num_queries {
@@ -220,7 +252,9 @@ impl AttendTile<'_> {
         self.scratch.sums[..num_queries * padded_dim].fill(0.0);
         for index in 0..self.num_pages() {
             let page = self.page(index);
-            let values = self.inputs.kv.values[page.offset..][..(page.end - page.first) * padded_dim].as_chunks().0;
+            let values = self.inputs.kv.values[page.offset..][..(page.end - page.first) * padded_dim]
+                .as_chunks()
+                .0;
             for query in 0..num_queries {
                 let (from, to) = self.visible(query);
                 let (from, to) = (from.max(page.first), to.min(page.end));
@@ -246,7 +280,9 @@ impl AttendTile<'_> {
 #[inline(always)]
 fn softmax_weights(scores: &mut [f32], scale: f32, softcap: Option<f32>) -> f32 {
     match softcap {
-        Some(cap) => scores.iter_mut().for_each(|score| *score = math::softcap(*score * scale, cap)),
+        Some(cap) => scores
+            .iter_mut()
+            .for_each(|score| *score = math::softcap(*score * scale, cap)),
         None => scores.iter_mut().for_each(|score| *score *= scale),
     }
     let max = math::max_of(scores);

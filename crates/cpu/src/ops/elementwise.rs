@@ -27,9 +27,17 @@ impl On<'_> {
         out.scheme = scheme;
         let (cols, to_pairs) = (out.cols, out.has_pairs);
         let per_task = rows_per_task(num_rows, cols, self.pool.num_threads());
-        self.pool.for_chunks(&mut out.rows[..num_rows], per_task, |_, task, rows| {
-            self.dispatch.run(FillRows { rows, first: task * per_task, cols, scheme, to_pairs, fill });
-        });
+        self.pool
+            .for_chunks(&mut out.rows[..num_rows], per_task, |_, task, rows| {
+                self.dispatch.run(FillRows {
+                    rows,
+                    first: task * per_task,
+                    cols,
+                    scheme,
+                    to_pairs,
+                    fill,
+                });
+            });
     }
 
     /// Updates the first `num_rows` rows of `tensor` by `update(row index, values)`.
@@ -41,9 +49,15 @@ impl On<'_> {
     ) {
         let cols = tensor.cols;
         let per_task = rows_per_task(num_rows, cols, self.pool.num_threads());
-        self.pool.for_chunks(tensor.rows_mut(num_rows), per_task * cols, |_, task, rows| {
-            self.dispatch.run(UpdateRows { rows, first: task * per_task, cols, update });
-        });
+        self.pool
+            .for_chunks(tensor.rows_mut(num_rows), per_task * cols, |_, task, rows| {
+                self.dispatch.run(UpdateRows {
+                    rows,
+                    first: task * per_task,
+                    cols,
+                    update,
+                });
+            });
     }
 }
 

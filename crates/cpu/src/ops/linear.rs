@@ -12,7 +12,8 @@ use super::elementwise::On;
 use crate::math;
 use crate::parallel::Columns;
 use crate::simd::{
-    Arith, Bf16, Bf16Pairs, Buffer, E4m3, E4m3Pairs, F16, F32, Fma, Kernel, LANES, PairDot, PairKernel, Simd, WeightBlock, dot_tile,
+    Arith, Bf16, Bf16Pairs, Buffer, E4m3, E4m3Pairs, F16, F32, Fma, Kernel, LANES, PairDot, PairKernel, Simd,
+    WeightBlock, dot_tile,
 };
 use crate::tensor::{Activation, ActivationRow, Elements, Linear, Matrix, ROW_BLOCK, Tensor};
 
@@ -77,15 +78,28 @@ pub(crate) fn linear(
 ) -> Result<(), BackendError> {
     if x.scheme != weights.input {
         let (given, wanted) = (x.scheme, weights.input);
-        return Err(BackendError::Unsupported(format!("input quantised as {given:?}, weights want {wanted:?}")));
+        return Err(BackendError::Unsupported(format!(
+            "input quantised as {given:?}, weights want {wanted:?}"
+        )));
     }
-    assert_eq!((x.cols, out.cols), (weights.matrix.cols, weights.matrix.rows), "shapes of a linear layer");
+    assert_eq!(
+        (x.cols, out.cols),
+        (weights.matrix.cols, weights.matrix.rows),
+        "shapes of a linear layer"
+    );
     let finish = match (weights.scales.is_empty(), weights.input) {
         (true, _) => Finish::Keep,
         (false, ActivationScheme::None) => Finish::Scale(&weights.scales),
         (false, _) => Finish::ScaleBoth(&weights.scales),
     };
-    multiply(on, scratch, &x.rows[..num_tokens], &weights.matrix, finish, out.rows_mut(num_tokens));
+    multiply(
+        on,
+        scratch,
+        &x.rows[..num_tokens],
+        &weights.matrix,
+        finish,
+        out.rows_mut(num_tokens),
+    );
     Ok(())
 }
 
@@ -121,24 +135,62 @@ fn multiply(
         match &weights.elements {
             Elements::F32(data) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<F32> { x, w, stride, finish, scratch: &mut scratch, out });
+                dispatch.run(Panel::<F32> {
+                    x,
+                    w,
+                    stride,
+                    finish,
+                    scratch: &mut scratch,
+                    out,
+                });
             }
             Elements::Bf16(data) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<Bf16> { x, w, stride, finish, scratch: &mut scratch, out });
+                dispatch.run(Panel::<Bf16> {
+                    x,
+                    w,
+                    stride,
+                    finish,
+                    scratch: &mut scratch,
+                    out,
+                });
             }
             Elements::F16(data) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<F16> { x, w, stride, finish, scratch: &mut scratch, out });
+                dispatch.run(Panel::<F16> {
+                    x,
+                    w,
+                    stride,
+                    finish,
+                    scratch: &mut scratch,
+                    out,
+                });
             }
             Elements::E4m3(data) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<E4m3> { x, w, stride, finish, scratch: &mut scratch, out });
+                dispatch.run(Panel::<E4m3> {
+                    x,
+                    w,
+                    stride,
+                    finish,
+                    scratch: &mut scratch,
+                    out,
+                });
             }
             Elements::E4m3Pairs(data) => {
                 let w = data[elements].as_chunks().0;
-                let ran = dispatch.run_pairs(PairPanel { x, w, stride, finish, scratch: &mut scratch, out });
-                assert!(ran.is_some(), "weights are stored in pairs only where the CPU multiplies pairs");
+                let ran = dispatch.run_pairs(PairPanel {
+                    x,
+                    w,
+                    stride,
+                    finish,
+                    scratch: &mut scratch,
+                    out,
+                });
+                assert!(
+                    ran.is_some(),
+                    "weights are stored in pairs only where the CPU multiplies pairs"
+                );
             }
         }
     });
@@ -154,7 +206,11 @@ fn columns_per_task(weights: &Matrix, num_tokens: usize, threads: usize) -> usiz
     } else {
         usize::MAX
     };
-    even.max(worth).min(fitting).max(1).next_multiple_of(ROW_BLOCK).min(fitting / ROW_BLOCK * ROW_BLOCK)
+    even.max(worth)
+        .min(fitting)
+        .max(1)
+        .next_multiple_of(ROW_BLOCK)
+        .min(fitting / ROW_BLOCK * ROW_BLOCK)
 }
 
 /// Some columns of the output, by fused multiply-add.
@@ -175,7 +231,14 @@ impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
         let per_row = self.stride / LANES;
         let x = |token: usize| self.x[token].values.as_chunks().0;
         if self.x.len() <= MAX_DIRECT_TOKENS {
-            all_tokens(Fma::<S, W>::new(simd), self.x, x, (self.w, per_row), self.finish, self.out);
+            all_tokens(
+                Fma::<S, W>::new(simd),
+                self.x,
+                x,
+                (self.w, per_row),
+                self.finish,
+                self.out,
+            );
             return;
         }
         self.scratch.floats.reserve(self.w.len() * LANES);
@@ -183,7 +246,14 @@ impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
         for (to, from) in decoded.iter_mut().zip(self.w) {
             simd.store(W::load(simd, from), to);
         }
-        all_tokens(Fma::<S, F32>::new(simd), self.x, x, (decoded, per_row), self.finish, self.out);
+        all_tokens(
+            Fma::<S, F32>::new(simd),
+            self.x,
+            x,
+            (decoded, per_row),
+            self.finish,
+            self.out,
+        );
     }
 }
 

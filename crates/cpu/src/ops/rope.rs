@@ -62,7 +62,12 @@ pub(crate) fn rope_append(
     qkv: &mut Tensor,
     kv: &mut KvLayer,
 ) {
-    let AttentionConfig { num_heads, num_kv_heads, head_dim, .. } = geometry.config;
+    let AttentionConfig {
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        ..
+    } = geometry.config;
     let first_key = num_heads * head_dim;
     let first_value = first_key + num_kv_heads * head_dim;
     on.update_rows(qkv, plan.num_tokens(), |row, heads| {

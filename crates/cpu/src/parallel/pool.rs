@@ -3,7 +3,10 @@
 //! A decode step of a small model is hundreds of operations of a few microseconds. Waking a parked thread costs more
 //! than most of them, so workers stay awake between operations, and whoever submits a job never waits for a worker that
 //! has not joined it: with everything claimed, the job closes and late workers find nothing.
-#![expect(unsafe_code, reason = "a job is a borrowed closure that worker threads call while its owner waits")]
+#![expect(
+    unsafe_code,
+    reason = "a job is a borrowed closure that worker threads call while its owner waits"
+)]
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -62,7 +65,9 @@ pub(crate) struct Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool").field("num_threads", &self.num_threads()).finish_non_exhaustive()
+        f.debug_struct("Pool")
+            .field("num_threads", &self.num_threads())
+            .finish_non_exhaustive()
     }
 }
 
@@ -82,7 +87,11 @@ impl Pool {
             parked: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let mut pool = Self { shared, workers: Vec::new(), submit: Mutex::new(()) };
+        let mut pool = Self {
+            shared,
+            workers: Vec::new(),
+            submit: Mutex::new(()),
+        };
         for worker in 1..num_threads.max(1) {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("cpu-{worker}"));
@@ -112,7 +121,12 @@ impl Pool {
         // SAFETY: only the lifetime changes; `Closing` keeps `task` borrowed until no worker can call it any more.
         let erased: *const (dyn Fn(usize, usize) + Sync + 'static) = unsafe { std::mem::transmute(erased) };
         // SAFETY: `submit` is held and the state is closed and empty: nobody else touches the cell.
-        unsafe { *shared.job.get() = Some(Job { task: erased, num_tasks }) };
+        unsafe {
+            *shared.job.get() = Some(Job {
+                task: erased,
+                num_tasks,
+            })
+        };
         shared.next_task.store(0, Ordering::Relaxed);
         let closing = Closing(shared);
         let epoch = (shared.state.load(Ordering::Relaxed) >> EPOCH_SHIFT) + 1;
@@ -123,7 +137,10 @@ impl Pool {
         }
         claim(&shared.next_task, num_tasks, |index| task(0, index));
         drop(closing);
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a worker thread panicked");
+        assert!(
+            !shared.panicked.swap(false, Ordering::Relaxed),
+            "a worker thread panicked"
+        );
     }
 }
 
@@ -168,7 +185,11 @@ impl Shared {
     fn work(&self, worker: usize) {
         let mut seen = 0;
         while let Some(state) = self.wait_for_job(seen) {
-            if self.state.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            if self
+                .state
+                .compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
+            {
                 continue;
             }
             seen = state >> EPOCH_SHIFT;
@@ -270,7 +291,9 @@ mod tests {
     #[test]
     fn a_panicking_task_panics_the_submitter_and_leaves_the_pool_usable() {
         let pool = Pool::new(3).unwrap();
-        let result = catch_unwind(AssertUnwindSafe(|| pool.run(8, |_, index| assert!(index != 5, "task failed"))));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(8, |_, index| assert!(index != 5, "task failed"))
+        }));
         assert!(result.is_err());
         let count = AtomicUsize::new(0);
         pool.run(8, |_, _| {

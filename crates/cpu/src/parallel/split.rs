@@ -17,7 +17,11 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
     fn new(data: &'a mut [T]) -> Self {
-        Self { start: data.as_mut_ptr(), len: data.len(), owner: PhantomData }
+        Self {
+            start: data.as_mut_ptr(),
+            len: data.len(),
+            owner: PhantomData,
+        }
     }
 
     /// # Safety
@@ -106,7 +110,15 @@ impl Pool {
         let shared = Shared::new(matrix);
         self.run(row_len.div_ceil(width.max(1)), |worker, index| {
             let first = index * width;
-            task(worker, Columns { matrix: &shared, row_len, first, width: width.min(row_len - first) });
+            task(
+                worker,
+                Columns {
+                    matrix: &shared,
+                    row_len,
+                    first,
+                    width: width.min(row_len - first),
+                },
+            );
         });
     }
 }
@@ -120,7 +132,9 @@ mod tests {
         let pool = Pool::new(3).unwrap();
         let mut data = vec![0.0f32; 21];
         pool.for_chunks(&mut data, 4, |_, _, chunk| chunk.iter_mut().for_each(|x| *x += 1.0));
-        pool.for_parts(&mut data, &[0, 5, 5, 21], |_, _, part| part.iter_mut().for_each(|x| *x += 1.0));
+        pool.for_parts(&mut data, &[0, 5, 5, 21], |_, _, part| {
+            part.iter_mut().for_each(|x| *x += 1.0)
+        });
         pool.for_columns(&mut data, 7, 3, |_, mut columns| {
             for row in 0..3 {
                 columns.row(row).iter_mut().for_each(|x| *x += 1.0);
@@ -132,6 +146,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "parts overlap")]
     fn descending_parts_are_refused() {
-        Pool::new(1).unwrap().for_parts(&mut [0.0f32; 8], &[0, 5, 3], |_, _, _| ());
+        Pool::new(1)
+            .unwrap()
+            .for_parts(&mut [0.0f32; 8], &[0, 5, 3], |_, _, _| ());
     }
 }

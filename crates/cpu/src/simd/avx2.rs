@@ -1,6 +1,9 @@
 //! [`Simd`] with AVX2, FMA and F16C: a vector is two registers.
 #![expect(unsafe_code, reason = "intrinsics")]
-#![expect(clippy::multiple_unsafe_ops_per_block, reason = "a line of intrinsics has one obligation: the CPU has them")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a line of intrinsics has one obligation: the CPU has them"
+)]
 
 use std::arch::x86_64::*;
 

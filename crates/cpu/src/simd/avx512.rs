@@ -1,6 +1,9 @@
 //! [`Simd`] and [`PairDot`] with AVX-512.
 #![expect(unsafe_code, reason = "intrinsics")]
-#![expect(clippy::multiple_unsafe_ops_per_block, reason = "a line of intrinsics has one obligation: the CPU has them")]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a line of intrinsics has one obligation: the CPU has them"
+)]
 
 use std::arch::x86_64::*;
 
@@ -122,7 +125,10 @@ impl Avx512Pairs {
             // SAFETY: the table has two times 64 bytes.
             unsafe { [_mm512_loadu_si512(table), _mm512_loadu_si512(table.add(1))] }
         };
-        Self { low: load(&LOW_BYTES), high: load(&HIGH_BYTES) }
+        Self {
+            low: load(&LOW_BYTES),
+            high: load(&HIGH_BYTES),
+        }
     }
 }
 
@@ -164,7 +170,13 @@ impl PairDot for Avx512Pairs {
     #[inline(always)]
     fn dot(self, sum: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V {
         // SAFETY: `self` exists, so the CPU has the instructions; both types are 64 bytes of bfloat16.
-        unsafe { _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) }
+        unsafe {
+            _mm512_dpbf16_ps(
+                sum,
+                std::mem::transmute::<__m512i, __m512bh>(a),
+                std::mem::transmute::<__m512i, __m512bh>(b),
+            )
+        }
     }
 
     #[inline(always)]

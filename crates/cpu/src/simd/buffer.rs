@@ -29,7 +29,12 @@ impl<T: Plain> Buffer<T> {
         let bytes = vec![0u8; len * size_of::<T>() + LINE];
         let start = bytes.as_ptr().align_offset(LINE);
         assert!(start < LINE, "bytes can be aligned to anything");
-        Self { bytes, start, len, element: PhantomData }
+        Self {
+            bytes,
+            start,
+            len,
+            element: PhantomData,
+        }
     }
 
     /// Grows to at least `len` elements; what was in it is lost when it does.

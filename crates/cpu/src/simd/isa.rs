@@ -1,5 +1,8 @@
 //! Which instructions this CPU has, and how a kernel is compiled for each.
-#![expect(unsafe_code, reason = "functions compiled for more instructions than the crate's baseline")]
+#![expect(
+    unsafe_code,
+    reason = "functions compiled for more instructions than the crate's baseline"
+)]
 
 #[cfg(target_arch = "x86_64")]
 use super::avx2::Avx2;
@@ -40,14 +43,19 @@ impl Isa {
     /// The best this CPU has.
     #[must_use]
     pub fn detect() -> Self {
-        Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
+        Self::ALL
+            .into_iter()
+            .rev()
+            .find(|isa| isa.is_available())
+            .unwrap_or(Self::Portable)
     }
 
     /// Whether this CPU has it.
     #[must_use]
     #[cfg(target_arch = "x86_64")]
     pub fn is_available(self) -> bool {
-        let avx2 = || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx2 =
+            || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = || {
             is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
