@@ -198,6 +198,10 @@ impl ChatTemplate {
     /// template's.
     pub fn render(&self, messages: &[Message], end: PromptEnd) -> Result<Rendered, TemplateError> {
         let mut turns = prepare(messages, self.system_role, self.abilities)?;
+        let is_repaired = !turns
+            .iter()
+            .map(|turn| &turn.content)
+            .eq(messages.iter().map(|message| &message.content));
         let placeholders = Placeholders::new(&self.control, &turns);
         for turn in &mut turns {
             turn.content = placeholders.hide(&turn.content);
@@ -207,7 +211,8 @@ impl ChatTemplate {
             PromptEnd::GenerationPrompt => self.render_turns(&turns, true)?,
             PromptEnd::FinalMessage => self.render_open(turns, &placeholders.mark())?,
         };
-        placeholders.reveal(&hidden).ok_or(TemplateError::Rewritten)
+        let rendered = placeholders.reveal(&hidden).ok_or(TemplateError::Rewritten)?;
+        Ok(rendered.with_repaired(is_repaired))
     }
 
     /// Renders up to the end of the last content, which `mark` finds again.

@@ -17,6 +17,7 @@ use crate::conversation::Turn;
 pub struct Rendered {
     text: String,
     literals: Vec<Range<usize>>,
+    is_repaired: bool,
 }
 
 impl Rendered {
@@ -28,6 +29,15 @@ impl Rendered {
     /// Byte ranges of [`Rendered::text`], ascending, that spell a special token but were written by a client.
     pub fn literals(&self) -> &[Range<usize>] {
         &self.literals
+    }
+
+    /// Whether the conversation had to be changed for the template: system text merged, neighbours joined.
+    pub fn is_repaired(&self) -> bool {
+        self.is_repaired
+    }
+
+    pub(crate) fn with_repaired(self, is_repaired: bool) -> Self {
+        Self { is_repaired, ..self }
     }
 }
 
@@ -90,6 +100,7 @@ impl<'a> Placeholders<'a> {
         let mut rendered = Rendered {
             text: String::with_capacity(hidden.len()),
             literals: Vec::new(),
+            is_repaired: false,
         };
         let mut parts = hidden.split(self.nonce.as_str());
         rendered.text.push_str(parts.next()?);
@@ -101,7 +112,7 @@ impl<'a> Placeholders<'a> {
             rendered.literals.push(start..rendered.text.len());
             rendered.text.push_str(rest);
         }
-        // A nonce cut in half would have left its opening character behind, or its digits.
+        // A template that cut a placeholder in two has left half a nonce; less than that no longer looks like one.
         (!rendered.text.contains(&self.nonce[..self.nonce.len() / 2])).then_some(rendered)
     }
 

@@ -179,3 +179,32 @@ pub(crate) fn without_generation_tags(source: &str) -> String {
     out.push_str(rest);
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let all = "%Y-%m-%d %H:%M:%S %A %a %B %b %F %T %%";
+        let leap_day = "2024-02-29 23:59:59 Thursday Thu February Feb 2024-02-29 23:59:59 %";
+        assert_eq!(strftime(all, 1_709_251_199).unwrap(), leap_day);
+        assert_eq!(strftime("%d %b %Y", 0).unwrap(), "01 Jan 1970");
+        assert_eq!(strftime("%F", 951_868_800).unwrap(), "2000-03-01");
+        assert_eq!(strftime("%F", 4_107_542_400).unwrap(), "2100-03-01");
+    }
+
+    #[test]
+    fn an_unknown_conversion_is_an_error_and_not_a_wrong_date() {
+        assert!(strftime("%Q", 0).is_err());
+        assert!(strftime("ends in %", 0).is_err());
+    }
+
+    #[test]
+    fn generation_tags_keep_their_white_space_control() {
+        let source = "a{%- generation -%} b {% endgeneration +%}{% set generation = 1 %}";
+        let expected = "a{%- if true -%} b {% endif +%}{% set generation = 1 %}";
+        assert_eq!(without_generation_tags(source), expected);
+        assert_eq!(without_generation_tags("{% generation"), "{% generation");
+    }
+}

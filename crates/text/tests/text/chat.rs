@@ -98,6 +98,20 @@ fn neighbours_of_one_role_are_joined() {
 }
 
 #[test]
+fn a_repair_is_reported() {
+    let is_repaired = |list: &[(&str, &str)]| {
+        let prompt = gemma(SystemRole::Merge)
+            .render(&messages(list), PromptEnd::LastTurn)
+            .unwrap();
+        prompt.is_repaired()
+    };
+    assert!(!is_repaired(&[("user", "a"), ("assistant", "b"), ("user", "c")]));
+    assert!(is_repaired(&[("system", "a"), ("user", "b")]));
+    assert!(is_repaired(&[("user", "a"), ("user", "b")]));
+    assert!(is_repaired(&[("assistant", "a")]));
+}
+
+#[test]
 fn an_assistant_who_speaks_first_gets_an_empty_user_turn_before() {
     assert_eq!(
         render(&[("assistant", "hi"), ("user", "yo")]),

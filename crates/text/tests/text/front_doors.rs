@@ -57,6 +57,12 @@ proptest! {
         }
     }
 
+}
+
+proptest! {
+    // Each case loads a tokenizer.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn a_cut_or_scribbled_tokenizer_file_is_refused_or_loaded(at in 0..TINY_JSON.len(), byte: u8, is_cut: bool) {
         let mut json = TINY_JSON.to_vec();

@@ -1,5 +1,8 @@
-# Builds a small tokenizer of Gemma's kind: same layout of ids, byte fallback, added tokens, a few hundred merges.
-import json, collections
+"""Makes tokenizer.json beside this file: small, of Gemma's kind (layout of ids, byte fallback, added tokens)."""
+import collections
+import json
+import pathlib
+
 S=lambda i,c,sp: dict(id=i,content=c,single_word=False,lstrip=False,rstrip=False,normalized=False,special=sp)
 vocab={}
 def add(t):
@@ -48,5 +51,4 @@ json.dump(dict(version="1.0",truncation=None,padding=None,added_tokens=added,
   special_tokens={"<bos>":dict(id="<bos>",ids=[2],tokens=["<bos>"])}),
  decoder=dict(type="Sequence",decoders=[dict(type="Replace",pattern=dict(String="▁"),content=" "),dict(type="ByteFallback"),dict(type="Fuse")]),
  model=dict(type="BPE",dropout=None,unk_token="<unk>",continuing_subword_prefix=None,end_of_word_suffix=None,fuse_unk=True,byte_fallback=True,ignore_merges=False,vocab=vocab,merges=merges)),
- open("tests/tiny/tokenizer.json","w"),ensure_ascii=False,separators=(",",":"))
-print(len(vocab), [ (k,vocab[k]) for k in ("<start_of_turn>","\n","▁▁","<0x00>")])
+ open(pathlib.Path(__file__).with_name("tokenizer.json"),"w",encoding="utf-8"),ensure_ascii=False,separators=(",",":"))
