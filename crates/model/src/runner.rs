@@ -37,6 +37,13 @@ pub enum KvCacheSize {
     Bytes(u64),
     /// Exactly this many.
     Blocks(u32),
+    /// Enough for this many tokens, within a share of the memory that is free once the weights are loaded.
+    Tokens {
+        /// Together in all sequences.
+        wanted: u64,
+        /// 0 to 1.
+        free_share: f64,
+    },
     /// As many blocks as fit when this share of the device's memory, 0 to 1, is used in all.
     DeviceShare(f64),
 }
@@ -383,6 +390,10 @@ impl MemoryPlan {
         let blocks = match size {
             KvCacheSize::Blocks(blocks) => u64::from(blocks),
             KvCacheSize::Bytes(bytes) => bytes / block_bytes,
+            KvCacheSize::Tokens { wanted, free_share } => {
+                let usable = (backend.memory().free_bytes as f64 * free_share) as u64;
+                wanted.div_ceil(u64::from(self.block_size)).min(usable / block_bytes)
+            }
             KvCacheSize::DeviceShare(share) => {
                 let memory = backend.memory();
                 let used = memory.total_bytes - memory.free_bytes.min(memory.total_bytes);

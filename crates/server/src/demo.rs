@@ -9,5 +9,10 @@ macro_rules! embedded {
 }
 
 /// Its files, as in a checkpoint directory.
-pub(crate) const FILES: EmbeddedFiles =
-    embedded!["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"];
+pub(crate) const FILES: EmbeddedFiles = embedded![
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors"
+];

@@ -24,7 +24,12 @@ pub(crate) fn fingerprint(
     add(env!("CARGO_PKG_VERSION").as_bytes());
     add(backend.as_bytes());
     add(&query_pre_attn_scalar.map_or([0; 4], f32::to_le_bytes));
-    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+    for name in [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ] {
         add(&checkpoint.file(name)?.unwrap_or_default());
     }
     let mut tensors: Vec<_> = checkpoint.weights().iter().collect();
@@ -38,6 +43,9 @@ pub(crate) fn fingerprint(
             add(&tensor.data[start..tensor.data.len().min(start + SAMPLE_BYTES)]);
         }
     }
-    let hex: String = hash.finish().as_ref()[..6].iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = hash.finish().as_ref()[..6]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     Ok(format!("fp_{hex}"))
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lapidary_cpu::CpuBackend;
+use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{Engine, EngineConfig, EngineHandle, SpawnError, TokenId};
 use lapidary_model::{
     Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, MemoryPlan, ModelRunner,
@@ -14,13 +14,13 @@ use lapidary_text::{ChatTemplate, SystemRole, TemplateError, Tokenizer, Tokenize
 
 use crate::cli::{GenerationConfigSource, SystemRoleSetting};
 use crate::config::{Config, LoadConfig, ModelSource, SchedulingConfig};
+use crate::demo;
 use crate::fingerprint::fingerprint;
 use crate::hub::{self, HubError};
 use crate::lifecycle::Phase;
 use crate::progress::Progress;
 use crate::state::{AppState, SamplingDefaults, ServedModel};
 use crate::units::ByteSize;
-use crate::demo;
 
 /// Length of an answer with its prompt that the KV cache is sized for when nothing else is said: chats are rarely longer.
 const TYPICAL_SEQUENCE_TOKENS: u64 = 2048;
@@ -125,7 +125,9 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
 }
 
 fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
-    let overrides = ConfigOverrides { query_pre_attn_scalar: config.load.query_pre_attn_scalar };
+    let overrides = ConfigOverrides {
+        query_pre_attn_scalar: config.load.query_pre_attn_scalar,
+    };
     let folder = match &config.load.source {
         ModelSource::Demo => return Ok(Checkpoint::from_embedded(demo::FILES, overrides)?),
         ModelSource::Directory(folder) => folder.clone(),
@@ -144,7 +146,10 @@ fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
     let tokenizer = Tokenizer::from_bytes(&json, checkpoint.file("tokenizer_config.json")?.as_deref())?;
     let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config().vocab_size);
     if tokens > rows {
-        return Err(LoadError::VocabularyMismatch { tokenizer: tokens, embedding: rows });
+        return Err(LoadError::VocabularyMismatch {
+            tokenizer: tokens,
+            embedding: rows,
+        });
     }
     Ok(tokenizer)
 }
@@ -163,7 +168,10 @@ fn load_chat_template(
 ) -> Result<Option<ChatTemplate>, LoadError> {
     let role = system_role(config);
     if let Some(path) = &config.chat_template {
-        let unusable = |source| LoadError::OwnChatTemplate { path: path.clone(), source };
+        let unusable = |source| LoadError::OwnChatTemplate {
+            path: path.clone(),
+            source,
+        };
         let source = std::fs::read_to_string(path).map_err(|error| unusable(error.into()))?;
         let template = ChatTemplate::new(&source, tokenizer, role).map_err(|error| unusable(error.into()))?;
         return Ok(Some(template));
@@ -191,7 +199,9 @@ fn stop_token_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<TokenId
 }
 
 fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
-    tokenizer.eos_id().or_else(|| checkpoint.config().eos_token_ids.first().copied())
+    tokenizer
+        .eos_id()
+        .or_else(|| checkpoint.config().eos_token_ids.first().copied())
 }
 
 fn sampling_defaults(checkpoint: &Checkpoint) -> SamplingDefaults {
@@ -222,10 +232,11 @@ fn start_engine(
         max_queued_tokens: scheduling.max_num_queued_tokens,
         enable_prefix_caching: scheduling.enable_prefix_caching,
     };
-    let threads = config.load.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let mut cpu = CpuConfig::default();
+    cpu.threads = config.load.threads.unwrap_or(cpu.threads);
     let state = state.clone();
     let build = move || {
-        let backend = CpuBackend::new(threads);
+        let backend = Cpu::new(cpu).map_err(RunnerError::from)?;
         build_runner(backend, &checkpoint, scheduling, max_model_len, &warm_up, &state)
     };
     Engine::spawn(engine_config, build).map_err(LoadError::Engine)
@@ -245,7 +256,7 @@ fn build_runner<B: Backend>(
         max_num_seqs: scheduling.max_num_seqs as usize,
         max_model_len: Some(max_model_len as usize),
         block_size: scheduling.block_size,
-        kv_cache: KvCacheSize::Bytes(kv_cache_bytes(&backend, checkpoint, scheduling, max_model_len)),
+        kv_cache: kv_cache_size(scheduling, max_model_len),
     };
     let progress = Progress::start(state, Phase::LoadingWeights);
     let mut runner = ModelRunner::load(backend, checkpoint, runner_config, &mut |step| {
@@ -264,24 +275,18 @@ fn build_runner<B: Backend>(
 }
 
 /// What `max-num-seqs` typical sequences need and one of full length at least, but no more than half of what is free.
-fn kv_cache_bytes<B: Backend>(
-    backend: &B,
-    checkpoint: &Checkpoint,
-    scheduling: SchedulingConfig,
-    max_model_len: u32,
-) -> u64 {
+fn kv_cache_size(scheduling: SchedulingConfig, max_model_len: u32) -> KvCacheSize {
     if let Some(bytes) = scheduling.kv_cache_memory_bytes {
-        return bytes;
+        return KvCacheSize::Bytes(bytes);
     }
-    let block_size = u64::from(scheduling.block_size);
-    let blocks_of = |tokens: u64| tokens.div_ceil(block_size);
     let longest = u64::from(max_model_len);
-    let wanted_blocks = (u64::from(scheduling.max_num_seqs) * blocks_of(TYPICAL_SEQUENCE_TOKENS.min(longest)))
-        .max(blocks_of(longest));
-    let num_layers = checkpoint.config().num_layers as u64;
-    let wanted = wanted_blocks * num_layers * backend.kv_block_bytes(scheduling.block_size as usize);
-    let free = backend.memory().free_bytes.saturating_sub(checkpoint.weights().total_bytes());
-    wanted.min(free / 2)
+    let typical = TYPICAL_SEQUENCE_TOKENS
+        .min(longest)
+        .next_multiple_of(u64::from(scheduling.block_size));
+    KvCacheSize::Tokens {
+        wanted: longest.max(u64::from(scheduling.max_num_seqs) * typical),
+        free_share: 0.5,
+    }
 }
 
 fn log_memory_plan(plan: &MemoryPlan) {
@@ -302,7 +307,10 @@ fn log_memory_plan(plan: &MemoryPlan) {
 
 /// A checkpoint with wrong scales loads without complaint and answers garbage: better found before the first client.
 fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> Result<(), StartError> {
-    let room = runner.memory_plan().capacity_tokens().min(runner.limits().max_model_len as u64) as usize;
+    let room = runner
+        .memory_plan()
+        .capacity_tokens()
+        .min(runner.limits().max_model_len as u64) as usize;
     let logits = runner.forward_logits(&tokens[..tokens.len().min(room)])?;
     let count = logits.iter().filter(|logit| !logit.is_finite()).count();
     if count > 0 {
@@ -312,7 +320,10 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
         let saturated = logits.iter().filter(|logit| logit.abs() > 0.99 * cap).count();
         if saturated > logits.len() / 10 {
             let share = saturated as f64 / logits.len() as f64;
-            tracing::warn!(share, "logits sit at the soft-cap: the checkpoint's scales are probably wrong");
+            tracing::warn!(
+                share,
+                "logits sit at the soft-cap: the checkpoint's scales are probably wrong"
+            );
         }
     }
     Ok(())

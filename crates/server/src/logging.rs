@@ -12,10 +12,16 @@ use crate::config::LogConfig;
 /// Starts logging for the whole process. A second call changes nothing.
 pub fn init(config: &LogConfig) {
     let filter = EnvFilter::new(&config.filter);
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_timer(SystemTime);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_timer(SystemTime);
     // An error only says that another subscriber is set already, as in tests that share a process.
     let _ = match config.format {
-        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).with_target(false).try_init(),
+        LogFormat::Text => builder
+            .with_ansi(io::stderr().is_terminal())
+            .with_target(false)
+            .try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_span_list(false).try_init(),
     };
 }
@@ -30,7 +36,11 @@ impl fmt::Display for CauseChain<'_> {
         let mut cause = self.0.source();
         while let Some(error) = cause {
             // Multi-line errors (a TOML excerpt, a list of faulty tensors) stay below their line.
-            write!(f, "\n  caused by: {}", error.to_string().trim_end().replace('\n', "\n    "))?;
+            write!(
+                f,
+                "\n  caused by: {}",
+                error.to_string().trim_end().replace('\n', "\n    ")
+            )?;
             cause = error.source();
         }
         Ok(())
@@ -47,6 +57,9 @@ mod tests {
         #[error("cannot serve")]
         struct Outer(#[source] io::Error);
         let error = Outer(io::Error::other("disk\non fire"));
-        assert_eq!(CauseChain(&error).to_string(), "cannot serve\n  caused by: disk\n    on fire");
+        assert_eq!(
+            CauseChain(&error).to_string(),
+            "cannot serve\n  caused by: disk\n    on fire"
+        );
     }
 }

@@ -31,7 +31,12 @@ impl Progress {
             let style = ProgressStyle::with_template(template).expect("the template is valid");
             ProgressBar::no_length().with_style(style).with_prefix(phase.as_str())
         });
-        Self { state: state.clone(), phase, bar, next_log: Cell::new(Instant::now() + LOG_INTERVAL) }
+        Self {
+            state: state.clone(),
+            phase,
+            bar,
+            next_log: Cell::new(Instant::now() + LOG_INTERVAL),
+        }
     }
 
     /// Reports bytes done of bytes in all.

@@ -68,7 +68,7 @@ pub enum ServeError {
 pub async fn serve(config: Config) -> Result<(), ServeError> {
     let started = Instant::now();
     let mut signals = Signals::new().map_err(ServeError::Signals)?;
-    let state = AppState::new(config.limits.clone(), Metrics::default());
+    let state = AppState::new(config.limits.clone(), Metrics::new(config.load.names[0].clone()));
     let listener = Listener::bind(&config.http).await?;
     let address = listener.local_address();
     tracing::info!(url = format!("http://{address}"), "listening");
@@ -91,7 +91,10 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         Ok(Ok(loaded)) => loaded,
         Ok(Err(source)) => {
             state.lifecycle.enter(Phase::Failed);
-            return Err(ServeError::Load { model, source: Box::new(source) });
+            return Err(ServeError::Load {
+                model,
+                source: Box::new(source),
+            });
         }
         Err(_) => return Err(ServeError::LoadPanicked),
     };
@@ -104,7 +107,12 @@ fn publish(state: &AppState, model: ServedModel, started: Instant) -> &ServedMod
     let model = state.model.get_or_init(|| model);
     state.lifecycle.enter(Phase::Ready);
     let seconds = started.elapsed().as_secs_f64();
-    tracing::info!(model = model.names[0], max_model_len = model.max_model_len, seconds, "ready");
+    tracing::info!(
+        model = model.names[0],
+        max_model_len = model.max_model_len,
+        seconds,
+        "ready"
+    );
     model
 }
 
@@ -144,8 +152,15 @@ struct Grace {
 impl Grace {
     /// A person at a terminal has no load balancer that must notice first.
     fn after(signal: SignalKind, http: &HttpConfig) -> Self {
-        let accept = if signal == SignalKind::interrupt() { Duration::ZERO } else { http.drain_grace };
-        Self { accept, finish: http.shutdown_timeout }
+        let accept = if signal == SignalKind::interrupt() {
+            Duration::ZERO
+        } else {
+            http.drain_grace
+        };
+        Self {
+            accept,
+            finish: http.shutdown_timeout,
+        }
     }
 }
 
@@ -157,8 +172,8 @@ async fn drain(
     grace: Grace,
 ) -> Result<(), ServeError> {
     state.lifecycle.enter(Phase::Draining);
-    let in_flight = connections.count();
-    tracing::info!(connections = in_flight, accept = ?grace.accept, finish = ?grace.finish, "draining");
+    let stats = model.engine.stats();
+    tracing::info!(running = stats.num_running, waiting = stats.num_waiting, accept = ?grace.accept, finish = ?grace.finish, "draining");
     let mut impatient = tokio::select! {
         () = sleep(grace.accept) => false,
         _ = signals.next() => true,
@@ -193,7 +208,10 @@ struct Signals {
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
 
     async fn next(&mut self) -> SignalKind {

@@ -33,7 +33,10 @@ impl Listener {
     pub(super) async fn bind(http: &HttpConfig) -> Result<Self, ServeError> {
         let failed = |source| {
             let addresses: Vec<_> = http.addresses.iter().map(SocketAddr::to_string).collect();
-            ServeError::Listen { address: addresses.join(" or "), source }
+            ServeError::Listen {
+                address: addresses.join(" or "),
+                source,
+            }
         };
         let socket = TcpListener::bind(&*http.addresses).await.map_err(failed)?;
         let address = socket.local_addr().map_err(failed)?;
@@ -47,16 +50,15 @@ impl Listener {
     /// Starts to accept.
     pub(super) fn start(self, router: Router, http: &HttpConfig) -> Connections {
         let (stop, stopped) = oneshot::channel();
-        let slots = Arc::new(Semaphore::new(http.max_connections as usize));
         let acceptor = Acceptor {
             socket: self.socket,
             router,
             header_read_timeout: http.header_read_timeout,
-            slots: Arc::clone(&slots),
+            slots: Arc::new(Semaphore::new(http.max_connections as usize)),
             graceful: GracefulShutdown::new(),
         };
         let accepting = tokio::spawn(acceptor.run(stopped));
-        Connections { stop, accepting, slots, max_connections: http.max_connections as usize }
+        Connections { stop, accepting }
     }
 }
 
@@ -64,16 +66,9 @@ impl Listener {
 pub(super) struct Connections {
     stop: oneshot::Sender<()>,
     accepting: JoinHandle<GracefulShutdown>,
-    slots: Arc<Semaphore>,
-    max_connections: usize,
 }
 
 impl Connections {
-    /// Open now.
-    pub(super) fn count(&self) -> usize {
-        self.max_connections - self.slots.available_permits()
-    }
-
     /// Closes the listener and idle connections, and waits for the others to finish their requests.
     pub(super) async fn close(self) {
         // Where the task is gone already, nothing is accepted either.
@@ -112,7 +107,10 @@ impl Acceptor {
 
     /// A slot first: connections beyond the bound wait in the system's queue, where they cost us nothing.
     async fn accept(&self) -> (TcpStream, OwnedSemaphorePermit) {
-        let slot = Arc::clone(&self.slots).acquire_owned().await.expect("the semaphore is never closed");
+        let slot = Arc::clone(&self.slots)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
         loop {
             match self.socket.accept().await {
                 Ok((stream, _)) => return (stream, slot),
@@ -147,5 +145,8 @@ impl Acceptor {
 /// The client gave up before it was accepted: nothing is wrong here.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted
+    )
 }
