@@ -301,7 +301,7 @@ pub trait Backend: 'static {
         Self: Sized;
 
     /// Chooses a token for each of the batch's `samples` from `logits`, which it may overwrite. The result waits for
-    /// [`Backend::collect`].
+    /// [`Backend::collect`]. What each parameter means, and in which order, is at the top of `conformance`.
     ///
     /// Ends every step, also one without `samples` (for which [`Backend::logits`] is not called). A step that fails
     /// before it is not collected: the next [`Backend::begin`] takes its place.

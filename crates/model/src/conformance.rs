@@ -28,6 +28,7 @@ mod invariance;
 mod linear;
 mod logits;
 mod rig;
+mod runner;
 mod sampling;
 mod sampling_reference;
 
@@ -36,6 +37,10 @@ pub use elementwise::{add_norm_matches_f64, embed_matches_f64, geglu_matches_f64
 pub use invariance::{chunks_do_not_change_logits, neighbours_do_not_change_logits};
 pub use linear::linear_matches_f64;
 pub use logits::logits_match_f64;
+pub use runner::{
+    chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints, runner_refuses_what_was_not_reserved,
+    runner_sizes_its_cache,
+};
 pub use sampling::{
     bans_and_biases_hold, draws_depend_on_seed_and_position_alone, draws_follow_the_distribution,
     fed_tokens_are_read_and_counted, greedy_takes_the_lowest_of_equals, logprobs_are_of_the_raw_logits,
@@ -99,6 +104,8 @@ macro_rules! conformance_tests {
             greedy_takes_the_lowest_of_equals, bans_and_biases_hold, penalties_follow_the_history,
             logprobs_are_of_the_raw_logits, draws_follow_the_distribution, draws_depend_on_seed_and_position_alone,
             fed_tokens_are_read_and_counted, neighbours_do_not_change_logits, chunks_do_not_change_logits,
+            chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints,
+            runner_refuses_what_was_not_reserved, runner_sizes_its_cache,
         );
     };
     (@each $make:expr, $bounds:expr; $($check:ident),* $(,)?) => {

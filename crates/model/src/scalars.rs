@@ -55,23 +55,71 @@ pub(crate) fn count_not_finite(tensor: HostTensor<'_>) -> usize {
     })
 }
 
+/// Bytes looked at before the first fault is counted: the test of a whole block runs on wide vectors, the count does not.
+const BLOCK_BYTES: usize = 4096;
+
 /// A float is not finite exactly when all its exponent bits are set; e4m3 has no infinity and one NaN of each sign.
 fn count_in(data: &[u8], dtype: DType) -> usize {
-    let half_words = |exponent: u16| {
-        let words = data
-            .chunks_exact(2)
-            .map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
-        words.filter(|word| word & exponent == exponent).count()
-    };
+    let blocks = data.chunks(BLOCK_BYTES);
     match dtype {
-        DType::F8E4M3 => data.iter().filter(|byte| **byte & 0x7f == 0x7f).count(),
-        DType::Bf16 => half_words(0x7f80),
-        DType::F16 => half_words(0x7c00),
+        DType::F8E4M3 => blocks
+            .map(|block| count_matching(block, |[byte]| byte & 0x7f == 0x7f))
+            .sum(),
+        DType::Bf16 => blocks
+            .map(|block| count_matching(block, |bytes| all_set(bytes, 0x7f80)))
+            .sum(),
+        DType::F16 => blocks
+            .map(|block| count_matching(block, |bytes| all_set(bytes, 0x7c00)))
+            .sum(),
         DType::F32 => {
-            let words = data
-                .chunks_exact(4)
-                .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            words.filter(|word| word & 0x7f80_0000 == 0x7f80_0000).count()
+            let exponent = 0x7f80_0000;
+            blocks
+                .map(|block| count_matching(block, |bytes| u32::from_le_bytes(bytes) & exponent == exponent))
+                .sum()
+        }
+    }
+}
+
+fn all_set(bytes: [u8; 2], bits: u16) -> bool {
+    u16::from_le_bytes(bytes) & bits == bits
+}
+
+fn count_matching<const SIZE: usize>(block: &[u8], matches: impl Fn([u8; SIZE]) -> bool) -> usize {
+    let (elements, _) = block.as_chunks::<SIZE>();
+    if elements.iter().fold(false, |any, element| any | matches(*element)) {
+        elements.iter().filter(|element| matches(**element)).count()
+    } else {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_are_not_finite_are_counted_wherever_they_are() {
+        let cases: [(DType, &[u8], &[u8]); 4] = [
+            (DType::F8E4M3, &[0x7e], &[0xff]),
+            (DType::Bf16, &[0x7f, 0x7f], &[0x80, 0xff]),
+            (DType::F16, &[0xff, 0x7b], &[0x00, 0x7c]),
+            (DType::F32, &[0xff, 0xff, 0x7f, 0x7f], &[0, 0, 0xc0, 0x7f]),
+        ];
+        for (dtype, finite, not_finite) in cases {
+            let elements = (SCAN_CHUNK_BYTES * 2 + 12) / finite.len();
+            let mut data = finite.repeat(elements);
+            let count = |data: &[u8]| {
+                count_not_finite(HostTensor {
+                    data,
+                    dtype,
+                    shape: &[elements],
+                })
+            };
+            assert_eq!(count(&data), 0, "{dtype:?}");
+            for place in [0, 1, elements / 2, elements - 1] {
+                data[place * finite.len()..][..finite.len()].copy_from_slice(not_finite);
+            }
+            assert_eq!(count(&data), 4, "{dtype:?}");
         }
     }
 }

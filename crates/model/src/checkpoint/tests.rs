@@ -72,8 +72,8 @@ fn poke(name: &'static str, at: usize, bytes: &'static [u8]) -> Change {
     Box::new(move |model| tensor(model, name).data[at..at + bytes.len()].copy_from_slice(bytes))
 }
 
-/// Faults of an unquantised model: the change, and what the refusal must name.
-fn dense_faults() -> Vec<(Change, &'static str)> {
+/// Tensors that are missing or one too many: the change, and what the refusal must name.
+fn missing_and_extra() -> Vec<(Change, &'static str)> {
     let half = |values: &[f32]| TinyTensor::new("BF16", &[values.len()], values);
     vec![
         (
@@ -118,6 +118,12 @@ fn dense_faults() -> Vec<(Change, &'static str)> {
             put("model.layers.1.mlp.up_proj.weight_scale", scale(1.0)),
             "mlp.up_proj.weight_scale is not a tensor",
         ),
+    ]
+}
+
+/// Tensors of an unquantised model that are there but wrong.
+fn dense_faults() -> Vec<(Change, &'static str)> {
+    vec![
         (
             reshape("model.embed_tokens.weight", &[64, 160]),
             "model.embed_tokens.weight has shape [64, 160], expected [160, 64]",
@@ -196,6 +202,39 @@ fn static_faults() -> Vec<(Change, &'static str)> {
             "up_proj.weight is I8",
         ),
         (
+            poke("model.layers.2.self_attn.v_proj.weight", 5, &[0x7f]),
+            "v_proj.weight has 1 values that are not finite",
+        ),
+        (
+            poke("model.layers.2.self_attn.v_proj.weight", 0, &[0xff, 0x7f]),
+            "v_proj.weight has 2 values",
+        ),
+        (
+            ignore(&["model.layers.0.self_attn.k_proj"]),
+            "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj must be",
+        ),
+        (
+            ignore(&["model.layers.0.mlp.gate_proj"]),
+            "model.layers.0.mlp.up_proj must be quantised alike",
+        ),
+        (
+            put(
+                "model.layers.0.mlp.up_proj.weight_zero_point",
+                TinyTensor {
+                    dtype: "I8".into(),
+                    shape: vec![1],
+                    data: vec![3],
+                },
+            ),
+            "up_proj.weight_zero_point is not zero",
+        ),
+    ]
+}
+
+/// Scales of such a model that are there but wrong.
+fn scale_faults() -> Vec<(Change, &'static str)> {
+    vec![
+        (
             put("model.layers.1.mlp.up_proj.weight_scale", scale(0.0)),
             "up_proj.weight_scale: scale 0 at 0",
         ),
@@ -248,44 +287,15 @@ fn static_faults() -> Vec<(Change, &'static str)> {
             put("model.layers.0.mlp.up_proj.weight_scale_inv", scale(1.0)),
             "up_proj.weight_scale_inv is not a tensor",
         ),
-        (
-            poke("model.layers.2.self_attn.v_proj.weight", 5, &[0x7f]),
-            "v_proj.weight has 1 values that are not finite",
-        ),
-        (
-            poke("model.layers.2.self_attn.v_proj.weight", 0, &[0xff, 0x7f]),
-            "v_proj.weight has 2 values",
-        ),
-        (
-            ignore(&["model.layers.0.self_attn.k_proj"]),
-            "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj must be",
-        ),
-        (
-            ignore(&["model.layers.0.mlp.gate_proj"]),
-            "model.layers.0.mlp.up_proj must be quantised alike",
-        ),
-        (
-            put(
-                "model.layers.0.mlp.up_proj.weight_zero_point",
-                TinyTensor {
-                    dtype: "I8".into(),
-                    shape: vec![1],
-                    data: vec![3],
-                },
-            ),
-            "up_proj.weight_zero_point is not zero",
-        ),
     ]
 }
 
 #[test]
 fn every_fault_is_refused_by_the_name_of_its_tensor() {
-    let dense = dense_faults()
-        .into_iter()
-        .map(|fault| (TinyWeights::Dense("BF16"), fault));
-    let quantized = static_faults()
-        .into_iter()
-        .map(|fault| (TinyWeights::AutoFp8Static, fault));
+    let dense = missing_and_extra().into_iter().chain(dense_faults());
+    let dense = dense.map(|fault| (TinyWeights::Dense("BF16"), fault));
+    let quantized = static_faults().into_iter().chain(scale_faults());
+    let quantized = quantized.map(|fault| (TinyWeights::AutoFp8Static, fault));
     for (weights, (change, named)) in dense.chain(quantized) {
         let message = refusal(weights, change);
         assert!(message.contains(named), "expected {named:?} in {message:?}");

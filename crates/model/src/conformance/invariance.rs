@@ -18,8 +18,8 @@ const ALL_WEIGHTS: [TinyWeights; 7] = [
     TinyWeights::CompressedWeightOnly,
 ];
 /// Blocks each sequence of a check owns.
-const BLOCKS_EACH: usize = 8;
-const MAX_SEQS: usize = 8;
+pub(super) const BLOCKS_EACH: usize = 8;
+pub(super) const MAX_SEQS: usize = 8;
 
 /// Long prompts, cut into chunks of every awkward size, give the logits of the uncut prompt: bit by bit, or closely.
 pub fn chunks_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
@@ -83,7 +83,7 @@ fn continuation<B: Backend>(runner: &mut ModelRunner<B>, neighbours: usize) -> (
     (chosen, logprobs)
 }
 
-fn greedy(row: u32) -> SampleRow {
+pub(super) fn greedy(row: u32) -> SampleRow {
     let params = SamplingParams {
         temperature: 0.0,
         logprobs: Some(10),
@@ -98,27 +98,31 @@ fn greedy(row: u32) -> SampleRow {
     }
 }
 
-fn prompt(salt: usize, length: usize) -> Vec<TokenId> {
+pub(super) fn prompt(salt: usize, length: usize) -> Vec<TokenId> {
     (0..length)
         .map(|index| ((index * 37 + salt * 11 + index * index) % 150 + 4) as TokenId)
         .collect()
 }
 
-fn runner<B: Backend>(
+pub(super) fn runner<B: Backend>(
     make: &dyn Fn() -> B,
     weights: TinyWeights,
     max_num_batched_tokens: usize,
     max_num_seqs: usize,
 ) -> ModelRunner<B> {
     let checkpoint = TinyModel::new(weights).checkpoint().expect("the tiny model is whole");
-    let config = RunnerConfig {
+    let config = tiny_config(max_num_batched_tokens, max_num_seqs);
+    ModelRunner::load(make(), &checkpoint, config, &mut |_| ()).expect("the tiny model loads")
+}
+
+pub(super) fn tiny_config(max_num_batched_tokens: usize, max_num_seqs: usize) -> RunnerConfig {
+    RunnerConfig {
         max_num_batched_tokens,
         max_num_seqs,
         max_model_len: Some(BLOCKS_EACH * BLOCK_SIZE),
         block_size: BLOCK_SIZE as u32,
         kv_cache: KvCacheSize::Blocks((BLOCKS_EACH * MAX_SEQS) as u32),
-    };
-    ModelRunner::load(make(), &checkpoint, config, &mut |_| ()).expect("the tiny model loads")
+    }
 }
 
 fn assert_same(what: &str, got: &[f32], want: &[f32], bounds: &Bounds) {
