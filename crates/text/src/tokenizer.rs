@@ -112,9 +112,18 @@ pub struct Tokenizer {
     added_tokens: AddedTokens,
     table: Arc<TokenTable>,
     /// Ascending ids.
-    control_tokens: Vec<(String, u32)>,
+    control_tokens: Vec<ControlToken>,
     named: NamedTokens,
     adds_bos: bool,
+}
+
+/// A token that text from a client must not produce.
+#[derive(Debug)]
+struct ControlToken {
+    text: String,
+    id: u32,
+    /// Its text in ids, one character at a time: what stands for it in messages if merges produce it.
+    spelling: Vec<u32>,
 }
 
 /// The tokens that have a role.
@@ -202,6 +211,7 @@ impl Tokenizer {
         let named = named_tokens(&model, &config)?;
         let control_tokens = control_tokens(&model, named);
         let added_tokens = take_added_tokens(&mut model, &control_tokens)?;
+        let control_tokens = spell(&model, control_tokens, named.unk)?;
         Ok(Self {
             model,
             added_tokens,
@@ -257,26 +267,16 @@ impl Tokenizer {
     /// Encodes without control tokens. Merges, or a normaliser, could still build one out of plain characters.
     fn encode_untrusted(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
         for &id in self.encode_text(text)?.get_ids() {
-            match self.control_text(id) {
-                Some(text) => self.encode_characters(text, ids)?,
-                None => ids.push(id),
+            match self.control_tokens.binary_search_by_key(&id, |token| token.id) {
+                Ok(index) => ids.extend_from_slice(&self.control_tokens[index].spelling),
+                Err(_) => ids.push(id),
             }
         }
         Ok(())
     }
 
     fn encode_text(&self, text: &str) -> Result<tokenizers::Encoding, TokenizerError> {
-        self.model
-            .encode_fast(text, false)
-            .map_err(|source| TokenizerError::Encode { source })
-    }
-
-    fn encode_characters(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        let mut buffer = [0; 4];
-        for character in text.chars() {
-            ids.extend_from_slice(self.encode_text(character.encode_utf8(&mut buffer))?.get_ids());
-        }
-        Ok(())
+        encode_plain(&self.model, text)
     }
 
     /// Decodes all of `ids` at once, as `tokenizers` does; unknown ids add nothing.
@@ -364,7 +364,7 @@ impl Tokenizer {
 
     /// The texts that must not act as tokens when a client writes them.
     pub(crate) fn control_texts(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.control_tokens.iter().map(|(text, _)| text.as_str())
+        self.control_tokens.iter().map(|token| token.text.as_str())
     }
 
     pub(crate) fn table(&self) -> &Arc<TokenTable> {
@@ -374,12 +374,12 @@ impl Tokenizer {
     pub(crate) fn unk_id(&self) -> Option<u32> {
         self.named.unk
     }
+}
 
-    /// The text of a control token; none for one of a single character, which has no other spelling.
-    fn control_text(&self, id: u32) -> Option<&str> {
-        let index = self.control_tokens.binary_search_by_key(&id, |(_, id)| *id).ok()?;
-        Some(self.control_tokens[index].0.as_str()).filter(|text| text.chars().nth(1).is_some())
-    }
+fn encode_plain(model: &HfTokenizer, text: &str) -> Result<tokenizers::Encoding, TokenizerError> {
+    model
+        .encode_fast(text, false)
+        .map_err(|source| TokenizerError::Encode { source })
 }
 
 /// Reads the file with the library, once it is certain that the library will not panic on it.
@@ -449,6 +449,29 @@ fn control_tokens(model: &HfTokenizer, named: NamedTokens) -> Vec<(String, u32)>
         .collect();
     control.sort_by_key(|(_, id)| *id);
     control
+}
+
+/// Encodes the characters of each control token, once `model` no longer knows the tokens themselves.
+fn spell(
+    model: &HfTokenizer,
+    control: Vec<(String, u32)>,
+    unk: Option<u32>,
+) -> Result<Vec<ControlToken>, TokenizerError> {
+    let spell_one = |(text, id): (String, u32)| {
+        if Some(id) == unk {
+            // It says that the model knows no better, not that someone wrote it.
+            let spelling = vec![id];
+            return Ok(ControlToken { text, id, spelling });
+        }
+        let mut spelling = Vec::new();
+        for character in text.chars() {
+            spelling.extend_from_slice(encode_plain(model, character.encode_utf8(&mut [0; 4]))?.get_ids());
+        }
+        // A token of one character has no other spelling; dropping it beats forging it.
+        spelling.retain(|spelled| *spelled != id);
+        Ok(ControlToken { text, id, spelling })
+    };
+    control.into_iter().map(spell_one).collect()
 }
 
 /// Moves the added tokens that are matched as written out of the library, which is left with the others.

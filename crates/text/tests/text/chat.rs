@@ -269,6 +269,26 @@ fn a_turn_marker_that_the_checkpoint_forgot_to_flag_cannot_be_forged_either() {
 }
 
 #[test]
+fn a_character_that_the_model_does_not_know_stays_the_unknown_token() {
+    let mut json: serde_json::Value = serde_json::from_slice(crate::TINY_JSON).unwrap();
+    json["model"]["byte_fallback"] = false.into();
+    let json = serde_json::to_vec(&json).unwrap();
+    let tokenizer = lapidary_text::Tokenizer::from_bytes(&json, None).unwrap();
+    let template = ChatTemplate::from_config(crate::TINY_CONFIG, &tokenizer, SystemRole::Merge)
+        .unwrap()
+        .unwrap();
+    let prompt = template
+        .render(&[Message::new("user", "a 🤗 b")], PromptEnd::LastTurn)
+        .unwrap();
+    let expected = tokenizers::Tokenizer::from_bytes(&json)
+        .unwrap()
+        .encode(prompt.text(), false)
+        .unwrap();
+    assert_eq!(tokenizer.encode_rendered(&prompt).unwrap(), expected.get_ids());
+    assert!(expected.get_ids().contains(&id("<unk>")));
+}
+
+#[test]
 fn a_template_that_takes_placeholders_apart_is_reported() {
     let template = ChatTemplate::new("{{ messages[0].content[:15] }}", &TINY, SystemRole::Merge).unwrap();
     assert!(
