@@ -8,21 +8,41 @@
 //! | `tokenize`, `probes` | the small endpoints |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
+//! | [`cli`], [`config`], `units` | what can be typed; what it means |
+//! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
+//! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
+//! | [`cli`], [`config`], [`units`] | what was typed, and what it means |
+//! | [`load`], `hub`, `demo`, `fingerprint`, `progress` | where a model comes from and how it becomes one that is served |
+//! | [`serve`], [`logging`] | the process: listener, signals, drain; log lines |
 
+pub mod cli;
+pub mod config;
+mod demo;
 mod error;
 mod extract;
+mod fingerprint;
 mod generate;
+mod hub;
 mod json;
 mod lenient;
 pub mod lifecycle;
+pub mod load;
+pub mod logging;
 pub mod metrics;
 mod openai;
 mod probes;
+mod progress;
 mod request_id;
+pub mod serve;
 mod sse;
 pub mod state;
 mod tokenize;
+pub mod units;
+
+pub use crate::lifecycle::{Lifecycle, Phase};
+pub use crate::metrics::Metrics;
+pub use crate::state::{AppState, Limits, SamplingDefaults, ServedModel};
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -36,7 +56,6 @@ use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
 use tower_http::cors::{AllowHeaders, AllowMethods, Any, CorsLayer};
 
 use crate::error::ApiError;
-use crate::state::AppState;
 
 /// How long browsers may remember a preflight's answer: Firefox's upper bound.
 const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);

@@ -43,6 +43,8 @@ const ANSWERS: &[u64] = &[1, 2, 5, 10, 20];
 /// All counters the front end keeps.
 #[derive(Debug)]
 pub struct Metrics {
+    /// Label value: the name answers carry.
+    model_name: String,
     started_seconds: f64,
     received: [AtomicU64; 2],
     outcomes: [[AtomicU64; Outcome::ALL.len()]; 2],
@@ -111,10 +113,12 @@ pub(crate) struct FinishedSequence {
     pub(crate) last_token: Instant,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// All zero. `model_name` is what answers call the model.
+    pub fn new(model_name: impl Into<String>) -> Self {
         let zero = || AtomicU64::new(0);
         Self {
+            model_name: model_name.into(),
             started_seconds: process::now_seconds(),
             received: [const { AtomicU64::new(0) }; _],
             outcomes: [const { [const { AtomicU64::new(0) }; _] }; _],
@@ -139,9 +143,7 @@ impl Default for Metrics {
             params_n: CountHistogram::new(ANSWERS),
         }
     }
-}
 
-impl Metrics {
     /// A request reached a generation endpoint. Each gets exactly one [`Metrics::request_ended`].
     fn request_received(&self, endpoint: Endpoint) {
         self.received[endpoint as usize].fetch_add(1, Relaxed);

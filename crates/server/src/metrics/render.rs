@@ -22,8 +22,7 @@ impl Metrics {
     /// One scrape.
     pub(crate) fn render(&self, lifecycle: &Lifecycle, model: Option<&ServedModel>) -> String {
         let mut out = Exposition::with_capacity(CAPACITY);
-        let name = model.and_then(|model| model.names.first()).map_or("", String::as_str);
-        let labels = format!("model_name={},{ENGINE_LABEL}", quoted(name));
+        let labels = format!("model_name={},{ENGINE_LABEL}", quoted(&self.model_name));
         if let Some(model) = model {
             write_engine(&mut out, &labels, &model.engine);
         }
