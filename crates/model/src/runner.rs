@@ -195,6 +195,7 @@ impl<B: Backend> ModelRunner<B> {
         let (tensors, warnings) =
             verify(checkpoint).map_err(|problems| RunnerError::Load(LoadError::Problems(problems)))?;
         let mut plan = MemoryPlan::before_load(&backend, model, limits, config.block_size, tensors.total_bytes());
+        plan.check_before_load()?;
         backend
             .prepare(limits, model.attention())
             .map_err(|error| plan.name_in(error))?;
@@ -369,17 +370,30 @@ impl MemoryPlan {
         weight_bytes: u64,
     ) -> Self {
         let memory = backend.memory();
-        let block_bytes = backend.kv_block_bytes(block_size as usize) * model.num_layers as u64;
         Self {
             weight_bytes,
             scratch_bytes: Scratch::bytes(backend, model, limits),
             kv_cache_bytes: 0,
             num_blocks: 0,
             block_size,
-            kv_bytes_per_token: block_bytes / u64::from(block_size),
+            kv_bytes_per_token: 0,
             device_free_bytes: memory.free_bytes,
             device_total_bytes: memory.total_bytes,
         }
+    }
+
+    /// A model that cannot fit is refused now, not after its first gigabytes were read.
+    fn check_before_load(&self) -> Result<(), RunnerError> {
+        let needed_bytes = self.weight_bytes + self.scratch_bytes;
+        if needed_bytes <= self.device_free_bytes {
+            return Ok(());
+        }
+        let (what, free_bytes) = ("the model without its KV cache", self.device_free_bytes);
+        Err(self.name_in(BackendError::OutOfMemory {
+            what,
+            needed_bytes,
+            free_bytes,
+        }))
     }
 
     /// After weights and scratch are in place, so that a share of the device counts what they really took.
@@ -504,5 +518,71 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
         block_start: vec![0, num_blocks],
         block_ids: (0..num_blocks).map(BlockId).collect(),
         samples: (0..end - start).map(sample).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn plan(device_free_bytes: u64) -> MemoryPlan {
+        MemoryPlan {
+            weight_bytes: 9 * GIB,
+            scratch_bytes: GIB,
+            kv_cache_bytes: 0,
+            num_blocks: 0,
+            block_size: 16,
+            kv_bytes_per_token: 0,
+            device_free_bytes,
+            device_total_bytes: 24 * GIB,
+        }
+    }
+
+    #[test]
+    fn a_model_larger_than_the_device_is_refused_before_it_is_read() {
+        assert!(plan(10 * GIB).check_before_load().is_ok());
+        let error = plan(10 * GIB - 1).check_before_load().expect_err("one byte is missing");
+        assert!(
+            error.to_string().contains("weights 9.00 GiB, scratch 1.00 GiB"),
+            "{error}"
+        );
+        let cause = std::error::Error::source(&error)
+            .expect("the allocation is named")
+            .to_string();
+        assert!(cause.contains("10737418240 bytes, 10737418239 are free"), "{cause}");
+    }
+
+    #[test]
+    fn only_a_device_error_ends_the_executor() {
+        let device = RunnerError::Backend(BackendError::Device("gone".into()));
+        assert!(matches!(executor_error(device), ExecutorError::DeviceLost(_)));
+        let unsupported = RunnerError::Backend(BackendError::Unsupported("a shape".to_owned()));
+        assert!(matches!(executor_error(unsupported), ExecutorError::Step(_)));
+        let batch = RunnerError::BatchLimit {
+            what: "tokens",
+            found: 2,
+            limit: 1,
+        };
+        assert!(matches!(executor_error(batch), ExecutorError::Step(_)));
+    }
+
+    #[test]
+    fn a_scoring_batch_continues_where_the_last_chunk_ended() {
+        let tokens: Vec<_> = (100..140).collect();
+        let batch = scoring_batch(&tokens, 20..40, 16);
+        assert_eq!(
+            (batch.token_ids[0], batch.positions[0], batch.slot_mapping[19]),
+            (120, 20, 39)
+        );
+        assert_eq!(
+            (batch.query_start, batch.context_lens, batch.block_start),
+            (vec![0, 20], vec![40], vec![0, 3])
+        );
+        assert_eq!(
+            (batch.samples[0].row, batch.samples[0].position, batch.samples.len()),
+            (0, 21, 20)
+        );
     }
 }
