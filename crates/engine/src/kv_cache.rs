@@ -261,7 +261,7 @@ impl KvCacheManager {
     /// Gives all blocks of a table back. Published ones stay matchable until they are needed.
     pub fn release(&mut self, table: BlockTable) {
         // Last block first: the end of a prefix is useless without its start, so it goes first.
-        for &block in table.blocks.iter().rev() {
+        for block in table.blocks.into_iter().rev() {
             let reuse = if self.contents[block.0 as usize].is_some() {
                 Reuse::Last
             } else {

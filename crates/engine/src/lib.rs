@@ -1,4 +1,61 @@
 //! Decides which tokens run next; knows no tensors, text or HTTP.
+//!
+//! A caller gives an [`EngineHandle`] a [`Request`] and reads a [`TokenStream`]. A thread of its own asks the scheduler for
+//! one [`Batch`] after the other, has an [`Executor`] run them, and sends each stream its tokens.
+//!
+//! | module | what it hides |
+//! |---|---|
+//! | `request` | what a caller asks for and what comes back |
+//! | `handle` | admission, streams, and the mailbox where a request waits for the engine thread |
+//! | `engine` | the thread: mail, deadlines, launch, collect, events, and how it all ends |
+//! | `scheduler` | which sequences run, with how many tokens; preemption; what is in flight |
+//! | `sequence` | a request's live state |
+//! | `kv_cache`, `block_pool` | who owns which block, which prefixes can be shared, which free block is used next |
+//! | `batch`, `executor` | the seam to whatever runs the model |
+//! | `stats` | counters that are read without a message to the thread |
+//! | `fake` | an executor for tests (feature `testing`) |
+//!
+//! ```
+//! use std::convert::Infallible;
+//! use std::sync::Arc;
+//!
+//! use lapidary_engine::{
+//!     Batch, Engine, EngineConfig, Executor, ExecutorError, KvCacheConfig, Request, SampledToken, SamplingParams,
+//!     StopCriteria,
+//! };
+//!
+//! /// A model whose next token is always the position it takes.
+//! struct Counter(Vec<SampledToken>);
+//!
+//! impl Executor for Counter {
+//!     fn kv_cache_config(&self) -> KvCacheConfig {
+//!         KvCacheConfig { num_blocks: 8, block_size: 16 }
+//!     }
+//!     fn launch(&mut self, batch: &Batch) -> Result<(), ExecutorError> {
+//!         self.0 = batch.samples.iter().map(|row| SampledToken { token: row.position, logprobs: None }).collect();
+//!         Ok(())
+//!     }
+//!     fn collect(&mut self) -> Result<Vec<SampledToken>, ExecutorError> {
+//!         Ok(std::mem::take(&mut self.0))
+//!     }
+//! }
+//!
+//! let engine = Engine::spawn(EngineConfig::default(), || Ok::<_, Infallible>(Counter(Vec::new())))?;
+//! let mut stream = engine.submit(Request {
+//!     prompt: Arc::from([10, 11, 12]),
+//!     sampling: Arc::new(SamplingParams::default()),
+//!     stop: StopCriteria { max_tokens: 100, min_tokens: 0, stop_token_ids: Arc::from([5]) },
+//!     priority: 0,
+//!     cache_salt: 0,
+//!     deadline: None,
+//! })?;
+//! let mut tokens = Vec::new();
+//! while let Some(event) = stream.blocking_recv() {
+//!     tokens.push(event?.sampled.token);
+//! }
+//! assert_eq!(tokens, [3, 4, 5]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod batch;
 mod block_pool;

@@ -275,7 +275,7 @@ impl Scheduler {
             }
             let num_blocks = candidate.hashes.common_blocks(&sequence.hashes, limit);
             let is_ahead = num_blocks > num_matched && num_blocks > candidate.table.num_published();
-            is_ahead.then(|| Leader {
+            is_ahead.then_some(Leader {
                 index: other,
                 id: candidate.id,
                 num_preemptions: candidate.num_preemptions,
