@@ -261,6 +261,11 @@ impl EngineHandle {
                 SubmitError::ShuttingDown
             });
         }
+        let submitted_at = Instant::now();
+        if mailbox.asleep {
+            // Or a watchdog would take the pause before this request for a step that hangs.
+            shared.stats.progressed(submitted_at);
+        }
         shared.admit(request.prompt.len() as u64)?;
         let id = RequestId(shared.next_id.fetch_add(1, Ordering::Relaxed));
         mailbox.submissions.push(Submission {

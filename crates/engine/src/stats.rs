@@ -1,6 +1,7 @@
 //! Counters the engine thread writes and anyone reads, without a lock or a message.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::time::{Duration, Instant};
 
 /// Upper bounds of the tokens-a-step histogram; a last bucket takes the rest. vLLM's `iteration_tokens_total`.
@@ -222,11 +223,14 @@ impl Stats {
     }
 
     pub(crate) fn heartbeat(&self) -> Heartbeat {
+        // Read first: whoever makes an idle engine busy has marked the time before.
+        let busy = self.num_live.load(Acquire) > 0;
         let last = Duration::from_micros(self.last_progress_micros.load(Relaxed));
+        let since_progress = self.epoch.elapsed().saturating_sub(last);
         Heartbeat {
             steps: self.steps.load(Relaxed),
-            busy: self.num_live.load(Relaxed) > 0,
-            since_progress: self.epoch.elapsed().saturating_sub(last),
+            busy,
+            since_progress,
         }
     }
 

@@ -278,9 +278,9 @@ fn another_sequence_in_a_leaders_place_is_not_taken_for_it() {
 fn a_newcomer_leaves_running_prefills_the_blocks_they_will_need() {
     // Room for 64 tokens.
     let mut bench = Bench::new(16, 16, 1);
-    let first = bench.add_unique(40, 2);
+    let first = bench.add_unique(60, 2);
     bench.step();
-    let second = bench.add_unique(24, 2);
+    let second = bench.add_unique(12, 20);
     bench.finish();
     assert_eq!(bench.scheduler.totals.preemptions, 0);
     assert!(bench.first_launch[&first] < bench.first_launch[&second]);
@@ -288,17 +288,18 @@ fn a_newcomer_leaves_running_prefills_the_blocks_they_will_need() {
 
 #[test]
 fn nobody_else_is_preempted_while_enough_blocks_are_coming_free() {
-    // Room for 48 tokens: three sequences of 16 whose blocks are full at the same step.
-    let mut bench = Bench::new(64, 12, 2);
-    for _ in 0..3 {
-        bench.add_unique(15, 12);
+    // Two blocks are left; the third sequence needs one a step after the prompts, the second after two, the first after
+    // three: then all three are in flight and none is free.
+    let mut bench = Bench::new(64, 17, 2);
+    for num_tokens in [18, 19, 20] {
+        bench.add_unique(num_tokens, 12);
     }
     while bench.scheduler.totals.preemptions == 0 {
         bench.step();
     }
     assert_eq!(
         bench.scheduler.totals.preemptions, 1,
-        "the last one's blocks are enough for both others"
+        "the last one's blocks are enough"
     );
     bench.step();
     assert_eq!(bench.scheduler.totals.preemptions, 1);
