@@ -44,20 +44,77 @@ pub struct TinyTensor {
     pub data: Vec<u8>,
 }
 
-const HIDDEN: usize = 64;
-const INNER: usize = 96;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 32;
-const LAYERS: usize = 3;
-const VOCAB: usize = 160;
+/// The shape of a [`TinyModel`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TinyShape {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the MLP.
+    pub inner: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Tokens.
+    pub vocab: usize,
+}
+
+impl TinyShape {
+    /// As small as the decoder allows. 4 heads of 32 make 128, which is not the hidden size of 64.
+    pub const SMALLEST: Self = Self {
+        hidden: 64,
+        inner: 96,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 32,
+        layers: 3,
+        vocab: 160,
+    };
+    /// Every width a multiple of 128, a head size that every backend has.
+    pub const ALIGNED: Self = Self {
+        hidden: 128,
+        inner: 256,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        layers: 3,
+        vocab: 256,
+    };
+
+    /// Linear layers of a decoder layer: name, outputs, inputs.
+    fn linears(self) -> [(&'static str, usize, usize); 7] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            ("self_attn.q_proj", q, self.hidden),
+            ("self_attn.k_proj", kv, self.hidden),
+            ("self_attn.v_proj", kv, self.hidden),
+            ("self_attn.o_proj", self.hidden, q),
+            ("mlp.gate_proj", self.inner, self.hidden),
+            ("mlp.up_proj", self.inner, self.hidden),
+            ("mlp.down_proj", self.hidden, self.inner),
+        ]
+    }
+}
 
 impl TinyModel {
-    /// Three layers of random weights, reproducibly. 4 heads of 32 make 128, which is not the hidden size of 64.
+    /// Random weights of [`TinyShape::SMALLEST`], reproducibly.
     #[must_use]
     pub fn new(weights: TinyWeights) -> Self {
+        Self::with_shape(weights, TinyShape::SMALLEST)
+    }
+
+    /// Random weights, reproducibly.
+    #[must_use]
+    pub fn with_shape(weights: TinyWeights, shape: TinyShape) -> Self {
+        let TinyShape {
+            hidden, layers, vocab, ..
+        } = shape;
         let mut model = Self {
-            config: config(weights),
+            config: config(weights, shape),
             tensors: BTreeMap::new(),
         };
         let mut random = Random(1);
@@ -72,20 +129,20 @@ impl TinyModel {
                 .tensors
                 .insert(name.to_owned(), TinyTensor::new(dtype, shape, &values));
         };
-        dense(&mut model, "model.embed_tokens.weight", &[VOCAB, HIDDEN], 0.5);
-        dense(&mut model, "model.norm.weight", &[HIDDEN], 0.5);
-        for layer in 0..LAYERS {
+        dense(&mut model, "model.embed_tokens.weight", &[vocab, hidden], 0.5);
+        dense(&mut model, "model.norm.weight", &[hidden], 0.5);
+        for layer in 0..layers {
             for norm in ["input", "post_attention", "pre_feedforward", "post_feedforward"] {
                 dense(
                     &mut model,
                     &format!("model.layers.{layer}.{norm}_layernorm.weight"),
-                    &[HIDDEN],
+                    &[hidden],
                     0.5,
                 );
             }
         }
-        for layer in 0..LAYERS {
-            for (module, out, inputs) in linears() {
+        for layer in 0..layers {
+            for (module, out, inputs) in shape.linears() {
                 model.add_linear(
                     &format!("model.layers.{layer}.{module}"),
                     [out, inputs],
@@ -187,32 +244,19 @@ impl TinyTensor {
     }
 }
 
-fn linears() -> [(&'static str, usize, usize); 7] {
-    let (q, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-    [
-        ("self_attn.q_proj", q, HIDDEN),
-        ("self_attn.k_proj", kv, HIDDEN),
-        ("self_attn.v_proj", kv, HIDDEN),
-        ("self_attn.o_proj", HIDDEN, q),
-        ("mlp.gate_proj", INNER, HIDDEN),
-        ("mlp.up_proj", INNER, HIDDEN),
-        ("mlp.down_proj", HIDDEN, INNER),
-    ]
-}
-
-fn config(weights: TinyWeights) -> Map<String, Value> {
+fn config(weights: TinyWeights, shape: TinyShape) -> Map<String, Value> {
     let mut config = json!({
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
         "max_position_embeddings": 512,
-        "query_pre_attn_scalar": HEAD_DIM,
+        "query_pre_attn_scalar": shape.head_dim,
         "sliding_window": 24,
         "bos_token_id": 2,
         "eos_token_id": [1, 107],

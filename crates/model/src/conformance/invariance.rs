@@ -6,7 +6,7 @@ use super::Bounds;
 use super::rig::{BLOCK_SIZE, SequenceStep, batch_of};
 use crate::backend::Backend;
 use crate::runner::{KvCacheSize, ModelRunner, RunnerConfig};
-use crate::testing::{TinyModel, TinyWeights};
+use crate::testing::{TinyModel, TinyShape, TinyWeights};
 
 const ALL_WEIGHTS: [TinyWeights; 7] = [
     TinyWeights::Dense("BF16"),
@@ -110,7 +110,9 @@ pub(super) fn runner<B: Backend>(
     max_num_batched_tokens: usize,
     max_num_seqs: usize,
 ) -> ModelRunner<B> {
-    let checkpoint = TinyModel::new(weights).checkpoint().expect("the tiny model is whole");
+    let checkpoint = TinyModel::with_shape(weights, TinyShape::ALIGNED)
+        .checkpoint()
+        .expect("the tiny model is whole");
     let config = tiny_config(max_num_batched_tokens, max_num_seqs);
     ModelRunner::load(make(), &checkpoint, config, &mut |_| ()).expect("the tiny model loads")
 }

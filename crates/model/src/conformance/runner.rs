@@ -8,7 +8,7 @@ use super::rig::{BLOCK_SIZE, SequenceStep, batch_of};
 use crate::backend::Backend;
 use crate::loader::{LoadError, LoadPhase, LoadProgress};
 use crate::runner::{KvCacheSize, ModelRunner, RunnerConfig, RunnerError};
-use crate::testing::{TinyModel, TinyWeights};
+use crate::testing::{TinyModel, TinyShape, TinyWeights};
 
 type BatchFault = Box<dyn Fn(&mut Batch)>;
 type ConfigFault = fn(&mut RunnerConfig);
@@ -18,7 +18,7 @@ pub fn runner_sizes_its_cache<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
     let load = |kv_cache| {
         try_load(
             make,
-            &TinyModel::new(TinyWeights::AutoFp8Static),
+            &TinyModel::with_shape(TinyWeights::AutoFp8Static, TinyShape::ALIGNED),
             RunnerConfig {
                 kv_cache,
                 ..tiny_config(32, MAX_SEQS)
@@ -77,7 +77,10 @@ pub fn runner_refuses_what_was_not_reserved<B: Backend>(make: &dyn Fn() -> B, _:
             "samples",
             Box::new(|batch| batch.samples = vec![greedy(19); MAX_SEQS + 1]),
         ),
-        ("token", Box::new(|batch| batch.token_ids[3] = 160)),
+        (
+            "token",
+            Box::new(|batch| batch.token_ids[3] = TinyShape::ALIGNED.vocab as u32),
+        ),
         (
             "position",
             Box::new(|batch| batch.positions[19] = (BLOCKS_EACH * BLOCK_SIZE) as u32),
@@ -106,14 +109,19 @@ pub fn runner_refuses_what_was_not_reserved<B: Backend>(make: &dyn Fn() -> B, _:
     for (named, change) in limits {
         let mut config = tiny_config(32, MAX_SEQS);
         change(&mut config);
-        let error = try_load(make, &TinyModel::new(TinyWeights::Dense("BF16")), config).expect_err(named);
+        let error = try_load(
+            make,
+            &TinyModel::with_shape(TinyWeights::Dense("BF16"), TinyShape::ALIGNED),
+            config,
+        )
+        .expect_err(named);
         assert!(error.to_string().contains(named), "{error}");
     }
 }
 
 /// Faults that only a look at every value finds end the load, all of them named; progress is told to the last byte.
 pub fn runner_loads_only_whole_checkpoints<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
-    let mut model = TinyModel::new(TinyWeights::CompressedChannel);
+    let mut model = TinyModel::with_shape(TinyWeights::CompressedChannel, TinyShape::ALIGNED);
     let mut seen: Vec<LoadProgress> = Vec::new();
     let checkpoint = model.checkpoint().expect("the tiny model is whole");
     let config = tiny_config(32, MAX_SEQS);

@@ -6,7 +6,7 @@ use half::bf16;
 use lapidary_engine::{Batch, FedToken, SampleRow, SampledToken, SamplingParams, TokenHistory, TokenId};
 
 use super::Bounds;
-use super::rig::{Numbers, Rig, SequenceStep, Stored, batch_of, exact, sampling_batch};
+use super::rig::{Numbers, Rig, SequenceStep, Stored, batch_of, exact, sampling_batch, shape};
 use super::sampling_reference::{distribution, log_softmax};
 use crate::backend::{Backend, DType};
 
@@ -16,9 +16,10 @@ const ROWS: usize = 256;
 const STEPS: usize = 40;
 
 /// Temperature 0 is the arg max, whatever else is asked; of equals the lowest id.
-pub fn greedy_takes_the_lowest_of_equals<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
+pub fn greedy_takes_the_lowest_of_equals<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     let mut numbers = Numbers::new(10);
     for vocab in [1, 2, 17, 257, 1023, 5000] {
+        let vocab = shape(vocab, bounds);
         let mut logits = numbers.values(8 * vocab, 10.0);
         for row in logits.chunks_mut(vocab).take(7) {
             for _ in 0..3 {
@@ -148,6 +149,7 @@ pub fn penalties_follow_the_history<B: Backend>(make: &dyn Fn() -> B, _: &Bounds
 pub fn logprobs_are_of_the_raw_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     let mut numbers = Numbers::new(11);
     for vocab in [2, 17, 257, 5000] {
+        let vocab = shape(vocab, bounds);
         // Rounded to bf16, many of a large vocabulary are equal.
         let order = numbers.shuffled(vocab);
         let spread = if vocab > 256 { 1.0 / 256.0 } else { 0.0625 };
@@ -216,10 +218,10 @@ fn check_logprobs(got: &SampledToken, wanted: Option<u32>, exact: &[f64], bounds
 }
 
 /// Frequencies of ten thousand draws against the exact distribution, for every filter and for all of them together.
-pub fn draws_follow_the_distribution<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
+pub fn draws_follow_the_distribution<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     let mut numbers = Numbers::new(12);
     // Spaced so that no filter's edge is within rounding of a token.
-    let order = numbers.shuffled(24);
+    let order = numbers.shuffled(shape(24, bounds));
     let logits: Vec<f32> = order.iter().map(|rank| 4.0 - 0.1875 * *rank as f32).collect();
     let plain = SamplingParams::default;
     let cases = [
@@ -230,6 +232,11 @@ pub fn draws_follow_the_distribution<B: Backend>(make: &dyn Fn() -> B, _: &Bound
         },
         SamplingParams {
             temperature: 2.0,
+            ..plain()
+        },
+        // As good as greedy.
+        SamplingParams {
+            temperature: 0.01,
             ..plain()
         },
         SamplingParams { top_k: 1, ..plain() },
@@ -256,7 +263,7 @@ pub fn draws_follow_the_distribution<B: Backend>(make: &dyn Fn() -> B, _: &Bound
     for params in cases {
         check_distribution(&mut rig, &logits, &params);
     }
-    let wide = numbers.values(5000, 1.0);
+    let wide = numbers.values(shape(5000, bounds), 1.0);
     check_distribution(&mut rig, &wide, &plain());
     check_distribution(
         &mut rig,
@@ -316,9 +323,9 @@ fn check_distribution<B: Backend>(rig: &mut Rig<B>, logits: &[f32], params: &Sam
 }
 
 /// The same seed and position draw the same token in any row of any step; another seed or position draws anew.
-pub fn draws_depend_on_seed_and_position_alone<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
+pub fn draws_depend_on_seed_and_position_alone<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     let mut numbers = Numbers::new(13);
-    let logits = numbers.values(1000, 1.0);
+    let logits = numbers.values(shape(1000, bounds), 1.0);
     let kinds = [
         SamplingParams::default(),
         SamplingParams {
