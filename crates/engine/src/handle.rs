@@ -272,7 +272,7 @@ impl EngineHandle {
             id,
             request,
             events: sender,
-            submitted_at: Instant::now(),
+            submitted_at,
         });
         if mailbox.asleep {
             mailbox.asleep = false;
