@@ -257,21 +257,17 @@ fn fetch_with_backoff(
     }
     let client = Client::new(config, repo)?;
     let retries = Retries { first_backoff };
-    let repository = match retries.run(|| client.describe(&config.revision)) {
-        Ok(repository) => repository,
-        Err(error @ HubError::Unreachable { .. }) => {
-            // A restart must not depend on the hub when everything is here already.
-            let Ok(folder) = find_cached(repo, config, &cache) else {
-                return Err(error);
-            };
-            tracing::warn!(
-                repo,
-                endpoint = config.endpoint,
-                "the hub is unreachable: using the cached files"
-            );
-            return Ok(folder);
+    // A restart must not depend on the hub when everything is here already.
+    let cached = find_cached(repo, config, &cache).ok();
+    let repository = match (&cached, client.describe(&config.revision)) {
+        (_, Ok(repository)) => repository,
+        (Some(folder), Err(error)) if error.is_transient() => {
+            let error = format!("{:#}", CauseChain(&error));
+            tracing::warn!(repo, error, "the hub does not answer: using the cached files");
+            return Ok(folder.clone());
         }
-        Err(error) => return Err(error),
+        (None, Err(error)) if error.is_transient() => retries.run(|| client.describe(&config.revision))?,
+        (_, Err(error)) => return Err(error),
     };
     let mut download = Download {
         client: &client,
@@ -383,7 +379,12 @@ impl Retries {
     fn pause(self, futile: &mut u32, error: &HubError) {
         let backoff = self.first_backoff * 2u32.pow(*futile);
         *futile += 1;
-        tracing::warn!(error = %CauseChain(error), attempt = *futile, ?backoff, "download failed; trying again");
+        tracing::warn!(
+            error = format!("{:#}", CauseChain(error)),
+            attempt = *futile,
+            ?backoff,
+            "download failed; trying again"
+        );
         std::thread::sleep(backoff);
     }
 }

@@ -26,7 +26,7 @@ pub fn init(config: &LogConfig) {
     };
 }
 
-/// Prints an error and all its causes, one a line.
+/// Prints an error and all its causes: one a line, or with `{:#}` on one line.
 #[derive(Debug)]
 pub struct CauseChain<'a>(pub &'a dyn std::error::Error);
 
@@ -35,12 +35,12 @@ impl fmt::Display for CauseChain<'_> {
         write!(f, "{}", self.0)?;
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            // Multi-line errors (a TOML excerpt, a list of faulty tensors) stay below their line.
-            write!(
-                f,
-                "\n  caused by: {}",
-                error.to_string().trim_end().replace('\n', "\n    ")
-            )?;
+            let text = error.to_string();
+            match f.alternate() {
+                true => write!(f, ": {}", text.trim_end().replace('\n', " "))?,
+                // Multi-line errors (a TOML excerpt, a list of faulty tensors) stay below their line.
+                false => write!(f, "\n  caused by: {}", text.trim_end().replace('\n', "\n    "))?,
+            }
             cause = error.source();
         }
         Ok(())

@@ -30,12 +30,20 @@ fn run_serve(args: &ServeArgs) -> ExitCode {
         };
     }
     logging::init(&config.log);
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), model = config.settings.model, "lapidary starts");
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        model = config.settings.model,
+        "lapidary starts"
+    );
     for variable in &config.unknown_variables {
         tracing::warn!(variable, "this environment variable is no setting: is it misspelt?");
     }
     let log_format = config.log.format;
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("http").build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("http")
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, 1),
     };
@@ -45,7 +53,7 @@ fn run_serve(args: &ServeArgs) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if log_format == LogFormat::Json => {
-            tracing::error!(error = %CauseChain(&error), "failed");
+            tracing::error!(error = format!("{:#}", CauseChain(&error)), "failed");
             ExitCode::FAILURE
         }
         Err(error) => fail(&error, 1),

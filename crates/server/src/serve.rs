@@ -11,6 +11,10 @@ use std::io;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
+use axum::extract::State;
+use axum::http::{HeaderValue, header};
+use axum::middleware::map_response_with_state;
+use axum::response::Response;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
@@ -19,7 +23,8 @@ use crate::lifecycle::Phase;
 use crate::load::{LoadError, load};
 use crate::metrics::Metrics;
 use crate::state::{AppState, ServedModel};
-use listener::{Connections, Listener};
+use listener::Connections;
+pub use listener::Listener;
 
 /// How often the engine's health is looked at. Its death is rare; clients hear of it at once through their streams.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -42,14 +47,8 @@ pub enum ServeError {
     #[error("cannot handle signals")]
     Signals(#[source] io::Error),
     /// No model, nothing to serve.
-    #[error("cannot serve {model}")]
-    Load {
-        /// As configured.
-        model: String,
-        /// Why.
-        #[source]
-        source: Box<LoadError>,
-    },
+    #[error("cannot serve the model")]
+    Load(#[source] Box<LoadError>),
     /// A bug in loading.
     #[error("loading the model panicked")]
     LoadPanicked,
@@ -66,19 +65,32 @@ pub enum ServeError {
 /// # Errors
 /// See [`ServeError`]: the process should exit non-zero.
 pub async fn serve(config: Config) -> Result<(), ServeError> {
-    let started = Instant::now();
-    let mut signals = Signals::new().map_err(ServeError::Signals)?;
     let state = AppState::new(config.limits.clone(), Metrics::new(config.load.names[0].clone()));
     let listener = Listener::bind(&config.http).await?;
-    let address = listener.local_address();
-    tracing::info!(url = format!("http://{address}"), "listening");
-    let connections = listener.start(crate::router(state.clone()), &config.http);
     let http = config.http.clone();
+    serve_on(listener, &http, state, move |state| load(&config, state)).await
+}
 
-    let model = config.settings.model.clone().unwrap_or_default();
+/// [`serve`] on a socket that is bound already, with whatever `load` comes up with.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_on(
+    listener: Listener,
+    http: &HttpConfig,
+    state: AppState,
+    load: impl FnOnce(&AppState) -> Result<ServedModel, LoadError> + Send + 'static,
+) -> Result<(), ServeError> {
+    let started = Instant::now();
+    let mut signals = Signals::new().map_err(ServeError::Signals)?;
+    tracing::info!(url = format!("http://{}", listener.local_address()), "listening");
+    let router = crate::router(state.clone());
+    let router = router.layer(map_response_with_state(state.clone(), close_while_draining));
+    let connections = listener.start(router, http);
+
     let loading = {
         let state = state.clone();
-        tokio::task::spawn_blocking(move || load(&config, &state))
+        tokio::task::spawn_blocking(move || load(&state))
     };
     let loaded = tokio::select! {
         loaded = loading => loaded,
@@ -87,19 +99,25 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             return Ok(());
         }
     };
-    let loaded = match loaded {
-        Ok(Ok(loaded)) => loaded,
-        Ok(Err(source)) => {
+    match loaded {
+        Ok(Ok(model)) => run(&state, publish(&state, model, started), connections, &mut signals, http).await,
+        Ok(Err(error)) => {
             state.lifecycle.enter(Phase::Failed);
-            return Err(ServeError::Load {
-                model,
-                source: Box::new(source),
-            });
+            Err(ServeError::Load(Box::new(error)))
         }
-        Err(_) => return Err(ServeError::LoadPanicked),
-    };
-    let loaded = publish(&state, loaded, started);
-    run(&state, loaded, connections, &mut signals, &http).await
+        Err(_) => Err(ServeError::LoadPanicked),
+    }
+}
+
+/// Clients with open connections must go elsewhere too. Told with an answer, they do so at no cost; a connection that is
+/// closed while the next request is under way costs them that request.
+async fn close_while_draining(State(state): State<AppState>, mut response: Response) -> Response {
+    if state.lifecycle.phase() == Phase::Draining {
+        response
+            .headers_mut()
+            .insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// Makes the model visible to handlers and says so.

@@ -12,13 +12,25 @@ fn fault(flags: &[&str]) -> String {
     resolve(flags, &Environment::default()).unwrap_err().to_string()
 }
 
-/// A file of its own for each test, gone with the returned folder.
-fn settings_file(name: &str, text: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("lapidary-config-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let path = folder.join(name);
-    std::fs::write(&path, text).unwrap();
-    path
+/// A file of its own for a test, removed at the end.
+struct TestFile(PathBuf);
+
+impl TestFile {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("lapidary-config-{}-{name}", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for TestFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 #[test]
@@ -78,9 +90,9 @@ fn help_states_the_defaults_in_effect() {
 
 #[test]
 fn flags_win_over_variables_and_variables_over_the_file() {
-    let path = settings_file("layers.toml", "port = 1\nmax-num-seqs = 2\nmax-logprobs = 3\n");
+    let file = TestFile::new("layers.toml", "port = 1\nmax-num-seqs = 2\nmax-logprobs = 3\n");
     let environment = Environment::from([("LAPIDARY_PORT", "10"), ("LAPIDARY_MAX_NUM_SEQS", "20")]);
-    let settings = resolve(&["--config", path.to_str().unwrap(), "--port", "100"], &environment)
+    let settings = resolve(&["--config", file.path(), "--port", "100"], &environment)
         .unwrap()
         .settings;
     assert_eq!(
@@ -140,8 +152,8 @@ fn served_names_are_a_list_in_each_place() {
 
 #[test]
 fn a_misspelt_key_of_the_file_is_an_error_that_names_it() {
-    let path = settings_file("misspelt.toml", "max-modell-len = 4096\n");
-    let error = resolve(&["--config", path.to_str().unwrap()], &Environment::default()).unwrap_err();
+    let file = TestFile::new("misspelt.toml", "max-modell-len = 4096\n");
+    let error = resolve(&["--config", file.path()], &Environment::default()).unwrap_err();
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(cause.contains("max-modell-len") && cause.contains("line 1"), "{cause}");
 }
@@ -221,8 +233,8 @@ fn what_print_config_shows_is_a_settings_file_with_the_same_meaning() {
     )
     .unwrap();
     let text = config.to_toml().unwrap();
-    let path = settings_file("printed.toml", &text);
-    let again = resolve(&["--config", path.to_str().unwrap()], &Environment::default()).unwrap();
+    let file = TestFile::new("printed.toml", &text);
+    let again = resolve(&["--config", file.path()], &Environment::default()).unwrap();
     assert_eq!(again.settings, config.settings);
     assert!(text.contains("# max-model-len: decided by the model"), "{text}");
 }
@@ -248,10 +260,8 @@ fn the_hub_is_found_as_huggingface_hub_finds_it() {
 
 #[test]
 fn the_token_is_read_from_the_login_file_and_never_printed() {
-    let path = settings_file("token", "hf_secret\n");
-    let hub = resolve(&[], &[("HF_TOKEN_PATH", path.to_str().unwrap())].into())
-        .unwrap()
-        .hub;
+    let file = TestFile::new("token", "hf_secret\n");
+    let hub = resolve(&[], &[("HF_TOKEN_PATH", file.path())].into()).unwrap().hub;
     assert_eq!(hub.token.as_ref().unwrap().expose(), "hf_secret");
     assert!(!format!("{hub:?}").contains("secret"));
 }

@@ -24,13 +24,18 @@ use crate::config::HttpConfig;
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// A bound socket that does not accept yet.
-pub(super) struct Listener {
+#[derive(Debug)]
+pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
 }
 
 impl Listener {
-    pub(super) async fn bind(http: &HttpConfig) -> Result<Self, ServeError> {
+    /// Binds the first of the addresses that can be.
+    ///
+    /// # Errors
+    /// [`ServeError::Listen`]: none can.
+    pub async fn bind(http: &HttpConfig) -> Result<Self, ServeError> {
         let failed = |source| {
             let addresses: Vec<_> = http.addresses.iter().map(SocketAddr::to_string).collect();
             ServeError::Listen {
@@ -43,7 +48,9 @@ impl Listener {
         Ok(Self { socket, address })
     }
 
-    pub(super) fn local_address(&self) -> SocketAddr {
+    /// With the port that was chosen where 0 was asked for.
+    #[must_use]
+    pub fn local_address(&self) -> SocketAddr {
         self.address
     }
 
