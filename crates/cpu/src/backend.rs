@@ -178,7 +178,7 @@ impl Backend for Cpu {
 
     fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Embedding, BackendError> {
         self.reserve("the embedding table", table.data.len() as u64)?;
-        let table = Matrix::upload(&[table], false)?;
+        let table = Matrix::upload_unquantized(table)?;
         if self.hidden.as_ref().is_none_or(|hidden| hidden.cols != table.cols) {
             self.hidden = Some(Activation::zeroed(self.prepared().limits.max_seqs, table.cols, false));
         }

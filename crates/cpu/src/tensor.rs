@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use lapidary_model::{ActivationScheme, BackendError, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, LinearWeights};
 
 use crate::e4m3;
-use crate::simd::{Buffer, Isa, e4m3_pair_order};
+use crate::simd::{Buffer, Isa};
 
 /// K is padded to multiples of this.
 pub(crate) const K_BLOCK: usize = 64;
@@ -116,8 +116,9 @@ pub(crate) enum Elements {
     F32(Buffer<f32>),
     Bf16(Buffer<u16>),
     F16(Buffer<u16>),
+    /// Each 64 codes in [`Isa::e4m3_order`].
     E4m3(Buffer<u8>),
-    /// Each 64 codes in [`e4m3_pair_order`].
+    /// Each 64 codes in [`Isa::e4m3_pair_order`].
     E4m3Pairs(Buffer<u8>),
 }
 
@@ -146,7 +147,7 @@ impl Matrix {
     }
 
     /// Stacks `parts` along their rows. `in_pairs` stores e4m3 for [`crate::simd::PairDot`].
-    pub(crate) fn upload(parts: &[HostTensor<'_>], in_pairs: bool) -> Result<Self, BackendError> {
+    pub(crate) fn upload(parts: &[HostTensor<'_>], isa: Isa, in_pairs: bool) -> Result<Self, BackendError> {
         let (mut rows, mut cols) = (0, None);
         let mut dtype = None;
         for part in parts {
@@ -190,14 +191,23 @@ impl Matrix {
                 }
                 let mut codes = fill(len, stride, bytes(), u8::from_le_bytes);
                 if in_pairs {
-                    reorder_pairs(&mut codes);
+                    reorder(&mut codes, Isa::e4m3_pair_order);
                     Elements::E4m3Pairs(codes)
                 } else {
+                    reorder(&mut codes, |index| isa.e4m3_order(index));
                     Elements::E4m3(codes)
                 }
             }
         };
         Ok(Self { elements, rows, cols })
+    }
+
+    /// As `upload`, for what is never quantised: embeddings and norms.
+    pub(crate) fn upload_unquantized(tensor: HostTensor<'_>) -> Result<Self, BackendError> {
+        if tensor.dtype == DType::F8E4M3 {
+            return Err(BackendError::Unsupported("an e4m3 embedding or norm".to_owned()));
+        }
+        Self::upload(&[tensor], Isa::Portable, false)
     }
 
     /// Widens a row into `out`, which may be longer.
@@ -207,8 +217,7 @@ impl Matrix {
             Elements::F32(data) => out[..self.cols].copy_from_slice(&data[range]),
             Elements::Bf16(data) => widen(&data[range], out, |bits| bf16::from_bits(bits).to_f32()),
             Elements::F16(data) => widen(&data[range], out, |bits| f16::from_bits(bits).to_f32()),
-            Elements::E4m3(data) => widen(&data[range], out, |code| e4m3::DECODED[usize::from(code)]),
-            Elements::E4m3Pairs(_) => unreachable!("only linear layers are stored in pairs"),
+            Elements::E4m3(_) | Elements::E4m3Pairs(_) => unreachable!("`upload_unquantized` refuses e4m3"),
         }
     }
 }
@@ -228,11 +237,11 @@ fn fill<'a, T: crate::simd::Plain, const BYTES: usize>(
     buffer
 }
 
-fn reorder_pairs(codes: &mut [u8]) {
+fn reorder(codes: &mut [u8], order: impl Fn(usize) -> usize) {
     for block in codes.as_chunks_mut::<64>().0 {
         let natural = *block;
         for (index, code) in natural.into_iter().enumerate() {
-            block[e4m3_pair_order(index)] = code;
+            block[order(index)] = code;
         }
     }
 }
@@ -255,7 +264,7 @@ pub struct Linear {
 impl Linear {
     pub(crate) fn upload(weights: &LinearWeights<'_>, isa: Isa) -> Result<Self, BackendError> {
         let quantized = weights.input != ActivationScheme::None;
-        let matrix = Matrix::upload(&weights.parts, quantized && isa == Isa::Avx512Bf16)?;
+        let matrix = Matrix::upload(&weights.parts, isa, quantized && isa == Isa::Avx512Bf16)?;
         let is_fp8 = matches!(matrix.elements, Elements::E4m3(_) | Elements::E4m3Pairs(_));
         if quantized && !is_fp8 {
             return Err(BackendError::Unsupported(
@@ -285,13 +294,10 @@ pub struct Norm {
 impl Norm {
     pub(crate) fn upload(weight: HostTensor<'_>) -> Result<Self, BackendError> {
         let len = weight.shape.iter().product();
-        let row = Matrix::upload(
-            &[HostTensor {
-                shape: &[1, len],
-                ..weight
-            }],
-            false,
-        )?;
+        let row = Matrix::upload_unquantized(HostTensor {
+            shape: &[1, len],
+            ..weight
+        })?;
         let mut factors = vec![0.0; len];
         row.widen_row(0, &mut factors);
         factors.iter_mut().for_each(|factor| *factor += 1.0);

@@ -18,10 +18,11 @@ use crate::simd::{
 use crate::tensor::{Activation, ActivationRow, Elements, Linear, Matrix, ROW_BLOCK, Tensor};
 
 /// Tokens up to which weights are decoded in registers, as often as there are tiles of tokens: one.
-const MAX_DIRECT_TOKENS: usize = 6;
+const MAX_DIRECT_TOKENS: usize = 4;
 
-/// Bytes of decoded weights of a task: half of a common second-level cache.
-const MAX_DECODED_BYTES: usize = 512 << 10;
+/// Bytes of decoded weights of a task, to stay in a second-level cache while all tokens pass by. The more, the less often
+/// they pass: 8 rows of 9216 instead of 24 halve the speed of 512 tokens.
+const MAX_DECODED_BYTES: usize = 1 << 20;
 
 /// Weight bytes times tokens worth a task: a microsecond or so.
 const MIN_TASK_BYTES: usize = 32 << 10;
@@ -228,9 +229,9 @@ impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let per_row = self.stride / LANES;
-        let x = |token: usize| self.x[token].values.as_chunks().0;
         if self.x.len() <= MAX_DIRECT_TOKENS {
+            let x = |token: usize| W::blocks(&self.x[token].values);
+            let per_row = x(0).len();
             all_tokens(
                 Fma::<S, W>::new(simd),
                 self.x,
@@ -241,16 +242,19 @@ impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
             );
             return;
         }
-        self.scratch.floats.reserve(self.w.len() * LANES);
-        let decoded = &mut self.scratch.floats.as_chunks_mut().0[..self.w.len()];
-        for (to, from) in decoded.iter_mut().zip(self.w) {
-            simd.store(W::load(simd, from), to);
+        let len = self.out.width().next_multiple_of(ROW_BLOCK) * self.stride;
+        self.scratch.floats.reserve(len);
+        let decoded = &mut self.scratch.floats[..len];
+        for (to, from) in W::blocks_mut(decoded).iter_mut().zip(self.w) {
+            W::store(simd, W::load(simd, from), to);
         }
+        let x = |token: usize| F32::blocks(&self.x[token].values);
+        let per_row = self.stride / LANES;
         all_tokens(
             Fma::<S, F32>::new(simd),
             self.x,
             x,
-            (decoded, per_row),
+            (F32::blocks(decoded), per_row),
             self.finish,
             self.out,
         );
@@ -303,10 +307,12 @@ fn all_tokens<'x, A: Arith>(
     while first < tokens.len() {
         let x = |index: usize| &x(first + index)[..per_row];
         let sink = &mut |token: usize, row: usize, sums: &[f32]| {
-            let width = out.width();
-            let end = width.min(row + sums.len());
-            if row < end {
-                out.row(first + token)[row..end].copy_from_slice(&sums[..end - row]);
+            let out = out.row(first + token);
+            if let Some(out) = out.get_mut(row..row + sums.len()) {
+                out.copy_from_slice(sums);
+            } else if let Some(out) = out.get_mut(row..) {
+                // The tile ends in rows of padding.
+                out.copy_from_slice(&sums[..out.len()]);
             }
         };
         let left = tokens.len() - first;

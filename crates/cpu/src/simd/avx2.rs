@@ -20,9 +20,6 @@ impl Avx2 {
     }
 }
 
-/// e4m3 codes in 16-bit lanes become half-precision numbers 2^-8 times as large: the two formats differ in bias by 8.
-const E4M3_TO_F16: f32 = 256.0;
-
 impl Simd for Avx2 {
     type V = [__m256; 2];
     const WIDE: bool = false;
@@ -74,17 +71,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; LANES]) -> Self::V {
-        // SAFETY: `self` exists, so the CPU has the instructions; the load takes the whole array.
+    fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4] {
+        let from = from.as_ptr().cast::<__m128i>();
+        // SAFETY: `self` exists, so the CPU has the instructions; all four quarters are in the array.
         unsafe {
-            let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.as_ptr().cast()));
-            // The arithmetic shift leaves two copies of the sign; the mask clears the second.
-            let signed = _mm256_srai_epi16::<1>(_mm256_slli_epi16::<8>(codes));
-            let halves = _mm256_and_si256(signed, _mm256_set1_epi16(0xbfff_u16.cast_signed()));
-            let scale = _mm256_set1_ps(E4M3_TO_F16);
-            let low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-            let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves));
-            [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]
+            [
+                e4m3_to_f32(_mm_loadu_si128(from)),
+                e4m3_to_f32(_mm_loadu_si128(from.add(1))),
+                e4m3_to_f32(_mm_loadu_si128(from.add(2))),
+                e4m3_to_f32(_mm_loadu_si128(from.add(3))),
+            ]
         }
     }
 
@@ -99,6 +95,49 @@ impl Simd for Avx2 {
         // SAFETY: `self` exists, so the CPU has the instructions.
         unsafe { sum8(_mm256_add_ps(v[0], v[1])) }
     }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: `self` exists, so the CPU has the instructions.
+        unsafe { sum4([quarter(a), quarter(b), quarter(c), quarter(d)]) }
+    }
+}
+
+/// By way of half precision, whose bias is 8 more: the codes, shifted into place, are numbers 2^-8 times as large.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn e4m3_to_f32(codes: __m128i) -> [__m256; 2] {
+    // The arithmetic shift leaves two copies of the sign; the mask clears the second.
+    let signed = _mm256_srai_epi16::<1>(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(codes)));
+    let halves = _mm256_and_si256(signed, _mm256_set1_epi16(0xbfff_u16.cast_signed()));
+    let scale = _mm256_set1_ps(256.0);
+    let low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves));
+    [_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale)]
+}
+
+/// The first two steps of a sum: 16 lanes to 4.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quarter(v: [__m256; 2]) -> __m128 {
+    let v = _mm256_add_ps(v[0], v[1]);
+    _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v))
+}
+
+/// The last two steps of four sums.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum4([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
+    let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+    let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+    let sums = _mm_add_ps(
+        _mm_shuffle_ps::<0b10_00_10_00>(ab, cd),
+        _mm_shuffle_ps::<0b11_01_11_01>(ab, cd),
+    );
+    let mut array = [0.0; 4];
+    // SAFETY: the store fills the whole array.
+    unsafe { _mm_storeu_ps(array.as_mut_ptr(), sums) };
+    array
 }
 
 #[inline]

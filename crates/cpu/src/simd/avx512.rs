@@ -12,13 +12,13 @@ use super::{LANES, PairDot, Simd};
 use crate::e4m3;
 
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512(E4m3Tables);
 
 impl Avx512 {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
     pub(super) fn new() -> Self {
-        Self(())
+        Self(E4m3Tables::new())
     }
 }
 
@@ -65,14 +65,17 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; LANES]) -> Self::V {
-        // SAFETY: `self` exists, so the CPU has the instructions; the load takes the whole array.
+    fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4] {
+        // SAFETY: `self` exists, so the CPU has the instructions.
         unsafe {
-            let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.as_ptr().cast()));
-            // As half precision with another bias: the shift leaves two copies of the sign, the mask clears the second.
-            let signed = _mm256_srai_epi16::<1>(_mm256_slli_epi16::<8>(codes));
-            let halves = _mm256_and_si256(signed, _mm256_set1_epi16(0xbfff_u16.cast_signed()));
-            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
+            let [a, b] = self.0.decode(from);
+            let odd = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)),
+                _mm512_castsi512_ps(_mm512_and_si512(a, odd)),
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b)),
+                _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+            ]
         }
     }
 
@@ -87,12 +90,45 @@ impl Simd for Avx512 {
         // SAFETY: `self` exists, so the CPU has the instructions.
         unsafe { sum16(v) }
     }
+
+    #[inline(always)]
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: `self` exists, so the CPU has the instructions.
+        unsafe { sum16x4(v) }
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 fn sum16(v: __m512) -> f32 {
     sum8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)))
+}
+
+/// Four times [`sum16`]: each step adds the same halves, of several vectors at once.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn sum16x4([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+    let eighths = |a, b| {
+        let (low, high) = (
+            _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
+            _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
+        );
+        _mm512_add_ps(low, high)
+    };
+    let (ab, cd) = (eighths(a, b), eighths(c, d));
+    let (even, odd) = (
+        _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd),
+        _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd),
+    );
+    let fours = _mm512_add_ps(even, odd);
+    let twos = _mm512_add_ps(fours, _mm512_permute_ps::<0b11_10_11_10>(fours));
+    let ones = _mm512_add_ps(twos, _mm512_permute_ps::<0b01_01_01_01>(twos));
+    let firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    let sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, ones));
+    let mut array = [0.0; 4];
+    // SAFETY: the store fills the whole array.
+    unsafe { _mm_storeu_ps(array.as_mut_ptr(), sums) };
+    array
 }
 
 /// Low and high bytes of the bfloat16 of each non-negative code: e4m3 is exact in bfloat16.
@@ -109,17 +145,17 @@ const fn bfloat16_bytes(shift: u32) -> [u8; 128] {
     bytes
 }
 
-/// Holds the lookup tables, in four registers for as long as a kernel runs.
+/// In four registers for as long as a kernel runs.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512Pairs {
+struct E4m3Tables {
     low: [__m512i; 2],
     high: [__m512i; 2],
 }
 
-impl Avx512Pairs {
+impl E4m3Tables {
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
-    pub(super) fn new() -> Self {
+    #[target_feature(enable = "avx512f")]
+    fn new() -> Self {
         let load = |table: &[u8; 128]| {
             let table = table.as_ptr().cast::<__m512i>();
             // SAFETY: the table has two times 64 bytes.
@@ -129,6 +165,30 @@ impl Avx512Pairs {
             low: load(&LOW_BYTES),
             high: load(&HIGH_BYTES),
         }
+    }
+
+    /// The bfloat16 of 64 codes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn decode(self, codes: &[u8; 64]) -> [__m512i; 2] {
+        // SAFETY: the load takes the whole array.
+        let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
+        // The lookups ignore the sign bit; the ternary operation is `high | (codes & 0x80)`.
+        let low = _mm512_permutex2var_epi8(self.low[0], codes, self.low[1]);
+        let high = _mm512_permutex2var_epi8(self.high[0], codes, self.high[1]);
+        let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, _mm512_set1_epi8(-128));
+        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512Pairs(E4m3Tables);
+
+impl Avx512Pairs {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")]
+    pub(super) fn new() -> Self {
+        Self(E4m3Tables::new())
     }
 }
 
@@ -150,15 +210,8 @@ impl PairDot for Avx512Pairs {
 
     #[inline(always)]
     fn decode(self, from: &[u8; 64]) -> [Self::Pairs; 2] {
-        // SAFETY: `self` exists, so the CPU has the instructions; the load takes the whole array.
-        unsafe {
-            let codes = _mm512_loadu_si512(from.as_ptr().cast());
-            // The lookups ignore the sign bit; the ternary operation is `high | (codes & 0x80)`.
-            let low = _mm512_permutex2var_epi8(self.low[0], codes, self.low[1]);
-            let high = _mm512_permutex2var_epi8(self.high[0], codes, self.high[1]);
-            let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, _mm512_set1_epi8(-128));
-            [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
-        }
+        // SAFETY: `self` exists, so the CPU has the instructions.
+        unsafe { self.0.decode(from) }
     }
 
     #[inline(always)]
@@ -183,5 +236,11 @@ impl PairDot for Avx512Pairs {
     fn sum(self, v: Self::V) -> f32 {
         // SAFETY: `self` exists, so the CPU has the instructions.
         unsafe { sum16(v) }
+    }
+
+    #[inline(always)]
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: `self` exists, so the CPU has the instructions.
+        unsafe { sum16x4(v) }
     }
 }

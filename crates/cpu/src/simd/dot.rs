@@ -25,6 +25,8 @@ pub(crate) trait Arith: Copy {
     fn decode(self, w: &Self::W) -> Self::Decoded;
     fn mul_add(self, sums: Self::Sums, x: &Self::X, w: Self::Decoded) -> Self::Sums;
     fn sum(self, sums: Self::Sums) -> f32;
+    /// Four times `sum`, to the bit.
+    fn sum4(self, sums: [Self::Sums; 4]) -> [f32; 4];
 }
 
 /// `MR * NR` dot products over all blocks of K; rows must be equally long.
@@ -35,8 +37,10 @@ pub(crate) fn dot_tile<A: Arith, const MR: usize, const NR: usize>(
     w: [&[A::W]; NR],
 ) -> [[f32; NR]; MR] {
     let len = w[0].len();
-    let x = x.map(|row| &row[..len]);
-    let w = w.map(|row| &row[..len]);
+    assert!(
+        x.iter().all(|row| row.len() == len) && w.iter().all(|row| row.len() == len),
+        "rows of unequal length"
+    );
     let mut sums = [[arith.zero(); NR]; MR];
     for k in 0..len {
         for n in 0..NR {
@@ -46,13 +50,34 @@ pub(crate) fn dot_tile<A: Arith, const MR: usize, const NR: usize>(
             }
         }
     }
-    sums.map(|row| row.map(|sums| arith.sum(sums)))
+    // Loops, not `map`: the compiler leaves that a call, for which every register goes to memory.
+    let mut results = [[0.0; NR]; MR];
+    for m in 0..MR {
+        let (fours, rest) = sums[m].as_chunks::<4>();
+        let (four_results, rest_results) = results[m].as_chunks_mut::<4>();
+        for (sums, results) in fours.iter().zip(four_results) {
+            *results = arith.sum4(*sums);
+        }
+        for (sums, result) in rest.iter().zip(rest_results) {
+            *result = arith.sum(*sums);
+        }
+    }
+    results
 }
 
 /// A storage type of weights that [`Fma`] widens to floats.
 pub(crate) trait WeightBlock: Copy + 'static {
     type Block: 'static;
-    fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V;
+    /// As many floats.
+    type Floats: 'static;
+    type Decoded<S: Simd>: Copy;
+
+    /// Whole blocks of `floats`.
+    fn blocks(floats: &[f32]) -> &[Self::Floats];
+    fn blocks_mut(floats: &mut [f32]) -> &mut [Self::Floats];
+    fn load<S: Simd>(simd: S, from: &Self::Block) -> Self::Decoded<S>;
+    fn store<S: Simd>(simd: S, decoded: Self::Decoded<S>, to: &mut Self::Floats);
+    fn mul_add<S: Simd>(simd: S, sums: S::V, x: &Self::Floats, w: Self::Decoded<S>) -> S::V;
 }
 
 /// f32 weights.
@@ -68,35 +93,78 @@ pub(crate) struct F16;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct E4m3;
 
-impl WeightBlock for F32 {
-    type Block = [f32; LANES];
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V {
-        simd.load(from)
-    }
+macro_rules! one_vector {
+    ($weights:ty, $element:ty, $load:ident) => {
+        impl WeightBlock for $weights {
+            type Block = [$element; LANES];
+            type Floats = [f32; LANES];
+            type Decoded<S: Simd> = S::V;
+
+            #[inline(always)]
+            fn blocks(floats: &[f32]) -> &[Self::Floats] {
+                floats.as_chunks().0
+            }
+
+            #[inline(always)]
+            fn blocks_mut(floats: &mut [f32]) -> &mut [Self::Floats] {
+                floats.as_chunks_mut().0
+            }
+
+            #[inline(always)]
+            fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V {
+                simd.$load(from)
+            }
+
+            #[inline(always)]
+            fn store<S: Simd>(simd: S, decoded: S::V, to: &mut Self::Floats) {
+                simd.store(decoded, to);
+            }
+
+            #[inline(always)]
+            fn mul_add<S: Simd>(simd: S, sums: S::V, x: &Self::Floats, w: S::V) -> S::V {
+                simd.mul_add(simd.load(x), w, sums)
+            }
+        }
+    };
 }
 
-impl WeightBlock for Bf16 {
-    type Block = [u16; LANES];
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V {
-        simd.load_bf16(from)
-    }
-}
-
-impl WeightBlock for F16 {
-    type Block = [u16; LANES];
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V {
-        simd.load_f16(from)
-    }
-}
+one_vector!(F32, f32, load);
+one_vector!(Bf16, u16, load_bf16);
+one_vector!(F16, u16, load_f16);
 
 impl WeightBlock for E4m3 {
-    type Block = [u8; LANES];
+    type Block = [u8; 64];
+    type Floats = [[f32; LANES]; 4];
+    type Decoded<S: Simd> = [S::V; 4];
+
     #[inline(always)]
-    fn load<S: Simd>(simd: S, from: &Self::Block) -> S::V {
+    fn blocks(floats: &[f32]) -> &[Self::Floats] {
+        floats.as_chunks().0.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn blocks_mut(floats: &mut [f32]) -> &mut [Self::Floats] {
+        floats.as_chunks_mut().0.as_chunks_mut().0
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &Self::Block) -> [S::V; 4] {
         simd.load_e4m3(from)
+    }
+
+    #[inline(always)]
+    fn store<S: Simd>(simd: S, decoded: [S::V; 4], to: &mut Self::Floats) {
+        for (vector, to) in decoded.into_iter().zip(to) {
+            simd.store(vector, to);
+        }
+    }
+
+    #[inline(always)]
+    fn mul_add<S: Simd>(simd: S, mut sums: S::V, x: &Self::Floats, w: [S::V; 4]) -> S::V {
+        for (x, w) in x.iter().zip(w) {
+            sums = simd.mul_add(simd.load(x), w, sums);
+        }
+        sums
     }
 }
 
@@ -112,9 +180,9 @@ impl<S: Simd, W: WeightBlock> Fma<S, W> {
 }
 
 impl<S: Simd, W: WeightBlock> Arith for Fma<S, W> {
-    type X = [f32; LANES];
+    type X = W::Floats;
     type W = W::Block;
-    type Decoded = S::V;
+    type Decoded = W::Decoded<S>;
     type Sums = S::V;
     const WIDE: bool = S::WIDE;
 
@@ -124,18 +192,23 @@ impl<S: Simd, W: WeightBlock> Arith for Fma<S, W> {
     }
 
     #[inline(always)]
-    fn decode(self, w: &W::Block) -> S::V {
+    fn decode(self, w: &W::Block) -> W::Decoded<S> {
         W::load(self.0, w)
     }
 
     #[inline(always)]
-    fn mul_add(self, sums: S::V, x: &Self::X, w: S::V) -> S::V {
-        self.0.mul_add(self.0.load(x), w, sums)
+    fn mul_add(self, sums: S::V, x: &W::Floats, w: W::Decoded<S>) -> S::V {
+        W::mul_add(self.0, sums, x, w)
     }
 
     #[inline(always)]
     fn sum(self, sums: S::V) -> f32 {
         self.0.sum(sums)
+    }
+
+    #[inline(always)]
+    fn sum4(self, sums: [S::V; 4]) -> [f32; 4] {
+        self.0.sum4(sums)
     }
 }
 
@@ -181,6 +254,11 @@ impl<P: PairDot> Arith for E4m3Pairs<P> {
     fn sum(self, sums: P::V) -> f32 {
         self.0.sum(sums)
     }
+
+    #[inline(always)]
+    fn sum4(self, sums: [P::V; 4]) -> [f32; 4] {
+        self.0.sum4(sums)
+    }
 }
 
 impl<P: PairDot> Arith for Bf16Pairs<P> {
@@ -208,5 +286,44 @@ impl<P: PairDot> Arith for Bf16Pairs<P> {
     #[inline(always)]
     fn sum(self, sums: P::V) -> f32 {
         self.0.sum(sums)
+    }
+
+    #[inline(always)]
+    fn sum4(self, sums: [P::V; 4]) -> [f32; 4] {
+        self.0.sum4(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Dispatch, Isa, Kernel};
+    use super::*;
+
+    struct SumBothWays([[f32; LANES]; 4]);
+
+    impl Kernel for SumBothWays {
+        type Output = [[u32; 4]; 2];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            let v = self.0.map(|lanes| simd.load(&lanes));
+            [v.map(|v| simd.sum(v).to_bits()), simd.sum4(v).map(f32::to_bits)]
+        }
+    }
+
+    #[test]
+    fn every_way_to_add_lanes_gives_the_same_bits() {
+        let mut state = 1_u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 20) as f32 - 8.0
+        };
+        for _ in 0..1000 {
+            let lanes: [[f32; LANES]; 4] = std::array::from_fn(|_| std::array::from_fn(|_| next()));
+            let expected = lanes.map(|lanes| super::super::sum_lanes(lanes).to_bits());
+            for dispatch in Isa::ALL.into_iter().filter_map(Dispatch::new) {
+                assert_eq!(dispatch.run(SumBothWays(lanes)), [expected; 2], "{dispatch:?}");
+            }
+        }
     }
 }

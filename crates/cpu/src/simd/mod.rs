@@ -37,12 +37,14 @@ pub(crate) trait Simd: Copy {
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
     /// 16 half-precision floats, widened.
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
-    /// 16 finite e4m3 codes, widened.
-    fn load_e4m3(self, from: &[u8; LANES]) -> Self::V;
+    /// 64 finite e4m3 codes, stored in [`Isa::e4m3_order`], widened in their natural order.
+    fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4];
     /// `a * b + c`, in one rounding where the CPU can.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Sum of the lanes: halves are added until one lane is left.
     fn sum(self, v: Self::V) -> f32;
+    /// Four times `sum`, to the bit.
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
 }
 
 /// The four instructions [`E4m3Pairs`] is made of.
@@ -54,18 +56,12 @@ pub(crate) trait PairDot: Copy {
 
     fn zero(self) -> Self::V;
     fn load(self, from: &[u16; 32]) -> Self::Pairs;
-    /// Decodes 64 codes stored in [`e4m3_pair_order`].
+    /// Decodes 64 codes stored in [`Isa::e4m3_pair_order`].
     fn decode(self, from: &[u8; 64]) -> [Self::Pairs; 2];
     fn store(self, pairs: Self::Pairs, to: &mut [u16; 32]);
     /// Adds to each lane the products of its two pairs.
     fn dot(self, sum: Self::V, a: Self::Pairs, b: Self::Pairs) -> Self::V;
     fn sum(self, v: Self::V) -> f32;
-}
-
-/// Where [`PairDot::decode`] expects element `index` of 64: it looks up the low and the high bytes of all 64 bfloat16 at
-/// once and interleaves them, which works within 128-bit lanes.
-pub(crate) const fn e4m3_pair_order(index: usize) -> usize {
-    let (half, rest) = (index / 32, index % 32);
-    let (lane, position) = (rest / 8, rest % 8);
-    lane * 16 + half * 8 + position
+    /// Four times `sum`, to the bit.
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
 }

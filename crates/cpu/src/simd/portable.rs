@@ -43,8 +43,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn load_e4m3(self, from: &[u8; LANES]) -> Self::V {
-        from.map(|code| e4m3::DECODED[usize::from(code)])
+    fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4] {
+        let decode = |from: &[u8; LANES]| from.map(|code| e4m3::DECODED[usize::from(code)]);
+        let (quarters, _) = from.as_chunks();
+        [
+            decode(&quarters[0]),
+            decode(&quarters[1]),
+            decode(&quarters[2]),
+            decode(&quarters[3]),
+        ]
     }
 
     #[inline(always)]
@@ -59,6 +66,11 @@ impl Simd for Portable {
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         sum_lanes(v)
+    }
+
+    #[inline(always)]
+    fn sum4(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        [sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)]
     }
 }
 
