@@ -259,6 +259,10 @@ fn fetch_with_backoff(
     let retries = Retries { first_backoff };
     // A restart must not depend on the hub when everything is here already.
     let cached = find_cached(repo, config, &cache).ok();
+    if let Some(folder) = cached.as_ref().filter(|_| is_hex(&config.revision, 40)) {
+        // A commit never changes: there is nothing to ask.
+        return Ok(folder.clone());
+    }
     let repository = match (&cached, client.describe(&config.revision)) {
         (_, Ok(repository)) => repository,
         (Some(folder), Err(error)) if error.is_transient() => {

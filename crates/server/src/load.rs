@@ -328,3 +328,91 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use lapidary_model::EmbeddedFiles;
+
+    use super::*;
+
+    fn demo_with(name: &'static str, edit: impl Fn(&str) -> String) -> Checkpoint {
+        let edited = demo::FILES.iter().map(|(file, bytes)| {
+            if *file != name {
+                return (*file, *bytes);
+            }
+            let text = edit(std::str::from_utf8(bytes).unwrap());
+            (*file, &*text.into_bytes().leak())
+        });
+        let files: EmbeddedFiles = edited.collect::<Vec<_>>().leak();
+        Checkpoint::from_embedded(files, ConfigOverrides::default()).unwrap()
+    }
+
+    fn demo() -> Checkpoint {
+        demo_with("", str::to_owned)
+    }
+
+    fn set(json: &str, key: &str, value: serde_json::Value) -> String {
+        let mut object: serde_json::Map<_, _> = serde_json::from_str(json).unwrap();
+        object.insert(key.to_owned(), value);
+        serde_json::to_string(&object).unwrap()
+    }
+
+    #[test]
+    fn answers_end_even_if_config_json_forgets_the_end_of_turn() {
+        let checkpoint = demo_with("config.json", |json| set(json, "eos_token_id", 1.into()));
+        let tokenizer = load_tokenizer(&checkpoint).unwrap();
+        let ids = stop_token_ids(&checkpoint, &tokenizer);
+        assert!(
+            ids.contains(&1) && ids.contains(&tokenizer.end_of_turn_id().unwrap()),
+            "{ids:?}"
+        );
+        assert_eq!(primary_eos(&checkpoint, &tokenizer), tokenizer.eos_id());
+    }
+
+    #[test]
+    fn a_tokenizer_of_a_larger_model_is_refused() {
+        let checkpoint = demo_with("config.json", |json| set(json, "vocab_size", 1000.into()));
+        assert!(matches!(
+            load_tokenizer(&checkpoint),
+            Err(LoadError::VocabularyMismatch { embedding: 1000, .. })
+        ));
+    }
+
+    #[test]
+    fn the_checkpoint_s_sampling_values_are_the_defaults() {
+        let checkpoint = demo_with("generation_config.json", |json| set(json, "temperature", 0.25.into()));
+        assert_eq!(sampling_defaults(&checkpoint).temperature, 0.25);
+        let checkpoint = demo_with("generation_config.json", |_| "{}".to_owned());
+        assert_eq!(sampling_defaults(&checkpoint), SamplingDefaults::default());
+    }
+
+    #[test]
+    fn a_fingerprint_names_the_configuration_and_its_overrides() {
+        let of = |checkpoint: &Checkpoint, scalar| fingerprint(checkpoint, scalar, "cpu").unwrap();
+        assert_eq!(of(&demo(), None), of(&demo(), None));
+        assert_ne!(of(&demo(), None), of(&demo(), Some(1.0)));
+        let other = demo_with("config.json", |json| set(json, "rms_norm_eps", 1e-5.into()));
+        assert_ne!(of(&demo(), None), of(&other, None));
+    }
+
+    #[test]
+    fn the_kv_cache_holds_a_sequence_of_full_length_however_few_may_run() {
+        let config = |max_num_seqs, kv_cache_memory_bytes| SchedulingConfig {
+            max_num_seqs,
+            max_num_batched_tokens: 512,
+            max_num_queued_reqs: 1,
+            max_num_queued_tokens: 1,
+            enable_prefix_caching: true,
+            block_size: 16,
+            kv_cache_memory_bytes,
+        };
+        let wanted = |wanted| KvCacheSize::Tokens {
+            wanted,
+            free_share: 0.5,
+        };
+        assert_eq!(kv_cache_size(config(1, None), 8192), wanted(8192));
+        assert_eq!(kv_cache_size(config(64, None), 8192), wanted(64 * 2048));
+        assert_eq!(kv_cache_size(config(64, None), 100), wanted(64 * 112));
+        assert_eq!(kv_cache_size(config(64, Some(7)), 8192), KvCacheSize::Bytes(7));
+    }
+}

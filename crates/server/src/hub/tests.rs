@@ -315,13 +315,20 @@ fn a_revision_has_a_reference_and_a_snapshot_of_its_own() {
         "/api/models/org/gem/revision/refs%2Fpr%2F1?blobs=true"
     );
     assert_eq!(read(&dir.repo(), "refs/refs/pr/1"), hub.commit().as_bytes());
-    // A commit names itself.
+}
+
+#[test]
+fn a_commit_needs_no_reference_and_once_here_no_hub() {
+    let (hub, dir) = (FakeHub::with_model(), CacheDir::new("commit"));
     let config = HubConfig {
         revision: hub.commit(),
-        ..config
+        ..dir.config(&hub)
     };
-    fetch_now(&config).unwrap();
-    assert!(!dir.repo().join("refs").join(hub.commit()).exists());
+    let folder = fetch_now(&config).unwrap();
+    assert!(!dir.repo().join("refs").exists());
+    let before = hub.requests().len();
+    assert_eq!(fetch_now(&config).unwrap(), folder);
+    assert_eq!(hub.requests().len(), before);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
@@ -22,6 +23,9 @@ use crate::config::HttpConfig;
 
 /// Wait after an accept that failed for want of descriptors or memory: the next one would fail too.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// Files, the listener, the runtime's own.
+const DESCRIPTORS_FOR_THE_REST: u64 = 64;
 
 /// A bound socket that does not accept yet.
 #[derive(Debug)]
@@ -43,6 +47,7 @@ impl Listener {
                 source,
             }
         };
+        raise_descriptor_limit(http.max_connections);
         let socket = TcpListener::bind(&*http.addresses).await.map_err(failed)?;
         let address = socket.local_addr().map_err(failed)?;
         Ok(Self { socket, address })
@@ -118,12 +123,15 @@ impl Acceptor {
             .acquire_owned()
             .await
             .expect("the semaphore is never closed");
+        let mut is_told = false;
         loop {
             match self.socket.accept().await {
                 Ok((stream, _)) => return (stream, slot),
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::error!(%error, "cannot accept connections");
+                    if !std::mem::replace(&mut is_told, true) {
+                        tracing::error!(%error, "cannot accept connections; trying on");
+                    }
                     sleep(ACCEPT_BACKOFF).await;
                 }
             }
@@ -146,6 +154,26 @@ impl Acceptor {
             }
             drop(slot);
         });
+    }
+}
+
+/// Shells start processes with 1024 descriptors and let them ask for many more. A connection takes one.
+fn raise_descriptor_limit(max_connections: u32) {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "cannot raise the limit of open files");
+    }
+    let needed = u64::from(max_connections) + DESCRIPTORS_FOR_THE_REST;
+    if let Some(allowed) = getrlimit(Resource::Nofile).current.filter(|allowed| *allowed < needed) {
+        tracing::warn!(
+            allowed,
+            max_connections,
+            "the limit of open files (ulimit -n) is below max-connections"
+        );
     }
 }
 
