@@ -97,7 +97,11 @@ pub(crate) enum ApiError {
 impl ApiError {
     /// A value of `param` that is refused.
     pub(crate) fn invalid(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
-        Self::InvalidRequest { message: message.into(), param: Some(param.into()), code: Some("invalid_value") }
+        Self::InvalidRequest {
+            message: message.into(),
+            param: Some(param.into()),
+            code: Some("invalid_value"),
+        }
     }
 
     /// A required field that is absent.
@@ -112,7 +116,11 @@ impl ApiError {
 
     /// Something the field's servers may know and this one does not.
     pub(crate) fn unsupported(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
-        Self::InvalidRequest { message: message.into(), param: Some(param.into()), code: Some("unsupported_parameter") }
+        Self::InvalidRequest {
+            message: message.into(),
+            param: Some(param.into()),
+            code: Some("unsupported_parameter"),
+        }
     }
 
     /// Prompt and answer do not fit the model. Gateways recognise the error by the first sentence.
@@ -130,7 +138,12 @@ impl ApiError {
         match error {
             SubmitError::EmptyPrompt => Self::invalid("prompt", "The prompt has no tokens."),
             SubmitError::NoTokensWanted => Self::invalid("max_tokens", "max_tokens must be at least 1, got 0."),
-            SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len, kv_cache_tokens } => {
+            SubmitError::TooLong {
+                prompt_tokens,
+                max_tokens,
+                max_model_len,
+                kv_cache_tokens,
+            } => {
                 let limit = (*max_model_len).min(*kv_cache_tokens);
                 Self::too_long("input_tokens", limit, *prompt_tokens, Some(*max_tokens))
             }
@@ -233,8 +246,12 @@ impl ApiError {
     #[must_use]
     pub(crate) fn to_json(&self) -> String {
         let message = self.to_string();
-        let error =
-            ErrorObject { message: &message, r#type: self.kind(), param: self.param(), code: self.code() };
+        let error = ErrorObject {
+            message: &message,
+            r#type: self.kind(),
+            param: self.param(),
+            code: self.code(),
+        };
         serde_json::to_string(&ErrorBody { error }).expect("strings serialise")
     }
 }

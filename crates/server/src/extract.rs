@@ -14,15 +14,21 @@ use crate::state::Limits;
 /// # Errors
 /// It is larger than `limits.max_body_bytes`, slower than `limits.body_timeout`, or broke off.
 pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
-    let too_large = ApiError::BodyTooLarge { limit_bytes: limits.max_body_bytes };
-    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let too_large = ApiError::BodyTooLarge {
+        limit_bytes: limits.max_body_bytes,
+    };
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|length| length > limits.max_body_bytes as u64) {
         return Err(too_large);
     }
     let read = read_frames(body, limits.max_body_bytes, too_large);
     match tokio::time::timeout(limits.body_timeout, read).await {
         Ok(result) => result,
-        Err(_) => Err(ApiError::BodyTimeout { limit: limits.body_timeout }),
+        Err(_) => Err(ApiError::BodyTimeout {
+            limit: limits.body_timeout,
+        }),
     }
 }
 
@@ -75,9 +81,13 @@ fn field_error<T: DeserializeOwned>(text: &str) -> ApiError {
     let path = error.path().to_string();
     let cause = error.into_inner().to_string();
     let reason = cause.split(" at line ").next().unwrap_or(&cause);
+    // A fault of the object itself: a field that appears twice.
+    if path == "." {
+        return bad_json(reason);
+    }
     ApiError::InvalidRequest {
-        message: format!("Invalid value for '{path}': {}.", shorten(reason)),
-        param: (path != ".").then(|| shorten(&path).into_owned().into()),
+        message: format!("Invalid value for '{}': {}.", shorten(&path), shorten(reason)),
+        param: Some(shorten(&path).into_owned().into()),
         code: Some("invalid_type"),
     }
 }

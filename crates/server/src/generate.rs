@@ -126,7 +126,10 @@ impl Generation {
         let mut usages = Vec::with_capacity(prompts.len());
         for (prompt_index, prompt) in prompts.into_iter().enumerate() {
             let num_tokens = u32::try_from(prompt.len()).expect("the length was checked against the context");
-            usages.push(PromptUsage { num_tokens, num_cached_tokens: None });
+            usages.push(PromptUsage {
+                num_tokens,
+                num_cached_tokens: None,
+            });
             let room = model.max_model_len - num_tokens;
             // Only a default can exceed the room here: what a client names was checked.
             let max_tokens = params.max_tokens.map_or(room, |max_tokens| max_tokens.min(room));
@@ -148,13 +151,33 @@ impl Generation {
                 // With `echo`, nothing at all may be asked for.
                 let stream = match max_tokens {
                     0 => None,
-                    _ => Some(model.engine.submit(request).map_err(|error| ApiError::refused(&error, &model.engine.stats()))?),
+                    _ => Some(
+                        model
+                            .engine
+                            .submit(request)
+                            .map_err(|error| ApiError::refused(&error, &model.engine.stats()))?,
+                    ),
                 };
-                choices.push(Choice::new(prompt_index, stream, &model.tokenizer, params, max_tokens, model.eos_token_id));
+                choices.push(Choice::new(
+                    prompt_index,
+                    stream,
+                    &model.tokenizer,
+                    params,
+                    max_tokens,
+                    model.eos_token_id,
+                ));
             }
         }
         let num_unfinished = choices.len();
-        Ok(Self { choices, prompts: usages, state: state.clone(), arrival, next: 0, num_unfinished, has_failed: false })
+        Ok(Self {
+            choices,
+            prompts: usages,
+            state: state.clone(),
+            arrival,
+            next: 0,
+            num_unfinished,
+            has_failed: false,
+        })
     }
 
     /// The next choice that has something new in its [`Choice::delta`]; `None` when all are finished. Not to be called
@@ -208,7 +231,9 @@ impl Generation {
 
     /// Whether some answer was cut off at `max_tokens`.
     pub(crate) fn was_cut_off(&self) -> bool {
-        self.choices.iter().any(|choice| choice.delta.finish == Some(Finish::Length))
+        self.choices
+            .iter()
+            .any(|choice| choice.delta.finish == Some(Finish::Length))
     }
 
     /// Keeps the metrics: every generated token passes here.
@@ -228,7 +253,11 @@ impl Generation {
         let Some(finish) = choice.delta.finish else { return };
         self.num_unfinished -= 1;
         metrics.sequence_finished(&FinishedSequence {
-            end: if finish == Finish::Length { SequenceEnd::Length } else { SequenceEnd::Stop },
+            end: if finish == Finish::Length {
+                SequenceEnd::Length
+            } else {
+                SequenceEnd::Stop
+            },
             prompt_tokens: prompt.num_tokens,
             generated_tokens: choice.num_tokens,
             max_tokens: choice.max_tokens,
@@ -243,7 +272,11 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        let end = if self.has_failed { SequenceEnd::Error } else { SequenceEnd::Abort };
+        let end = if self.has_failed {
+            SequenceEnd::Error
+        } else {
+            SequenceEnd::Abort
+        };
         self.state.metrics.sequences_lost(end, self.num_unfinished);
     }
 }
@@ -300,7 +333,10 @@ impl Choice {
         self.delta.logprobs.clear();
         let Some(stream) = &mut self.stream else {
             self.delta.finish = Some(Finish::Length);
-            return Poll::Ready(Ok(Arrived { num_cached_tokens: 0, since_last: None }));
+            return Poll::Ready(Ok(Arrived {
+                num_cached_tokens: 0,
+                since_last: None,
+            }));
         };
         match ready!(stream.poll_recv(context)) {
             Some(Ok(event)) => {
@@ -324,7 +360,11 @@ impl Choice {
         self.num_tokens += 1;
         let token = event.sampled.token;
         if let Some(logprobs) = event.sampled.logprobs {
-            self.held.push_back(LogprobEntry { token, logprobs, text_offset: 0 });
+            self.held.push_back(LogprobEntry {
+                token,
+                logprobs,
+                text_offset: 0,
+            });
         }
         self.fresh.clear();
         // A stop token is no part of the answer unless the client wants it to be.
@@ -351,7 +391,10 @@ impl Choice {
             Some(_) => self.stop.finish(&mut self.delta.text),
             None => {}
         }
-        Arrived { num_cached_tokens: event.num_cached_tokens, since_last }
+        Arrived {
+            num_cached_tokens: event.num_cached_tokens,
+            since_last,
+        }
     }
 
     /// Moves the oldest held tokens, whose text is `fresh`, to the delta.

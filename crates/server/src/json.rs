@@ -88,7 +88,10 @@ mod tests {
 
     #[test]
     fn nothing_in_a_string_can_end_an_sse_line() {
-        assert_eq!(escaped("a\nb\r\u{85}\u{2028}\u{2029}\"\\\u{1}"), r#""a\nb\r\u0085\u2028\u2029\"\\\u0001""#);
+        assert_eq!(
+            escaped("a\nb\r\u{85}\u{2028}\u{2029}\"\\\u{1}"),
+            r#""a\nb\r\u0085\u2028\u2029\"\\\u0001""#
+        );
     }
 
     #[test]

@@ -37,7 +37,9 @@ impl<'de> Deserialize<'de> for Int {
             }
 
             fn visit_u64<E: Error>(self, value: u64) -> Result<Int, E> {
-                i64::try_from(value).map(Int).map_err(|_| E::invalid_value(Unexpected::Unsigned(value), &self))
+                i64::try_from(value)
+                    .map(Int)
+                    .map_err(|_| E::invalid_value(Unexpected::Unsigned(value), &self))
             }
 
             #[expect(clippy::cast_possible_truncation, reason = "checked to be a whole number in range")]
@@ -152,7 +154,10 @@ mod tests {
         struct Pair {
             a: u8,
         }
-        assert_eq!(serde_json::from_str::<Object<Pair>>(r#"{"a":1}"#).unwrap(), Object(Pair { a: 1 }));
+        assert_eq!(
+            serde_json::from_str::<Object<Pair>>(r#"{"a":1}"#).unwrap(),
+            Object(Pair { a: 1 })
+        );
         assert!(serde_json::from_str::<Pair>("[1]").is_ok());
         assert!(serde_json::from_str::<Object<Pair>>("[1]").is_err());
     }

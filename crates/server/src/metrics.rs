@@ -21,16 +21,17 @@ const TTFT: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 ];
-const PER_TOKEN: &[f64] =
-    &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+const PER_TOKEN: &[f64] = &[
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
 const REQUEST: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 ];
 /// A GPU decodes in 1 to 10 ms a token: all of that is vLLM's first bucket.
 const PER_TOKEN_FINE: &[f64] = &[
-    0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004, 0.0045, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.0125,
-    0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0,
+    0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004, 0.0045, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01,
+    0.0125, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0,
 ];
 /// vLLM's first bucket ends at 0.3 s, where short answers are long done.
 const REQUEST_FINE: &[f64] = &[
@@ -186,20 +187,26 @@ impl Metrics {
     pub(crate) fn sequence_finished(&self, sequence: &FinishedSequence) {
         self.sequences[sequence.end as usize].fetch_add(1, Relaxed);
         self.sequence_prompt_tokens.observe(u64::from(sequence.prompt_tokens));
-        self.sequence_generation_tokens.observe(u64::from(sequence.generated_tokens));
+        self.sequence_generation_tokens
+            .observe(u64::from(sequence.generated_tokens));
         self.params_max_tokens.observe(u64::from(sequence.max_tokens));
         let e2e = sequence.last_token.saturating_duration_since(sequence.arrival);
         self.e2e_latency.observe(e2e);
         self.e2e_latency_fine.observe(e2e);
-        let Some(first_token) = sequence.first_token else { return };
+        let Some(first_token) = sequence.first_token else {
+            return;
+        };
         let decode = sequence.last_token.saturating_duration_since(first_token);
         self.queue_time.observe(sequence.queue_time);
         self.queue_fine.observe(sequence.queue_time);
-        self.prefill_time.observe(first_token.saturating_duration_since(sequence.scheduled));
-        self.inference_time.observe(sequence.last_token.saturating_duration_since(sequence.scheduled));
+        self.prefill_time
+            .observe(first_token.saturating_duration_since(sequence.scheduled));
+        self.inference_time
+            .observe(sequence.last_token.saturating_duration_since(sequence.scheduled));
         self.decode_time.observe(decode);
         if sequence.generated_tokens > 1 {
-            self.time_per_output_token.observe(decode / (sequence.generated_tokens - 1));
+            self.time_per_output_token
+                .observe(decode / (sequence.generated_tokens - 1));
         }
     }
 }

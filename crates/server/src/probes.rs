@@ -27,12 +27,23 @@ pub(crate) async fn live(State(state): State<AppState>) -> StatusCode {
 
 /// `GET /ready`: should traffic come here?
 pub(crate) async fn ready(State(state): State<AppState>) -> Response {
-    let phase = if state.is_engine_dead() { Phase::Failed } else { state.lifecycle.phase() };
+    let phase = if state.is_engine_dead() {
+        Phase::Failed
+    } else {
+        state.lifecycle.phase()
+    };
     let progress = match phase {
         Phase::Ready => Some(1.0),
         _ => state.lifecycle.progress(),
     };
-    (health(State(state)).await, Json(Readiness { status: phase.as_str(), progress })).into_response()
+    (
+        health(State(state)).await,
+        Json(Readiness {
+            status: phase.as_str(),
+            progress,
+        }),
+    )
+        .into_response()
 }
 
 /// `GET /health`: 200 only if requests are served and the engine makes progress. The one probe that peers have.
@@ -50,7 +61,10 @@ pub(crate) async fn version() -> Response {
     struct Version {
         version: &'static str,
     }
-    Json(Version { version: env!("CARGO_PKG_VERSION") }).into_response()
+    Json(Version {
+        version: env!("CARGO_PKG_VERSION"),
+    })
+    .into_response()
 }
 
 /// `GET /metrics`.

@@ -48,7 +48,11 @@ pub(crate) fn random_u64() -> u64 {
 
 /// Middleware: puts a [`RequestId`] into the request's extensions and the response's headers.
 pub(crate) async fn assign(mut request: Request, next: Next) -> Response {
-    let id = request.headers().get(X_REQUEST_ID).and_then(RequestId::from_header).unwrap_or_else(RequestId::random);
+    let id = request
+        .headers()
+        .get(X_REQUEST_ID)
+        .and_then(RequestId::from_header)
+        .unwrap_or_else(RequestId::random);
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).await;
     let value = HeaderValue::from_str(id.as_str()).expect("an id is visible ASCII");
@@ -68,7 +72,10 @@ mod tests {
         assert_eq!(parse("a\"b"), None);
         assert_eq!(parse("a b"), None);
         let long = "x".repeat(MAX_LEN + 1);
-        assert_eq!(RequestId::from_header(&HeaderValue::from_str(&long).expect("ascii")), None);
+        assert_eq!(
+            RequestId::from_header(&HeaderValue::from_str(&long).expect("ascii")),
+            None
+        );
     }
 
     #[test]

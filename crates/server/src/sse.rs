@@ -19,8 +19,8 @@ use tokio::time::{Instant, Sleep};
 
 use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
-use crate::openai::answer::{ChunkWriter, Head};
 use crate::openai::Streaming;
+use crate::openai::answer::{ChunkWriter, Head};
 
 /// Events are gathered into one frame up to this size when the client is slower than the engine.
 const MAX_FRAME_BYTES: usize = 16 << 10;
@@ -29,10 +29,16 @@ const MAX_FRAME_BYTES: usize = 16 << 10;
 const PING: &[u8] = b": ping\n\n";
 
 const HEADERS: [(HeaderName, HeaderValue); 3] = [
-    (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
+    (
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream; charset=utf-8"),
+    ),
     (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
     // nginx would hold tokens back otherwise.
-    (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    (
+        HeaderName::from_static("x-accel-buffering"),
+        HeaderValue::from_static("no"),
+    ),
 ];
 
 /// Waits for the first output, then streams.
@@ -117,7 +123,12 @@ impl http_body::Body for SseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         let is_silent = this.fill(context) && this.buffer.is_empty();
-        if is_silent && this.keep_alive.as_mut().is_some_and(|keep_alive| keep_alive.poll_due(context)) {
+        if is_silent
+            && this
+                .keep_alive
+                .as_mut()
+                .is_some_and(|keep_alive| keep_alive.poll_due(context))
+        {
             this.buffer.extend_from_slice(PING);
         }
         if !this.buffer.is_empty() {
@@ -126,7 +137,11 @@ impl http_body::Body for SseBody {
             }
             return Poll::Ready(Some(Ok(Frame::data(this.buffer.split().freeze()))));
         }
-        if this.outcome.is_none() { Poll::Ready(None) } else { Poll::Pending }
+        if this.outcome.is_none() {
+            Poll::Ready(None)
+        } else {
+            Poll::Pending
+        }
     }
 
     fn is_end_stream(&self) -> bool {
@@ -145,7 +160,11 @@ struct KeepAlive {
 
 impl KeepAlive {
     fn new(interval: Duration) -> Self {
-        Self { interval, last_write: Instant::now(), timer: Box::pin(tokio::time::sleep(interval)) }
+        Self {
+            interval,
+            last_write: Instant::now(),
+            timer: Box::pin(tokio::time::sleep(interval)),
+        }
     }
 
     fn wrote(&mut self) {

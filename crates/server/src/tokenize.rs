@@ -31,20 +31,36 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
     let body: TokenizeBody = read_json(&state, request).await?;
     let model = state.served_model(body.model.as_deref())?;
     if body.chat_template.is_used {
-        return Err(ApiError::unsupported("chat_template", "chat_template is not supported."));
+        return Err(ApiError::unsupported(
+            "chat_template",
+            "chat_template is not supported.",
+        ));
     }
     let source = match (body.prompt, body.messages) {
-        (Some(text), None) => Source::Text { text, add_bos: body.add_special_tokens.is_none_or(|Flag(add)| add) },
+        (Some(text), None) => Source::Text {
+            text,
+            add_bos: body.add_special_tokens.is_none_or(|Flag(add)| add),
+        },
         (None, Some(messages)) => {
             let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
             Source::Chat(render(model, Some(messages), end)?)
         }
         (None, None) => return Err(ApiError::missing("prompt")),
-        (Some(_), Some(_)) => return Err(ApiError::invalid("messages", "Give either prompt or messages, not both.")),
+        (Some(_), Some(_)) => {
+            return Err(ApiError::invalid(
+                "messages",
+                "Give either prompt or messages, not both.",
+            ));
+        }
     };
     let tokens = encode(&state, model, source, "prompt").await?;
     let wants_strs = body.return_token_strs.is_some_and(|Flag(wanted)| wanted);
-    let strs = || tokens.iter().map(|&id| model.tokenizer.token_str(id).unwrap_or_default()).collect();
+    let strs = || {
+        tokens
+            .iter()
+            .map(|&id| model.tokenizer.token_str(id).unwrap_or_default())
+            .collect()
+    };
     let tokenized = Tokenized {
         count: tokens.len(),
         max_model_len: model.max_model_len,
@@ -60,13 +76,22 @@ pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) 
     let model = state.served_model(body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::missing("tokens"))?;
     let ids = tokens.iter().enumerate().map(|(index, &Int(id))| {
-        TokenId::try_from(id).ok().filter(|id| *id < model.vocab_size).ok_or_else(|| {
-            let message = format!("tokens names token {id}, but the vocabulary has {} tokens.", model.vocab_size);
-            ApiError::invalid(format!("tokens[{index}]"), message)
-        })
+        TokenId::try_from(id)
+            .ok()
+            .filter(|id| *id < model.vocab_size)
+            .ok_or_else(|| {
+                let message = format!(
+                    "tokens names token {id}, but the vocabulary has {} tokens.",
+                    model.vocab_size
+                );
+                ApiError::invalid(format!("tokens[{index}]"), message)
+            })
     });
     let ids = ids.collect::<Result<Vec<_>, _>>()?;
-    Ok(Json(Detokenized { prompt: model.tokenizer.decode(&ids, false) }).into_response())
+    Ok(Json(Detokenized {
+        prompt: model.tokenizer.decode(&ids, false),
+    })
+    .into_response())
 }
 
 async fn read_json<T: serde::de::DeserializeOwned>(state: &AppState, request: Request) -> Result<T, ApiError> {

@@ -11,7 +11,9 @@ pub(crate) struct Exposition {
 
 impl Exposition {
     pub(crate) fn with_capacity(bytes: usize) -> Self {
-        Self { text: String::with_capacity(bytes) }
+        Self {
+            text: String::with_capacity(bytes),
+        }
     }
 
     /// Begins a family: all its samples follow at once.
@@ -45,5 +47,8 @@ pub(crate) fn sample(out: &mut String, name: &str, labels: &str, value: impl Dis
 
 /// A label's value with its quotes.
 pub(crate) fn quoted(value: &str) -> String {
-    format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
+    format!(
+        "\"{}\"",
+        value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    )
 }

@@ -30,14 +30,19 @@ fn zeros(len: usize) -> Box<[AtomicU64]> {
 
 impl DurationHistogram {
     pub(crate) fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: zeros(bounds.len() + 1), sum_nanos: AtomicU64::new(0) }
+        Self {
+            bounds,
+            counts: zeros(bounds.len() + 1),
+            sum_nanos: AtomicU64::new(0),
+        }
     }
 
     pub(crate) fn observe(&self, value: Duration) {
         let seconds = value.as_secs_f64();
         let bucket = self.bounds.partition_point(|&bound| bound < seconds);
         self.counts[bucket].fetch_add(1, Relaxed);
-        self.sum_nanos.fetch_add(u64::try_from(value.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+        self.sum_nanos
+            .fetch_add(u64::try_from(value.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
     #[expect(clippy::cast_precision_loss, reason = "Prometheus values are f64")]
@@ -50,7 +55,11 @@ impl DurationHistogram {
 
 impl CountHistogram {
     pub(crate) fn new(bounds: &'static [u64]) -> Self {
-        Self { bounds, counts: zeros(bounds.len() + 1), sum: AtomicU64::new(0) }
+        Self {
+            bounds,
+            counts: zeros(bounds.len() + 1),
+            sum: AtomicU64::new(0),
+        }
     }
 
     pub(crate) fn observe(&self, value: u64) {

@@ -64,7 +64,11 @@ impl Outcome {
 
     /// Of a generation that is complete.
     pub(crate) fn of(generation: &Generation) -> Self {
-        if generation.was_cut_off() { Self::Length } else { Self::Stop }
+        if generation.was_cut_off() {
+            Self::Length
+        } else {
+            Self::Stop
+        }
     }
 }
 
@@ -99,7 +103,13 @@ impl RequestOutcome {
     /// Counts the request as received.
     pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId, arrival: Instant) -> Self {
         state.metrics.request_received(endpoint);
-        Self { state: state.clone(), endpoint, request_id, arrival, is_recorded: false }
+        Self {
+            state: state.clone(),
+            endpoint,
+            request_id,
+            arrival,
+            is_recorded: false,
+        }
     }
 
     /// The request ended; `usage` is what it used.
@@ -150,7 +160,11 @@ impl RequestOutcome {
 
 impl Drop for RequestOutcome {
     fn drop(&mut self) {
-        let outcome = if std::thread::panicking() { Outcome::EngineError } else { Outcome::ClientAbort };
+        let outcome = if std::thread::panicking() {
+            Outcome::EngineError
+        } else {
+            Outcome::ClientAbort
+        };
         self.record(outcome, Usage::default());
     }
 }

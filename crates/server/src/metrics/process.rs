@@ -11,7 +11,9 @@ const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Seconds since 1970 at which the process started, as near as this call is to it.
 pub(crate) fn now_seconds() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// Writes all there is.
@@ -23,11 +25,26 @@ pub(crate) fn write(out: &mut Exposition, started_seconds: f64) {
         started_seconds,
     );
     if let Some([resident, virtual_size]) = memory_bytes() {
-        out.gauge("process_resident_memory_bytes", "Resident memory size in bytes.", "", resident);
-        out.gauge("process_virtual_memory_bytes", "Virtual memory size in bytes.", "", virtual_size);
+        out.gauge(
+            "process_resident_memory_bytes",
+            "Resident memory size in bytes.",
+            "",
+            resident,
+        );
+        out.gauge(
+            "process_virtual_memory_bytes",
+            "Virtual memory size in bytes.",
+            "",
+            virtual_size,
+        );
     }
     if let Some((cpu_seconds, threads)) = cpu_and_threads() {
-        out.counter("process_cpu_seconds_total", "Total user and system CPU time spent in seconds.", "", cpu_seconds);
+        out.counter(
+            "process_cpu_seconds_total",
+            "Total user and system CPU time spent in seconds.",
+            "",
+            cpu_seconds,
+        );
         out.gauge("process_threads", "Number of OS threads in the process.", "", threads);
     }
     if let Some(open) = open_files() {

@@ -36,22 +36,46 @@ impl Metrics {
 
     fn write_tokens(&self, out: &mut Exposition, labels: &str) {
         let counters = [
-            ("vllm:prompt_tokens_total", "Prompt tokens of answered requests.", &self.prompt_tokens),
+            (
+                "vllm:prompt_tokens_total",
+                "Prompt tokens of answered requests.",
+                &self.prompt_tokens,
+            ),
             (
                 "vllm:prompt_tokens_cached_total",
                 "Prompt tokens that came from the prefix cache.",
                 &self.prompt_tokens_cached,
             ),
-            ("vllm:generation_tokens_total", "Generated tokens.", &self.generation_tokens),
+            (
+                "vllm:generation_tokens_total",
+                "Generated tokens.",
+                &self.generation_tokens,
+            ),
         ];
         for (name, help, counter) in counters {
             out.counter(name, help, labels, counter.load(Relaxed));
         }
         let histograms = [
-            ("vllm:request_prompt_tokens", "Prompt tokens of an answer.", &self.sequence_prompt_tokens),
-            ("vllm:request_generation_tokens", "Generated tokens of an answer.", &self.sequence_generation_tokens),
-            ("vllm:request_params_max_tokens", "max_tokens of an answer.", &self.params_max_tokens),
-            ("vllm:request_params_n", "Answers asked for by a request.", &self.params_n),
+            (
+                "vllm:request_prompt_tokens",
+                "Prompt tokens of an answer.",
+                &self.sequence_prompt_tokens,
+            ),
+            (
+                "vllm:request_generation_tokens",
+                "Generated tokens of an answer.",
+                &self.sequence_generation_tokens,
+            ),
+            (
+                "vllm:request_params_max_tokens",
+                "max_tokens of an answer.",
+                &self.params_max_tokens,
+            ),
+            (
+                "vllm:request_params_n",
+                "Answers asked for by a request.",
+                &self.params_n,
+            ),
         ];
         for (name, help, histogram) in histograms {
             histogram.write(out.family(name, "histogram", help), name, labels);
@@ -65,7 +89,11 @@ impl Metrics {
                 "From a request's arrival to its first token.",
                 &self.time_to_first_token,
             ),
-            ("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", &self.inter_token_latency),
+            (
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of an answer.",
+                &self.inter_token_latency,
+            ),
             (
                 "vllm:time_per_output_token_seconds",
                 "Old name of vllm:inter_token_latency_seconds.",
@@ -81,17 +109,41 @@ impl Metrics {
                 "Mean time between the tokens of an answer.",
                 &self.time_per_output_token,
             ),
-            ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", &self.e2e_latency),
+            (
+                "vllm:e2e_request_latency_seconds",
+                "From arrival to the last token.",
+                &self.e2e_latency,
+            ),
             (
                 "lapidary_e2e_request_latency_seconds",
                 "From arrival to the last token, in finer buckets.",
                 &self.e2e_latency_fine,
             ),
-            ("vllm:request_queue_time_seconds", "From submission to the first step.", &self.queue_time),
-            ("vllm:request_inference_time_seconds", "From the first step to the last token.", &self.inference_time),
-            ("vllm:request_prefill_time_seconds", "From the first step to the first token.", &self.prefill_time),
-            ("vllm:request_decode_time_seconds", "From the first token to the last.", &self.decode_time),
-            ("lapidary_queue_time_seconds", "From submission to the first step, in finer buckets.", &self.queue_fine),
+            (
+                "vllm:request_queue_time_seconds",
+                "From submission to the first step.",
+                &self.queue_time,
+            ),
+            (
+                "vllm:request_inference_time_seconds",
+                "From the first step to the last token.",
+                &self.inference_time,
+            ),
+            (
+                "vllm:request_prefill_time_seconds",
+                "From the first step to the first token.",
+                &self.prefill_time,
+            ),
+            (
+                "vllm:request_decode_time_seconds",
+                "From the first token to the last.",
+                &self.decode_time,
+            ),
+            (
+                "lapidary_queue_time_seconds",
+                "From submission to the first step, in finer buckets.",
+                &self.queue_fine,
+            ),
         ];
         for (name, help, histogram) in histograms {
             histogram.write(out.family(name, "histogram", help), name, labels);
@@ -107,7 +159,11 @@ impl Metrics {
         }
         let endpoints = [Endpoint::Chat, Endpoint::Completions];
         let name = "lapidary_requests_received_total";
-        let text = out.family(name, "counter", "Requests on a generation endpoint, refused ones included.");
+        let text = out.family(
+            name,
+            "counter",
+            "Requests on a generation endpoint, refused ones included.",
+        );
         for endpoint in endpoints {
             let labels = format!("endpoint=\"{}\"", endpoint.as_str());
             sample(text, name, &labels, self.received[endpoint as usize].load(Relaxed));
@@ -117,7 +173,12 @@ impl Metrics {
         for endpoint in endpoints {
             for outcome in Outcome::ALL {
                 let labels = format!("endpoint=\"{}\",outcome=\"{}\"", endpoint.as_str(), outcome.as_str());
-                sample(text, name, &labels, self.outcomes[endpoint as usize][outcome as usize].load(Relaxed));
+                sample(
+                    text,
+                    name,
+                    &labels,
+                    self.outcomes[endpoint as usize][outcome as usize].load(Relaxed),
+                );
             }
         }
     }
@@ -125,43 +186,113 @@ impl Metrics {
 
 fn write_engine(out: &mut Exposition, labels: &str, engine: &EngineHandle) {
     let stats = engine.stats();
+    write_engine_gauges(out, labels, &stats);
+    write_cache_config(out, engine);
+    write_engine_counters(out, labels, &stats);
+    write_iterations(out, labels, &stats);
+    let heartbeat = engine.heartbeat();
+    let stalled_seconds = if heartbeat.busy {
+        heartbeat.since_progress.as_secs_f64()
+    } else {
+        0.0
+    };
+    let help = "How long the engine has had work without progress.";
+    out.gauge("lapidary_engine_stalled_seconds", help, labels, stalled_seconds);
+}
+
+fn write_engine_gauges(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {
     let gauges = [
-        ("vllm:num_requests_running", "Sequences that take part in steps.", stats.num_running),
-        ("vllm:num_requests_waiting", "Sequences that wait, preempted ones included.", stats.num_waiting),
-        ("lapidary_queued_requests", "Requests that wait for their first step.", stats.num_queued),
-        ("lapidary_queued_tokens", "Prompt tokens of requests that wait for their first step.", stats.queued_tokens),
-        ("lapidary_kv_blocks_free", "KV blocks that no sequence holds, cached ones included.", stats.blocks_free),
-        ("lapidary_kv_blocks_cached", "KV blocks that the prefix cache can match.", stats.blocks_cached),
+        (
+            "vllm:num_requests_running",
+            "Sequences that take part in steps.",
+            stats.num_running,
+        ),
+        (
+            "vllm:num_requests_waiting",
+            "Sequences that wait, preempted ones included.",
+            stats.num_waiting,
+        ),
+        (
+            "lapidary_queued_requests",
+            "Requests that wait for their first step.",
+            stats.num_queued,
+        ),
+        (
+            "lapidary_queued_tokens",
+            "Prompt tokens of requests that wait for their first step.",
+            stats.queued_tokens,
+        ),
+        (
+            "lapidary_kv_blocks_free",
+            "KV blocks that no sequence holds, cached ones included.",
+            stats.blocks_free,
+        ),
+        (
+            "lapidary_kv_blocks_cached",
+            "KV blocks that the prefix cache can match.",
+            stats.blocks_cached,
+        ),
     ];
     for (name, help, value) in gauges {
         out.gauge(name, help, labels, value);
     }
     let usage = stats.kv_cache_usage();
-    out.gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", labels, usage);
-    out.gauge("vllm:gpu_cache_usage_perc", "Old name of vllm:kv_cache_usage_perc.", labels, usage);
-    write_cache_config(out, engine);
+    out.gauge(
+        "vllm:kv_cache_usage_perc",
+        "Share of the KV blocks in use, 0 to 1.",
+        labels,
+        usage,
+    );
+    out.gauge(
+        "vllm:gpu_cache_usage_perc",
+        "Old name of vllm:kv_cache_usage_perc.",
+        labels,
+        usage,
+    );
+}
+
+fn write_engine_counters(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {
     let counters = [
-        ("vllm:num_preemptions_total", "Sequences that lost their blocks and start over.", stats.preemptions),
-        ("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", stats.prefix_cache_queried_tokens),
-        ("vllm:prefix_cache_hits_total", "Prompt tokens found.", stats.prefix_cache_hit_tokens),
+        (
+            "vllm:num_preemptions_total",
+            "Sequences that lost their blocks and start over.",
+            stats.preemptions,
+        ),
+        (
+            "vllm:prefix_cache_queries_total",
+            "Prompt tokens looked up.",
+            stats.prefix_cache_queried_tokens,
+        ),
+        (
+            "vllm:prefix_cache_hits_total",
+            "Prompt tokens found.",
+            stats.prefix_cache_hit_tokens,
+        ),
         (
             "vllm:gpu_prefix_cache_queries_total",
             "Old name of vllm:prefix_cache_queries_total.",
             stats.prefix_cache_queried_tokens,
         ),
-        ("vllm:gpu_prefix_cache_hits_total", "Old name of vllm:prefix_cache_hits_total.", stats.prefix_cache_hit_tokens),
-        ("lapidary_steps_total", "Steps of the engine, failed ones included.", stats.steps),
+        (
+            "vllm:gpu_prefix_cache_hits_total",
+            "Old name of vllm:prefix_cache_hits_total.",
+            stats.prefix_cache_hit_tokens,
+        ),
+        (
+            "lapidary_steps_total",
+            "Steps of the engine, failed ones included.",
+            stats.steps,
+        ),
         ("lapidary_steps_failed_total", "Steps that failed.", stats.steps_failed),
-        ("lapidary_prompt_tokens_computed_total", "Prompt tokens computed, again ones too.", stats.prompt_tokens_computed),
+        (
+            "lapidary_prompt_tokens_computed_total",
+            "Prompt tokens computed, again ones too.",
+            stats.prompt_tokens_computed,
+        ),
     ];
     for (name, help, value) in counters {
         out.counter(name, help, labels, value);
     }
-    write_iterations(out, labels, &stats);
-    let stalled = engine.heartbeat();
-    let seconds = if stalled.busy { stalled.since_progress.as_secs_f64() } else { 0.0 };
-    let help = "How long the engine has had work without progress.";
-    out.gauge("lapidary_engine_stalled_seconds", help, labels, seconds);
 }
 
 fn write_iterations(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {

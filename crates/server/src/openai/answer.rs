@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use lapidary_text::Tokenizer;
 
+use super::Endpoint;
 use super::logprobs::LogprobsJson;
 use super::params::{Params, Streaming};
-use super::Endpoint;
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
@@ -99,7 +99,11 @@ impl Head {
 }
 
 fn write_usage(out: &mut BytesMut, usage: Usage) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    let Usage {
+        prompt_tokens,
+        completion_tokens,
+        cached_tokens,
+    } = usage;
     let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
     write!(
         out,
@@ -129,7 +133,13 @@ impl ChunkWriter {
         json::push(&mut prefix, ",\"choices\":[");
         let prefix_without_choice = Bytes::copy_from_slice(&prefix);
         json::push(&mut prefix, "{\"index\":");
-        Self { head, streaming, prefix: prefix.freeze(), prefix_without_choice, has_begun: vec![false; num_choices] }
+        Self {
+            head,
+            streaming,
+            prefix: prefix.freeze(),
+            prefix_without_choice,
+            has_begun: vec![false; num_choices],
+        }
     }
 
     /// Writes what the latest event added to a choice; nothing if there is nothing to show.
@@ -146,7 +156,9 @@ impl ChunkWriter {
                 false => json::push(out, "\"logprobs\":null,"),
                 true => {
                     json::push(out, "\"logprobs\":");
-                    self.head.logprobs_of(&delta.logprobs, self.head.echo_of(choice)).write(out);
+                    self.head
+                        .logprobs_of(&delta.logprobs, self.head.echo_of(choice))
+                        .write(out);
                     json::push(out, ",");
                 }
             }
@@ -155,10 +167,13 @@ impl ChunkWriter {
         }
         if let Some(finish) = delta.finish {
             self.begin(out, index);
-            json::push(out, match self.head.endpoint {
-                Endpoint::Chat => ",\"delta\":{},\"logprobs\":null,",
-                Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
-            });
+            json::push(
+                out,
+                match self.head.endpoint {
+                    Endpoint::Chat => ",\"delta\":{},\"logprobs\":null,",
+                    Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
+                },
+            );
             self.head.write_finish(out, finish);
             json::push(out, "}]");
             self.end(out, generation);
@@ -295,7 +310,10 @@ impl WholeWriter {
             Endpoint::Chat => {
                 json::push(out, ",\"message\":{\"role\":\"assistant\",\"content\":");
                 json::push_string(out, &choice.text);
-                json::push(out, ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null}");
+                json::push(
+                    out,
+                    ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null}",
+                );
             }
             Endpoint::Completions => {
                 json::push(out, ",\"text\":");
@@ -308,7 +326,12 @@ impl WholeWriter {
             false => json::push(out, "null"),
         }
         json::push(out, ",");
-        self.head.write_finish(out, choice.finish.expect("a generation ends when all its choices are finished"));
+        self.head.write_finish(
+            out,
+            choice
+                .finish
+                .expect("a generation ends when all its choices are finished"),
+        );
         json::push(out, "}");
     }
 }

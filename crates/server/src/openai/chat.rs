@@ -11,5 +11,8 @@ pub(super) async fn prompts(state: &AppState, model: &ServedModel, body: Generat
     let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
     let rendered = render(model, body.messages, end)?;
     let tokens = encode(state, model, Source::Chat(rendered), "messages").await?;
-    Ok(Prompts { tokens: vec![tokens], echoes: Vec::new() })
+    Ok(Prompts {
+        tokens: vec![tokens],
+        echoes: Vec::new(),
+    })
 }

@@ -24,10 +24,15 @@ pub(super) async fn prompts(
         Prompt::Tokens(lists) => lists.len(),
     };
     check_count(num_prompts, params.n, state.limits.max_sequences_per_request)?;
-    let mut prompts = Prompts { tokens: Vec::with_capacity(num_prompts), echoes: Vec::new() };
+    let mut prompts = Prompts {
+        tokens: Vec::with_capacity(num_prompts),
+        echoes: Vec::new(),
+    };
     match prompt {
         Prompt::Texts(texts) => {
-            let add_bos = body.add_special_tokens.map_or(model.tokenizer.adds_bos(), |Flag(add)| add);
+            let add_bos = body
+                .add_special_tokens
+                .map_or(model.tokenizer.adds_bos(), |Flag(add)| add);
             for text in texts {
                 if params.echo {
                     prompts.echoes.push(text.clone());
@@ -40,14 +45,19 @@ pub(super) async fn prompts(
             for (index, ids) in lists.iter().enumerate() {
                 let tokens = token_ids(index, ids, model.vocab_size)?;
                 if params.echo {
-                    prompts.echoes.push(model.tokenizer.decode(&tokens, params.skip_special_tokens));
+                    prompts
+                        .echoes
+                        .push(model.tokenizer.decode(&tokens, params.skip_special_tokens));
                 }
                 prompts.tokens.push(tokens);
             }
         }
     }
     match prompts.tokens.iter().position(|tokens| tokens.is_empty()) {
-        Some(index) => Err(ApiError::invalid(format!("prompt[{index}]"), "The prompt has no tokens.")),
+        Some(index) => Err(ApiError::invalid(
+            format!("prompt[{index}]"),
+            "The prompt has no tokens.",
+        )),
         None => Ok(prompts),
     }
 }

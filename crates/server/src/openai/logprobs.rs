@@ -68,7 +68,12 @@ impl LogprobsJson {
 
 impl Arrays {
     fn push(&mut self, entry: &LogprobEntry, tokenizer: &Tokenizer, offset_shift: usize) {
-        for array in [&mut self.text_offset, &mut self.token_logprobs, &mut self.tokens, &mut self.top_logprobs] {
+        for array in [
+            &mut self.text_offset,
+            &mut self.token_logprobs,
+            &mut self.tokens,
+            &mut self.top_logprobs,
+        ] {
             separate(array);
         }
         json::push_int(&mut self.text_offset, (entry.text_offset + offset_shift) as u64);

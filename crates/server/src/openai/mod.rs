@@ -109,7 +109,11 @@ struct Prompts {
 
 async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
     let arrival = Instant::now();
-    let request_id = request.extensions().get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
+    let request_id = request
+        .extensions()
+        .get::<RequestId>()
+        .cloned()
+        .unwrap_or_else(RequestId::random);
     // Before anything can fail or be cancelled: from here on the request is counted, whatever happens.
     let outcome = RequestOutcome::new(&state, endpoint, request_id.clone(), arrival);
     match start(endpoint, &state, request, &request_id, arrival).await {
@@ -148,7 +152,11 @@ async fn start(
     let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
     let generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
     state.metrics.request_submitted(params.n);
-    Ok(Started { generation, head, params })
+    Ok(Started {
+        generation,
+        head,
+        params,
+    })
 }
 
 fn check_lengths(
@@ -166,7 +174,12 @@ fn check_lengths(
             None => room > 0,
         };
         if !fits {
-            return Err(ApiError::too_long(endpoint.prompt_param(), model.max_model_len, num_tokens, asked));
+            return Err(ApiError::too_long(
+                endpoint.prompt_param(),
+                model.max_model_len,
+                num_tokens,
+                asked,
+            ));
         }
     }
     Ok(())
@@ -180,7 +193,10 @@ fn deadline(headers: &HeaderMap, limits: &Limits, arrival: Instant) -> Result<Op
             let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
             let timeout = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
             Some(timeout.filter(|timeout| !timeout.is_zero()).ok_or_else(|| {
-                ApiError::invalid(X_REQUEST_TIMEOUT, "The header x-request-timeout must be a positive number of seconds.")
+                ApiError::invalid(
+                    X_REQUEST_TIMEOUT,
+                    "The header x-request-timeout must be a positive number of seconds.",
+                )
             })?)
         }
     };
@@ -190,7 +206,9 @@ fn deadline(headers: &HeaderMap, limits: &Limits, arrival: Instant) -> Result<Op
 
 /// Waits for all of the answer and sends it as one body. Dropped with the connection, which aborts the generation.
 async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
-    let Started { mut generation, head, .. } = started;
+    let Started {
+        mut generation, head, ..
+    } = started;
     let mut writer = WholeWriter::new(head, &generation);
     let collected = poll_fn(|context| {
         loop {
@@ -215,5 +233,9 @@ async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
 
 /// A finished JSON text as a response.
 pub(crate) fn json_response(body: Bytes) -> Response {
-    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+    (
+        [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))],
+        body,
+    )
+        .into_response()
 }

@@ -123,7 +123,9 @@ impl Params {
     pub(crate) fn seed_of(&self, prompt_index: u32, choice: u32) -> u64 {
         match self.seed {
             Some(seed) => seed.cast_unsigned().wrapping_add(u64::from(choice)),
-            None => self.random_seed.wrapping_add(u64::from(prompt_index) << 32 | u64::from(choice)),
+            None => self
+                .random_seed
+                .wrapping_add(u64::from(prompt_index) << 32 | u64::from(choice)),
         }
     }
 }
@@ -133,7 +135,11 @@ fn is_set(flag: Option<Flag>) -> bool {
 }
 
 fn above(param: &'static str, message: String) -> ApiError {
-    ApiError::InvalidRequest { message, param: Some(param.into()), code: Some("integer_above_max_value") }
+    ApiError::InvalidRequest {
+        message,
+        param: Some(param.into()),
+        code: Some("integer_above_max_value"),
+    }
 }
 
 /// An integer in range; `complaint` is the start of the message otherwise.
@@ -147,7 +153,11 @@ fn integer(
         Some(Int(value)) if !range.contains(&value) => Err(ApiError::InvalidRequest {
             message: format!("{complaint}, got {value}."),
             param: Some(param.into()),
-            code: Some(if value < *range.start() { "integer_below_min_value" } else { "integer_above_max_value" }),
+            code: Some(if value < *range.start() {
+                "integer_below_min_value"
+            } else {
+                "integer_above_max_value"
+            }),
         }),
         Some(Int(value)) => Ok(Some(value)),
         None => Ok(None),
@@ -183,12 +193,22 @@ fn sampling(
     let defaults = &model.defaults;
     let penalty = |value: f64| (-2.0..=2.0).contains(&value);
     let temperature = match body.temperature {
-        Some(Number(value)) if value < 0.0 => {
-            number("temperature", body.temperature, 1.0, |_| false, "temperature must be non-negative")?
-        }
+        Some(Number(value)) if value < 0.0 => number(
+            "temperature",
+            body.temperature,
+            1.0,
+            |_| false,
+            "temperature must be non-negative",
+        )?,
         given => {
             let is_valid = |value: f64| (0.0..=2.0).contains(&value);
-            number("temperature", given, defaults.temperature, is_valid, "temperature must be in [0, 2]")?
+            number(
+                "temperature",
+                given,
+                defaults.temperature,
+                is_valid,
+                "temperature must be in [0, 2]",
+            )?
         }
     };
     let top_k = match body.top_k {
@@ -204,7 +224,13 @@ fn sampling(
     let repetition = "repetition_penalty must be greater than zero";
     Ok(SamplingParams {
         temperature,
-        top_p: number("top_p", body.top_p, defaults.top_p, |p| p > 0.0 && p <= 1.0, "top_p must be in (0, 1]")?,
+        top_p: number(
+            "top_p",
+            body.top_p,
+            defaults.top_p,
+            |p| p > 0.0 && p <= 1.0,
+            "top_p must be in (0, 1]",
+        )?,
         top_k,
         min_p: number("min_p", body.min_p, defaults.min_p, is_share, "min_p must be in [0, 1]")?,
         presence_penalty: number(
@@ -245,7 +271,10 @@ fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Resul
                     return Err(ApiError::invalid("top_logprobs", message));
                 }
                 Some(Int(count)) if count < -1 => {
-                    return Err(ApiError::invalid("top_logprobs", "`top_logprobs` must be a positive value or -1."));
+                    return Err(ApiError::invalid(
+                        "top_logprobs",
+                        "`top_logprobs` must be a positive value or -1.",
+                    ));
                 }
                 _ if !wanted => return Ok(None),
                 count => ("top_logprobs", count.map_or(0, |Int(count)| count)),
@@ -270,16 +299,24 @@ fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Resul
         // -1 asks for the whole vocabulary.
         _ => Err(above(
             param,
-            format!("Requested {param} of {count}, which is greater than max allowed: {}.", limits.max_logprobs),
+            format!(
+                "Requested {param} of {count}, which is greater than max allowed: {}.",
+                limits.max_logprobs
+            ),
         )),
     }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "clamped first; logits are f32")]
 fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, ApiError> {
-    let Some(LogitBias(entries)) = bias else { return Ok(Vec::new()) };
+    let Some(LogitBias(entries)) = bias else {
+        return Ok(Vec::new());
+    };
     if entries.len() > MAX_LOGIT_BIASES {
-        let message = format!("logit_bias has {} entries, the limit is {MAX_LOGIT_BIASES}.", entries.len());
+        let message = format!(
+            "logit_bias has {} entries, the limit is {MAX_LOGIT_BIASES}.",
+            entries.len()
+        );
         return Err(ApiError::invalid("logit_bias", message));
     }
     let (mut biases, mut bad_keys) = (Vec::with_capacity(entries.len()), Vec::new());
@@ -297,8 +334,10 @@ fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId,
     }
     if !bad_keys.is_empty() {
         let keys = format!("{bad_keys:?}");
-        let message =
-            format!("logit_bias contains key(s) that cannot be converted to integer token IDs: {}.", shorten(&keys));
+        let message = format!(
+            "logit_bias contains key(s) that cannot be converted to integer token IDs: {}.",
+            shorten(&keys)
+        );
         return Err(ApiError::invalid("logit_bias", message));
     }
     // A token named twice (as "1" and "01") gets the last of its values, as in a Python dict.
@@ -340,14 +379,23 @@ fn stop_tokens(
 ) -> Result<(Arc<[TokenId]>, bool), ApiError> {
     let given = body.stop_token_ids.as_deref().unwrap_or_default();
     if given.len() > MAX_STOP_TOKEN_IDS {
-        let message = format!("stop_token_ids has {} entries, the limit is {MAX_STOP_TOKEN_IDS}.", given.len());
+        let message = format!(
+            "stop_token_ids has {} entries, the limit is {MAX_STOP_TOKEN_IDS}.",
+            given.len()
+        );
         return Err(ApiError::invalid("stop_token_ids", message));
     }
     let asked = given.iter().enumerate().map(|(index, &Int(id))| {
-        TokenId::try_from(id).ok().filter(|id| *id < model.vocab_size).ok_or_else(|| {
-            let message = format!("stop_token_ids names token {id}, but the vocabulary has {} tokens.", model.vocab_size);
-            ApiError::invalid(format!("stop_token_ids[{index}]"), message)
-        })
+        TokenId::try_from(id)
+            .ok()
+            .filter(|id| *id < model.vocab_size)
+            .ok_or_else(|| {
+                let message = format!(
+                    "stop_token_ids names token {id}, but the vocabulary has {} tokens.",
+                    model.vocab_size
+                );
+                ApiError::invalid(format!("stop_token_ids[{index}]"), message)
+            })
     });
     let mut ids = asked.collect::<Result<Vec<_>, _>>()?;
     let eos_is_silent = !ids.contains(&model.eos_token_id);
@@ -362,7 +410,11 @@ fn stop_tokens(
 fn stop_matcher(strings: &[String], include_stop: bool, limits: &Limits) -> Result<StopMatcher, ApiError> {
     if strings.len() > limits.max_stop_strings {
         return Err(ApiError::InvalidRequest {
-            message: format!("stop has {} strings, the limit is {}.", strings.len(), limits.max_stop_strings),
+            message: format!(
+                "stop has {} strings, the limit is {}.",
+                strings.len(),
+                limits.max_stop_strings
+            ),
             param: Some("stop".into()),
             code: Some("array_above_max_length"),
         });
@@ -384,7 +436,10 @@ fn cache_salt(salt: Option<&str>) -> Result<u128, ApiError> {
     static KEYS: OnceLock<[RandomState; 2]> = OnceLock::new();
     match salt {
         None => Ok(0),
-        Some("") => Err(ApiError::invalid("cache_salt", "cache_salt must be a non-empty string if provided.")),
+        Some("") => Err(ApiError::invalid(
+            "cache_salt",
+            "cache_salt must be a non-empty string if provided.",
+        )),
         Some(salt) => {
             let [low, high] = KEYS.get_or_init(|| [RandomState::new(), RandomState::new()]);
             Ok(u128::from(low.hash_one(salt)) | u128::from(high.hash_one(salt)) << 64)
@@ -394,14 +449,24 @@ fn cache_salt(salt: Option<&str>) -> Result<u128, ApiError> {
 
 fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
     match (is_set(body.stream), &body.stream_options) {
-        (false, Some(_)) => {
-            Err(ApiError::invalid("stream_options", "Stream options can only be defined when `stream=True`."))
-        }
+        (false, Some(_)) => Err(ApiError::invalid(
+            "stream_options",
+            "Stream options can only be defined when `stream=True`.",
+        )),
         (false, None) => Ok(None),
         (true, None) => Ok(Some(Streaming::default())),
-        (true, Some(Object(StreamOptions { include_usage, continuous_usage_stats }))) => {
+        (
+            true,
+            Some(Object(StreamOptions {
+                include_usage,
+                continuous_usage_stats,
+            })),
+        ) => {
             let include_usage = is_set(*include_usage);
-            Ok(Some(Streaming { include_usage, continuous_usage: include_usage && is_set(*continuous_usage_stats) }))
+            Ok(Some(Streaming {
+                include_usage,
+                continuous_usage: include_usage && is_set(*continuous_usage_stats),
+            }))
         }
     }
 }
@@ -429,13 +494,20 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
         return Err(ApiError::unsupported(*param, format!("{param} is not supported.")));
     }
     if body.modalities.iter().flatten().any(|modality| modality != "text") {
-        return Err(ApiError::unsupported("modalities", "Only the modality 'text' is supported."));
+        return Err(ApiError::unsupported(
+            "modalities",
+            "Only the modality 'text' is supported.",
+        ));
     }
     if endpoint == Endpoint::Completions && is_set(body.echo) && matches!(body.logprobs, Some(Logprobs::Count(_))) {
         let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
         return Err(ApiError::unsupported("logprobs", message));
     }
-    match body.response_format.as_ref().map(|Object(format)| format.r#type.as_deref()) {
+    match body
+        .response_format
+        .as_ref()
+        .map(|Object(format)| format.r#type.as_deref())
+    {
         None | Some(Some("text")) => Ok(()),
         Some(None) => Err(ApiError::missing("response_format.type")),
         Some(Some(kind @ ("json_object" | "json_schema" | "structural_tag"))) => Err(ApiError::unsupported(
@@ -444,7 +516,10 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
         )),
         Some(Some(other)) => Err(ApiError::invalid(
             "response_format.type",
-            format!("response_format.type must be 'text', 'json_object' or 'json_schema', got '{}'.", shorten(other)),
+            format!(
+                "response_format.type must be 'text', 'json_object' or 'json_schema', got '{}'.",
+                shorten(other)
+            ),
         )),
     }
 }
@@ -452,27 +527,37 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
 /// Asking for the best of as many as are returned is no use of `best_of`.
 fn best_of(body: &GenerationBody) -> Extension {
     let n = body.n.map_or(1, |Int(n)| n);
-    Extension { is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n) }
+    Extension {
+        is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n),
+    }
 }
 
 /// Tools may be offered: the model, which knows no tool calls, then answers in text. They cannot be forced.
 fn check_tools(body: &GenerationBody) -> Result<(), ApiError> {
     if body.tools.as_ref().is_some_and(Vec::is_empty) {
-        let message = "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.";
+        let message =
+            "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.";
         return Err(ApiError::invalid("tools", message));
     }
-    for (param, choice) in [("tool_choice", &body.tool_choice), ("function_call", &body.function_call)] {
+    for (param, choice) in [
+        ("tool_choice", &body.tool_choice),
+        ("function_call", &body.function_call),
+    ] {
         let forced: Cow<'_, str> = match choice {
             None => continue,
             Some(Choice::Mode(mode)) if mode == "none" => continue,
             Some(_) if param == "tool_choice" && body.tools.is_none() => {
-                return Err(ApiError::invalid(param, "When using `tool_choice`, `tools` must be set."));
+                return Err(ApiError::invalid(
+                    param,
+                    "When using `tool_choice`, `tools` must be set.",
+                ));
             }
             Some(Choice::Mode(mode)) if mode == "auto" => continue,
             Some(Choice::Mode(mode)) => format!("'{}'", shorten(mode)).into(),
             Some(Choice::Named) => "a certain tool".into(),
         };
-        let message = format!("{param} of {forced} is not supported: this model has no tool calls. Use 'none' or 'auto'.");
+        let message =
+            format!("{param} of {forced} is not supported: this model has no tool calls. Use 'none' or 'auto'.");
         return Err(ApiError::unsupported(param, message));
     }
     Ok(())

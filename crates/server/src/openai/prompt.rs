@@ -83,16 +83,26 @@ pub(crate) fn render(
 ) -> Result<Rendered, ApiError> {
     let template: &ChatTemplate = model.chat_template.as_deref().ok_or_else(|| {
         let message = "This model has no chat template; use /v1/completions.";
-        ApiError::InvalidRequest { message: message.to_owned(), param: None, code: Some("no_chat_template") }
+        ApiError::InvalidRequest {
+            message: message.to_owned(),
+            param: None,
+            code: Some("no_chat_template"),
+        }
     })?;
     let messages = messages.ok_or_else(|| ApiError::missing("messages"))?;
-    let messages = messages.into_iter().enumerate().map(|(index, Object(message))| convert(index, message));
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(|(index, Object(message))| convert(index, message));
     let messages = messages.collect::<Result<Vec<_>, _>>()?;
     template.render(&messages, end).map_err(|error| template_error(&error))
 }
 
 /// How a prompt ends, from the two flags that say so.
-pub(crate) fn prompt_end(add_generation_prompt: Option<Flag>, continue_final: Option<Flag>) -> Result<PromptEnd, ApiError> {
+pub(crate) fn prompt_end(
+    add_generation_prompt: Option<Flag>,
+    continue_final: Option<Flag>,
+) -> Result<PromptEnd, ApiError> {
     match (add_generation_prompt, continue_final) {
         (Some(Flag(true)), Some(Flag(true))) => Err(ApiError::invalid(
             "continue_final_message",
@@ -135,7 +145,13 @@ fn part_text(part: ContentPart) -> Result<String, (&'static str, String)> {
         Some("text" | "input_text" | "output_text") | None => part.text,
         Some("refusal") => part.refusal,
         Some(other) => {
-            return Err(("type", format!("Content of type '{}' is not supported: this model reads text.", shorten(other))));
+            return Err((
+                "type",
+                format!(
+                    "Content of type '{}' is not supported: this model reads text.",
+                    shorten(other)
+                ),
+            ));
         }
     };
     text.ok_or_else(|| ("text", "A content part must have a text.".to_owned()))
@@ -144,7 +160,9 @@ fn part_text(part: ContentPart) -> Result<String, (&'static str, String)> {
 fn template_error(error: &TemplateError) -> ApiError {
     match error {
         TemplateError::Conversation(refused) => {
-            let param = refused.message_index().map_or("messages".to_owned(), |index| format!("messages[{index}].role"));
+            let param = refused
+                .message_index()
+                .map_or("messages".to_owned(), |index| format!("messages[{index}].role"));
             ApiError::invalid(param, format!("{error}."))
         }
         TemplateError::Raised { .. } | TemplateError::Rewritten | TemplateError::NothingToContinue => {

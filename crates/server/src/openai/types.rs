@@ -427,6 +427,8 @@ impl<'de> Deserialize<'de> for Extension {
                 Ok(is_used)
             }
         }
-        deserializer.deserialize_any(ExtensionVisitor).map(|is_used| Self { is_used })
+        deserializer
+            .deserialize_any(ExtensionVisitor)
+            .map(|is_used| Self { is_used })
     }
 }

@@ -1,0 +1,21 @@
+//! The router over a scripted engine: what clients see, byte by byte.
+
+#![expect(clippy::unwrap_used, reason = "a test panics where something is not as it should be")]
+
+#[path = "http/answers.rs"]
+mod answers;
+#[path = "http/disconnects.rs"]
+mod disconnects;
+#[path = "http/engine_trouble.rs"]
+mod engine_trouble;
+#[path = "http/logprobs.rs"]
+mod logprobs;
+#[path = "http/probes.rs"]
+mod probes;
+#[path = "http/protocol.rs"]
+mod protocol;
+#[path = "http/streams.rs"]
+mod streams;
+mod support;
+#[path = "http/tokenize.rs"]
+mod tokenize;

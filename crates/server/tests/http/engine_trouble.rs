@@ -1,0 +1,172 @@
+//! Full queues, failed steps, deadlines, a dead engine: what clients are told, and that it is counted once.
+
+use lapidary_engine::EngineConfig;
+use serde_json::json;
+use tower::ServiceExt;
+
+use crate::support::{Server, Setup, post_request, with_messages};
+
+/// Starts a request and waits until the engine has it.
+async fn start_one(server: &Server) -> tokio::task::JoinHandle<axum::response::Response> {
+    let before = server.engine.stats();
+    let router = server.router.clone();
+    let request = post_request("/v1/chat/completions", with_messages(json!({ "max_tokens": 2 })));
+    let task = tokio::spawn(async move { router.oneshot(request).await.unwrap() });
+    let total = |stats: lapidary_engine::StatsSnapshot| stats.num_running + stats.num_waiting;
+    while total(server.engine.stats()) == total(before) {
+        tokio::task::yield_now().await;
+    }
+    task
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_with_retry_after() {
+    let (mut setup, gate) = Setup::default().gated();
+    setup.engine = EngineConfig {
+        max_queued_requests: 1,
+        max_num_seqs: 1,
+        ..setup.engine
+    };
+    let server = setup.start();
+    let first = start_one(&server).await;
+    // It counts as queued until its first step passes the gate: the next one is already one too many, or the one after.
+    let mut waiting = Vec::new();
+    let refused = loop {
+        let router = server.router.clone();
+        let body = with_messages(json!({ "max_tokens": 2 }));
+        let mut answer = Box::pin(router.oneshot(post_request("/v1/chat/completions", body)));
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(answer.as_mut().poll(context))).await;
+        match polled {
+            std::task::Poll::Ready(response) => break response.unwrap(),
+            std::task::Poll::Pending => waiting.push(answer),
+        }
+        assert!(waiting.len() < 4, "the queue never fills");
+    };
+    assert_eq!(refused.status(), 429);
+    let seconds: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=60).contains(&seconds));
+    drop(gate);
+    assert_eq!(first.await.unwrap().status(), 200);
+    drop(waiting);
+    let queue_full = server
+        .outcomes()
+        .await
+        .into_iter()
+        .find(|(outcome, _)| outcome == "queue_full");
+    assert_eq!(queue_full, Some(("queue_full".to_owned(), 1)));
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn a_failed_step_before_the_first_token_is_a_plain_500() {
+    let server = Setup::default().failing_at([0, 1]).start();
+    for body in [json!({}), json!({ "stream": true })] {
+        let answer = server.chat(body).await;
+        assert_eq!(answer.status, 500);
+        let error = &answer.json()["error"];
+        assert_eq!(error["type"], "server_error");
+        assert_eq!(error["code"], "internal_error");
+    }
+    assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 2)]);
+    assert_eq!(
+        server
+            .metric("vllm:request_success_total", "finished_reason=\"error\"")
+            .await,
+        2.0
+    );
+    assert_eq!(server.chat(json!({})).await.status, 200, "the engine goes on");
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn a_failed_step_in_a_stream_is_an_event_and_the_end() {
+    let server = Setup::answering(&["a"; 9]).failing_at([3]).start();
+    let answer = server.chat(json!({ "stream": true })).await;
+    assert_eq!(answer.status, 200);
+    let events = answer.events();
+    assert_eq!(*events.last().unwrap(), "[DONE]");
+    let error: serde_json::Value = serde_json::from_str(events[events.len() - 2]).unwrap();
+    assert_eq!(error["error"]["code"], "internal_error");
+    assert_eq!(error["error"].as_object().unwrap().len(), 4);
+    assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 1)]);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_request_with_408() {
+    let (setup, gate) = Setup::default().gated();
+    let server = setup.start();
+    let mut request = post_request("/v1/chat/completions", with_messages(json!({})));
+    request
+        .headers_mut()
+        .insert("x-request-timeout", "0.001".parse().unwrap());
+    let pending = tokio::spawn({
+        let router = server.router.clone();
+        async move { router.oneshot(request).await.unwrap() }
+    });
+    while server.engine.stats().num_running + server.engine.stats().num_waiting == 0 {
+        tokio::task::yield_now().await;
+    }
+    // The deadline passes while the first step waits at the gate.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_millis(5);
+    while std::time::Instant::now() < deadline {
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    assert_eq!(pending.await.unwrap().status(), 408);
+    assert_eq!(server.outcomes().await, [("timeout".to_owned(), 1)]);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn a_dead_engine_fails_requests_and_health() {
+    let mut setup = Setup::default();
+    setup.scripted.device_lost_at = Some(0);
+    let server = setup.start();
+    for expected in ["the request that saw it die", "one after"] {
+        let answer = server.chat(json!({})).await;
+        assert_eq!(answer.status, 500, "{expected}");
+        assert_eq!(answer.json()["error"]["code"], "engine_dead");
+        assert_eq!(answer.header("x-should-retry"), Some("false"));
+    }
+    assert_eq!(server.get("/health").await.status, 503);
+    assert_eq!(server.get("/live").await.status, 503);
+    let ready = server.get("/ready").await;
+    assert_eq!(
+        (ready.status.as_u16(), ready.json()["status"].clone()),
+        (503, json!("failed"))
+    );
+    assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 2)]);
+}
+
+#[tokio::test]
+async fn a_shutdown_cuts_streams_off_with_an_error() {
+    let (setup, gate) = Setup::answering(&["a"; 50]).gated();
+    let server = setup.start();
+    gate.send(()).unwrap();
+    let body = with_messages(json!({ "stream": true }));
+    let response = server
+        .router
+        .clone()
+        .oneshot(post_request("/v1/chat/completions", body))
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    let engine = server.engine.clone();
+    let shutdown = tokio::task::spawn_blocking(move || engine.shutdown());
+    while !server.engine.is_draining() {
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    let bytes = http_body_util::BodyExt::collect(response.into_body())
+        .await
+        .unwrap()
+        .to_bytes();
+    let text = String::from_utf8(bytes.to_vec()).unwrap();
+    assert!(
+        text.contains("\"code\":\"shutting_down\"") && text.ends_with("data: [DONE]\n\n"),
+        "{text}"
+    );
+    shutdown.await.unwrap();
+    assert_eq!(server.outcomes().await, [("shutdown".to_owned(), 1)]);
+}
