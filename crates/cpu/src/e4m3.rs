@@ -27,14 +27,14 @@ const fn decode_all() -> [f32; 256] {
 /// Value of a code.
 #[must_use]
 pub const fn decode(code: u8) -> f32 {
-    let exponent = (code >> 3 & 15) as u32;
+    let exponent = ((code >> 3) & 15) as u32;
     let mantissa = (code & 7) as u32;
     let magnitude = if code & 0x7f == 0x7f {
         f32::NAN
     } else if exponent == 0 {
         mantissa as f32 / 512.0
     } else {
-        f32::from_bits(exponent + 127 - 7 << 23 | mantissa << 20)
+        f32::from_bits(((exponent + 127 - 7) << 23) | (mantissa << 20))
     };
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
@@ -46,7 +46,7 @@ pub fn round(x: f32) -> f32 {
     let magnitude = x.abs();
     let bits = magnitude.to_bits();
     // Adds half of the last kept bit, less one unless the kept part is odd: round half to even.
-    let normal = f32::from_bits(bits.wrapping_add(0x7_ffff + (bits >> 20 & 1)) & !0xf_ffff);
+    let normal = f32::from_bits(bits.wrapping_add(0x7_ffff + ((bits >> 20) & 1)) & !0xf_ffff);
     let subnormal = (magnitude + SUBNORMAL_ROUNDER) - SUBNORMAL_ROUNDER;
     let rounded = if magnitude < MIN_NORMAL { subnormal } else { normal };
     let saturated = if rounded > FP8_MAX { FP8_MAX } else { rounded };
@@ -57,14 +57,14 @@ pub fn round(x: f32) -> f32 {
 #[must_use]
 pub fn encode(x: f32) -> u8 {
     let rounded = round(x);
-    let sign = (rounded.to_bits() >> 24 & 0x80) as u8;
+    let sign = ((rounded.to_bits() >> 24) & 0x80) as u8;
     let magnitude = rounded.abs();
     let code = if magnitude.is_nan() {
         0x7f
     } else if magnitude < MIN_NORMAL {
         (magnitude * 512.0) as u8
     } else {
-        ((magnitude.to_bits() >> 20) - (127 - 7 << 3)) as u8
+        ((magnitude.to_bits() >> 20) - ((127 - 7) << 3)) as u8
     };
     sign | code
 }
@@ -128,7 +128,7 @@ mod tests {
     fn every_half_precision_sized_step_rounds_to_the_nearest() {
         // Every float whose low 12 bits are 0 or 1: all signs, exponents and 11 mantissa bits, and just above each.
         for high in (0..=u32::MAX >> 12).step_by(7) {
-            for bits in [high << 12, high << 12 | 1] {
+            for bits in [high << 12, (high << 12) | 1] {
                 let x = f32::from_bits(bits);
                 if !x.is_nan() {
                     assert_rounds_to(x, nearest_code(x));

@@ -35,7 +35,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let square = limited * limited;
     let mut p = -2.760_768_5e-16;
     for coefficient in [
-        2.000_187_9e-13,
+        2.000_188e-13,
         -8.604_672e-11,
         5.122_297e-8,
         1.485_722_4e-5,

@@ -1,4 +1,5 @@
 //! The model crate's suite, on every instruction set this machine has.
+#![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
 use lapidary_cpu::{Cpu, CpuConfig, Isa};
 use lapidary_model::conformance::Bounds;

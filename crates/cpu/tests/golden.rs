@@ -1,4 +1,5 @@
 //! Agreement with Hugging Face transformers on every checkpoint format (`tests/fixtures/golden/README.md`).
+#![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! A sequence's tokens and log-probabilities are the same to the last bit whatever it shares a step with, however its
 //! prompt is cut, wherever its blocks lie, whether they were computed for it or for another, and on however many
 //! threads.
+#![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
 use std::sync::Arc;
 
@@ -68,7 +69,7 @@ fn requests(random: &mut Random) -> Vec<Request> {
             .collect();
         let prefix = if index < 3 { &shared[..] } else { &[] };
         let params = SamplingParams {
-            temperature: if index % 2 == 0 { 0.0 } else { 1.0 },
+            temperature: if index.is_multiple_of(2) { 0.0 } else { 1.0 },
             top_p: if index == 1 { 0.9 } else { 1.0 },
             presence_penalty: if index == 3 { 0.5 } else { 0.0 },
             seed: random.next(),

@@ -55,7 +55,7 @@ fn linear(cpu: &mut Cpu, [rows, cols]: [usize; 2], dtype: DType, input: Activati
         .flat_map(|_| random.next().to_le_bytes())
         .collect();
     // Exponents of all types stay in the middle: no NaN, no infinity, no subnormals.
-    data.iter_mut().for_each(|byte| *byte = *byte & 0xbf | 0x38);
+    data.iter_mut().for_each(|byte| *byte = (*byte & 0xbf) | 0x38);
     let shape = [rows, cols];
     let parts = vec![HostTensor {
         data: &data,

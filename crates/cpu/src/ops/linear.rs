@@ -318,8 +318,8 @@ fn all_tokens<'x, A: Arith>(
         let left = tokens.len() - first;
         let done = dot_rows(arith, left, x, (w, per_row), sink);
         let first_column = out.first();
-        for token in first..first + done {
-            finish.apply(&tokens[token], first_column, out.row(token));
+        for (token, row) in (first..first + done).zip(&tokens[first..]) {
+            finish.apply(row, first_column, out.row(token));
         }
         first += done;
     }

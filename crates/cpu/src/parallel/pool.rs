@@ -25,7 +25,7 @@ const SPINS_PER_CLOCK_READ: u32 = 64;
 /// Looks before a waiting submitter offers its core to the worker it waits for.
 const SPINS_BEFORE_YIELD: u32 = 4096;
 
-// `Shared::state` is `epoch << EPOCH_SHIFT | OPEN? | workers inside the job`.
+// `Shared::state` is `(epoch << EPOCH_SHIFT) | OPEN? | workers inside the job`.
 const OPEN: u64 = 1 << 16;
 const JOINED: u64 = OPEN - 1;
 const EPOCH_SHIFT: u32 = 17;
@@ -130,7 +130,7 @@ impl Pool {
         shared.next_task.store(0, Ordering::Relaxed);
         let closing = Closing(shared);
         let epoch = (shared.state.load(Ordering::Relaxed) >> EPOCH_SHIFT) + 1;
-        shared.state.store(epoch << EPOCH_SHIFT | OPEN, Ordering::SeqCst);
+        shared.state.store((epoch << EPOCH_SHIFT) | OPEN, Ordering::SeqCst);
         if shared.num_parked.load(Ordering::SeqCst) > 0 {
             let _parked = shared.parked.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
@@ -221,7 +221,7 @@ impl Shared {
                 return None;
             }
             spins += 1;
-            if spins % SPINS_PER_CLOCK_READ == 0 && since.elapsed() > SPIN {
+            if spins.is_multiple_of(SPINS_PER_CLOCK_READ) && since.elapsed() > SPIN {
                 self.park(is_new);
                 since = Instant::now();
             }
