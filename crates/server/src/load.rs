@@ -68,6 +68,9 @@ pub enum LoadError {
     /// Nothing says when an answer ends.
     #[error("neither config.json, generation_config.json nor the tokenizer names an end-of-sequence token")]
     NoEndOfSequence,
+    /// The engine's executor cannot be built.
+    #[error(transparent)]
+    Start(StartError),
     /// The engine did not start.
     #[error("cannot start the engine")]
     Engine(#[source] SpawnError<StartError>),
@@ -77,7 +80,7 @@ pub enum LoadError {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// Weights or memory.
-    #[error("cannot load the model")]
+    #[error(transparent)]
     Runner(#[from] RunnerError),
     /// The model is loaded and computes nonsense.
     #[error(
@@ -239,7 +242,10 @@ fn start_engine(
         let backend = Cpu::new(cpu).map_err(RunnerError::from)?;
         build_runner(backend, &checkpoint, scheduling, max_model_len, &warm_up, &state)
     };
-    Engine::spawn(engine_config, build).map_err(LoadError::Engine)
+    Engine::spawn(engine_config, build).map_err(|error| match error {
+        SpawnError::Build(error) => LoadError::Start(error),
+        error => LoadError::Engine(error),
+    })
 }
 
 /// Loads the weights and proves that the model computes.
