@@ -22,8 +22,14 @@ pub enum Phase {
 
 impl Phase {
     /// All phases.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Downloading, Self::LoadingWeights, Self::WarmingUp, Self::Ready, Self::Draining, Self::Failed];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Downloading,
+        Self::LoadingWeights,
+        Self::WarmingUp,
+        Self::Ready,
+        Self::Draining,
+        Self::Failed,
+    ];
 
     /// As `/ready` spells it.
     #[must_use]
@@ -79,7 +85,10 @@ impl Lifecycle {
 
     /// Share of the phase that is done, 0 to 1; `None` where it is not known.
     #[must_use]
-    #[expect(clippy::cast_precision_loss, reason = "a progress share needs no more than f64 gives")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a progress share needs no more than f64 gives"
+    )]
     pub fn progress(&self) -> Option<f64> {
         let total = self.total.load(Ordering::Relaxed);
         (total > 0).then(|| (self.done.load(Ordering::Relaxed) as f64 / total as f64).min(1.0))
