@@ -27,7 +27,7 @@ def ask(url: str, messages: list[dict]) -> str:
 
 
 def main() -> int:
-    tasks: dict[str, list[dict]] = json.loads(EVAL.read_text(encoding="utf-8"))
+    tasks: dict[str, list[dict]] = json.loads(EVAL.read_text(encoding="utf-8"))["tasks"]
     failed = False
     with Lapidary(sys.argv[1], "demo") as server, ThreadPoolExecutor(CONCURRENCY) as pool:
         for task, examples in tasks.items():

@@ -1,0 +1,6 @@
+//! What the end-to-end tests and benches share: an HTTP client that sees every byte, and a handle on a real process.
+
+pub mod churn;
+pub mod http;
+pub mod metrics;
+pub mod process;
