@@ -91,7 +91,10 @@ pub(crate) enum ApiError {
     EngineDead,
     /// Our fault. The cause is in the log, under the request's id.
     #[error("The server had an error while processing the request.")]
-    Internal,
+    Internal {
+        /// The same request would fail again.
+        is_deterministic: bool,
+    },
 }
 
 impl ApiError {
@@ -191,8 +194,8 @@ impl ApiError {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
             Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::ModelLoading { .. } | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-            Self::EngineDead | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -220,7 +223,7 @@ impl ApiError {
             Self::ModelLoading { .. } => Some("model_loading"),
             Self::ShuttingDown => Some("shutting_down"),
             Self::EngineDead => Some("engine_dead"),
-            Self::Internal => Some("internal_error"),
+            Self::Internal { .. } => Some("internal_error"),
         }
     }
 
@@ -237,7 +240,8 @@ impl ApiError {
         match self {
             Self::QueueFull { retry_after, .. } => Some(*retry_after),
             Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
-            Self::ShuttingDown => Some(Duration::from_secs(5)),
+            // Another replica, or this one after its restart.
+            Self::ShuttingDown | Self::EngineDead => Some(Duration::from_secs(5)),
             _ => None,
         }
     }
@@ -259,7 +263,9 @@ impl ApiError {
 impl From<&EngineError> for ApiError {
     fn from(error: &EngineError) -> Self {
         match error {
-            EngineError::StepFailed { .. } => Self::Internal,
+            EngineError::StepFailed { .. } => Self::Internal {
+                is_deterministic: false,
+            },
             EngineError::DeadlineExceeded => Self::DeadlineExceeded,
             EngineError::ShutDown => Self::ShuttingDown,
             EngineError::EngineDead => Self::EngineDead,
@@ -276,7 +282,7 @@ impl IntoResponse for ApiError {
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
-        if matches!(self, Self::EngineDead | Self::DeadlineExceeded) {
+        if matches!(self, Self::Internal { is_deterministic: true } | Self::DeadlineExceeded) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response

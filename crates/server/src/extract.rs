@@ -7,13 +7,31 @@ use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
 use crate::error::{ApiError, shorten};
-use crate::state::Limits;
+use crate::state::{AppState, Limits};
+
+/// Bodies up to this size are parsed where they are: half a millisecond.
+const MAX_INLINE_BYTES: usize = 128 << 10;
+
+/// Reads a request's body and parses it.
+///
+/// # Errors
+/// As [`read_body`] and [`parse_json`].
+pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
+    state: &AppState,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<T, ApiError> {
+    let bytes = read_body(headers, body, &state.limits).await?;
+    state
+        .compute(bytes.len() > MAX_INLINE_BYTES, move || parse_json(&bytes))
+        .await?
+}
 
 /// Reads the whole body.
 ///
 /// # Errors
 /// It is larger than `limits.max_body_bytes`, slower than `limits.body_timeout`, or broke off.
-pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
+async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
     let too_large = ApiError::BodyTooLarge {
         limit_bytes: limits.max_body_bytes,
     };
@@ -58,7 +76,7 @@ async fn read_frames(mut body: Body, max_bytes: usize, too_large: ApiError) -> R
 ///
 /// # Errors
 /// Not UTF-8, not JSON, not an object, or a field that `T` refuses; then the error's `param` is that field's path.
-pub(crate) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let text = std::str::from_utf8(bytes).map_err(|_| bad_json("it is not valid UTF-8"))?;
     let text = text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']);
     if text.is_empty() {

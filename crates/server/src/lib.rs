@@ -111,7 +111,7 @@ impl ResponseForPanic for PanicResponse {
 
     fn response_for_panic(&mut self, _panic: Box<dyn std::any::Any + Send + 'static>) -> Response {
         // The panic hook has logged it.
-        axum::response::IntoResponse::into_response(ApiError::Internal)
+        axum::response::IntoResponse::into_response(ApiError::Internal { is_deterministic: true })
     }
 }
 

@@ -26,8 +26,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What a client may ask for.
     pub limits: Limits,
-    /// One permit for each long text that may be tokenised at the same time: as many as there are cores.
-    pub(crate) tokenizer_threads: Arc<Semaphore>,
+    /// One permit for each long text that may be parsed or tokenised at the same time: as many as there are cores.
+    long_work: Arc<Semaphore>,
 }
 
 impl AppState {
@@ -40,7 +40,7 @@ impl AppState {
             model: OnceLock::new(),
             metrics,
             limits,
-            tokenizer_threads: Arc::new(Semaphore::new(cores)),
+            long_work: Arc::new(Semaphore::new(cores)),
         }))
     }
 
@@ -62,6 +62,27 @@ impl AppState {
             Phase::Failed => Err(ApiError::EngineDead),
             _ => Err(ApiError::ModelLoading { phase: phase.as_str() }),
         }
+    }
+
+    /// Computes here if that is short; else on a thread where it holds up no other request.
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        is_long: bool,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if !is_long {
+            return Ok(work());
+        }
+        let permit = Arc::clone(&self.long_work).acquire_owned().await;
+        let work = move || {
+            let result = work();
+            drop(permit);
+            result
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "work on a request panicked");
+            ApiError::Internal { is_deterministic: true }
+        })
     }
 
     pub(crate) fn is_engine_dead(&self) -> bool {

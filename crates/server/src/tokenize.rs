@@ -7,7 +7,7 @@ use lapidary_engine::TokenId;
 use serde::Serialize;
 
 use crate::error::ApiError;
-use crate::extract::{parse_json, read_body};
+use crate::extract::read_json;
 use crate::lenient::{Flag, Int};
 use crate::openai::prompt::{Source, encode, prompt_end, render};
 use crate::openai::types::{DetokenizeBody, TokenizeBody};
@@ -28,7 +28,8 @@ struct Detokenized {
 
 /// `POST /tokenize`: a prompt, or messages.
 pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let body: TokenizeBody = read_json(&state, request).await?;
+    let (parts, body) = request.into_parts();
+    let body: TokenizeBody = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     if body.chat_template.is_used {
         return Err(ApiError::unsupported(
@@ -39,7 +40,7 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
     let source = match (body.prompt, body.messages) {
         (Some(text), None) => Source::Text {
             text,
-            add_bos: body.add_special_tokens.is_none_or(|Flag(add)| add),
+            add_bos: model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add),
         },
         (None, Some(messages)) => {
             let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
@@ -53,7 +54,8 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
             ));
         }
     };
-    let tokens = encode(&state, model, source, "prompt").await?;
+    let encoded = encode(&state, model, vec![source], "prompt").await?;
+    let tokens = encoded.concat();
     let wants_strs = body.return_token_strs.is_some_and(|Flag(wanted)| wanted);
     let strs = || {
         tokens
@@ -72,7 +74,8 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
 
 /// `POST /detokenize`.
 pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let body: DetokenizeBody = read_json(&state, request).await?;
+    let (parts, body) = request.into_parts();
+    let body: DetokenizeBody = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::missing("tokens"))?;
     let ids = tokens.iter().enumerate().map(|(index, &Int(id))| {
@@ -92,9 +95,4 @@ pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) 
         prompt: model.tokenizer.decode(&ids, false),
     })
     .into_response())
-}
-
-async fn read_json<T: serde::de::DeserializeOwned>(state: &AppState, request: Request) -> Result<T, ApiError> {
-    let (parts, body) = request.into_parts();
-    parse_json(&read_body(&parts.headers, body, &state.limits).await?)
 }

@@ -84,7 +84,7 @@ impl From<&ApiError> for Outcome {
             ApiError::QueueFull { .. } => Self::QueueFull,
             ApiError::ModelLoading { .. } => Self::NotReady,
             ApiError::ShuttingDown => Self::Shutdown,
-            ApiError::EngineDead | ApiError::Internal => Self::EngineError,
+            ApiError::EngineDead | ApiError::Internal { .. } => Self::EngineError,
         }
     }
 }

@@ -10,9 +10,9 @@ use crate::state::{AppState, ServedModel};
 pub(super) async fn prompts(state: &AppState, model: &ServedModel, body: GenerationBody) -> Result<Prompts, ApiError> {
     let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
     let rendered = render(model, body.messages, end)?;
-    let tokens = encode(state, model, Source::Chat(rendered), "messages").await?;
+    let tokens = encode(state, model, vec![Source::Chat(rendered)], "messages").await?;
     Ok(Prompts {
-        tokens: vec![tokens],
+        tokens,
         echoes: Vec::new(),
     })
 }

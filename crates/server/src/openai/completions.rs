@@ -30,16 +30,12 @@ pub(super) async fn prompts(
     };
     match prompt {
         Prompt::Texts(texts) => {
-            let add_bos = body
-                .add_special_tokens
-                .map_or(model.tokenizer.adds_bos(), |Flag(add)| add);
-            for text in texts {
-                if params.echo {
-                    prompts.echoes.push(text.clone());
-                }
-                let tokens = encode(state, model, Source::Text { text, add_bos }, "prompt").await?;
-                prompts.tokens.push(tokens);
+            let add_bos = model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add);
+            if params.echo {
+                prompts.echoes.clone_from(&texts);
             }
+            let sources = texts.into_iter().map(|text| Source::Text { text, add_bos }).collect();
+            prompts.tokens = encode(state, model, sources, "prompt").await?;
         }
         Prompt::Tokens(lists) => {
             for (index, ids) in lists.iter().enumerate() {

@@ -26,7 +26,7 @@ pub(crate) use self::params::{Params, Streaming};
 use self::answer::{Head, WholeWriter};
 use self::types::GenerationBody;
 use crate::error::ApiError;
-use crate::extract::{parse_json, read_body};
+use crate::extract::read_json;
 use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
@@ -137,9 +137,7 @@ async fn start(
     arrival: Instant,
 ) -> Result<Started, ApiError> {
     let (parts, body) = request.into_parts();
-    let bytes = read_body(&parts.headers, body, &state.limits).await?;
-    let body: GenerationBody = parse_json(&bytes)?;
-    drop(bytes);
+    let body: GenerationBody = read_json(state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;

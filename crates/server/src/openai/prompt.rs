@@ -38,41 +38,42 @@ impl Source {
     }
 }
 
-/// Tokenises. A text that cannot fit the context however it is tokenised is refused unread.
+/// Tokenises, in order. A text that cannot fit the context however it is tokenised is refused unread.
 pub(crate) async fn encode(
     state: &AppState,
     model: &ServedModel,
-    source: Source,
+    sources: Vec<Source>,
     param: &'static str,
-) -> Result<Arc<[TokenId]>, ApiError> {
-    let num_bytes = source.text().len();
-    let at_least = model.tokenizer.min_num_tokens(num_bytes);
-    if at_least > model.max_model_len as usize {
-        let detail = format!(
-            "However, your prompt contains at least {at_least} input tokens. Please reduce the length of the input \
-             prompt."
-        );
-        return Err(ApiError::context_length(param, model.max_model_len, &detail));
+) -> Result<Vec<Arc<[TokenId]>>, ApiError> {
+    let mut num_bytes = 0;
+    for source in &sources {
+        check_bytes(model, source.text().len(), param)?;
+        num_bytes += source.text().len();
     }
-    let encoded = if num_bytes <= MAX_INLINE_BYTES {
-        source.encode(&model.tokenizer)
-    } else {
-        let tokenizer = Arc::clone(&model.tokenizer);
-        let permit = Arc::clone(&state.tokenizer_threads).acquire_owned().await;
-        let work = move || {
-            let encoded = source.encode(&tokenizer);
-            drop(permit);
-            encoded
-        };
-        tokio::task::spawn_blocking(work).await.map_err(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "tokenisation panicked");
-            ApiError::Internal
-        })?
+    let tokenizer = Arc::clone(&model.tokenizer);
+    let work = move || {
+        let encoded = sources.iter().map(|source| source.encode(&tokenizer).map(Arc::from));
+        encoded.collect::<Result<Vec<_>, _>>()
     };
-    encoded.map(Arc::from).map_err(|error| {
-        tracing::warn!(error = &error as &dyn std::error::Error, "text could not be tokenised");
-        ApiError::invalid(param, "The text cannot be tokenised.")
-    })
+    state
+        .compute(num_bytes > MAX_INLINE_BYTES, work)
+        .await?
+        .map_err(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "text could not be tokenised");
+            ApiError::invalid(param, "The text cannot be tokenised.")
+        })
+}
+
+/// Refuses a text of so many bytes if no tokenisation of it fits.
+fn check_bytes(model: &ServedModel, num_bytes: usize, param: &'static str) -> Result<(), ApiError> {
+    let at_least = model.tokenizer.min_num_tokens(num_bytes);
+    if at_least <= model.max_model_len as usize {
+        return Ok(());
+    }
+    let detail = format!(
+        "However, your prompt contains at least {at_least} input tokens. Please reduce the length of the input prompt."
+    );
+    Err(ApiError::context_length(param, model.max_model_len, &detail))
 }
 
 /// Renders a chat with the model's template.
@@ -95,6 +96,9 @@ pub(crate) fn render(
         .enumerate()
         .map(|(index, Object(message))| convert(index, message));
     let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    // Templates trim. Rendering, too, takes time that a hopeless text should not cost.
+    let num_bytes = messages.iter().map(|message| message.content.trim().len()).sum();
+    check_bytes(model, num_bytes, "messages")?;
     template.render(&messages, end).map_err(|error| template_error(&error))
 }
 
@@ -170,7 +174,7 @@ fn template_error(error: &TemplateError) -> ApiError {
         }
         error => {
             tracing::error!(error = error as &dyn std::error::Error, "chat template failed");
-            ApiError::Internal
+            ApiError::Internal { is_deterministic: true }
         }
     }
 }
