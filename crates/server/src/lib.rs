@@ -90,16 +90,26 @@ fn cors() -> CorsLayer {
         .allow_origin(Any)
         .allow_methods(AllowMethods::mirror_request())
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([request_id::X_REQUEST_ID, header::RETRY_AFTER, HeaderName::from_static("x-should-retry")])
+        .expose_headers([
+            request_id::X_REQUEST_ID,
+            header::RETRY_AFTER,
+            HeaderName::from_static("x-should-retry"),
+        ])
         .max_age(PREFLIGHT_MAX_AGE)
 }
 
 async fn unknown_url(request: Request) -> ApiError {
-    ApiError::UnknownUrl { method: request.method().clone(), path: request.uri().path().to_owned() }
+    ApiError::UnknownUrl {
+        method: request.method().clone(),
+        path: request.uri().path().to_owned(),
+    }
 }
 
 async fn method_not_allowed(request: Request) -> ApiError {
-    ApiError::MethodNotAllowed { method: request.method().clone(), path: request.uri().path().to_owned() }
+    ApiError::MethodNotAllowed {
+        method: request.method().clone(),
+        path: request.uri().path().to_owned(),
+    }
 }
 
 /// A handler's panic is a bug of ours; its connection goes on.
@@ -117,5 +127,7 @@ impl ResponseForPanic for PanicResponse {
 
 /// Seconds since 1970.
 fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
