@@ -11,7 +11,7 @@ use lapidary_model::{
 
 use crate::memory;
 use crate::ops::attention::{self, AttentionScratch, Geometry, Inputs};
-use crate::ops::elementwise::{self, On};
+use crate::ops::elementwise::{Geglu, LastNormed, Normed, On, PlusNormed, RmsNorm};
 use crate::ops::linear::{self, LinearScratch};
 use crate::ops::rope::{self, RopeTable};
 use crate::parallel::Pool;
@@ -246,10 +246,11 @@ impl Backend for Cpu {
         residual: &mut Tensor,
     ) -> Result<(), BackendError> {
         let scale = scale.to_f32();
-        self.on().update_rows(residual, plan.num_tokens(), |row, out| {
-            table.table.widen_row(plan.token_ids[row] as usize, out);
-            out.iter_mut().for_each(|x| *x *= scale);
-        });
+        self.on()
+            .update_rows(residual, plan.num_tokens(), |row: usize, out: &mut [f32]| {
+                table.table.widen_row(plan.token_ids[row] as usize, out);
+                out.iter_mut().for_each(|x| *x *= scale);
+            });
         Ok(())
     }
 
@@ -260,10 +261,14 @@ impl Backend for Cpu {
         norm: NormArgs<'_, Self>,
         out: &mut Activation,
     ) -> Result<(), BackendError> {
-        self.on()
-            .fill_rows(out, plan.num_tokens(), norm.out_scheme, |row, out| {
-                elementwise::rms_norm(x.row(row), norm.weight, norm.eps, out);
-            });
+        let normed = Normed {
+            x,
+            norm: RmsNorm {
+                weight: norm.weight,
+                eps: norm.eps,
+            },
+        };
+        self.on().fill_rows(out, plan.num_tokens(), norm.out_scheme, normed);
         Ok(())
     }
 
@@ -321,9 +326,14 @@ impl Backend for Cpu {
         pre: NormArgs<'_, Self>,
         out: &mut Activation,
     ) -> Result<(), BackendError> {
-        self.on().update_rows(residual, plan.num_tokens(), |row, residual| {
-            elementwise::add_rms_norm(x.row(row), post, pre.eps, residual);
-        });
+        let normed = Normed {
+            x,
+            norm: RmsNorm {
+                weight: post,
+                eps: pre.eps,
+            },
+        };
+        self.on().update_rows(residual, plan.num_tokens(), PlusNormed(normed));
         self.norm(plan, residual, pre, out)
     }
 
@@ -334,9 +344,8 @@ impl Backend for Cpu {
         out_scheme: ActivationScheme,
         out: &mut Activation,
     ) -> Result<(), BackendError> {
-        self.on().fill_rows(out, plan.num_tokens(), out_scheme, |row, out| {
-            elementwise::geglu(gate_up.row(row), out);
-        });
+        self.on()
+            .fill_rows(out, plan.num_tokens(), out_scheme, Geglu { gate_up });
         Ok(())
     }
 
@@ -353,18 +362,26 @@ impl Backend for Cpu {
         if hidden.rows.len() < num_samples || hidden.cols != table.table.cols {
             hidden = Activation::zeroed(num_samples, table.table.cols, false);
         }
+        let LastHidden {
+            x,
+            post,
+            residual,
+            norm,
+            eps,
+        } = last;
+        let plus = PlusNormed(Normed {
+            x,
+            norm: RmsNorm { weight: post, eps },
+        });
+        let norm = RmsNorm { weight: norm, eps };
+        let normed = LastNormed {
+            rows: &plan.sample_rows,
+            residual,
+            plus,
+            norm,
+        };
         self.on()
-            .fill_rows(&mut hidden, num_samples, ActivationScheme::None, |index, out| {
-                let row = plan.sample_rows[index] as usize;
-                elementwise::last_norms(
-                    last.x.row(row),
-                    last.post,
-                    last.residual.row(row),
-                    last.norm,
-                    last.eps,
-                    out,
-                );
-            });
+            .fill_rows(&mut hidden, num_samples, ActivationScheme::None, normed);
         let rows = &hidden.rows[..num_samples];
         linear::logits(self.on(), &self.linear_scratch, rows, &table.table, softcap, logits);
         self.hidden = Some(hidden);

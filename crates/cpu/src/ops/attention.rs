@@ -108,7 +108,7 @@ pub(crate) fn attention(
         });
     });
     let heads = &*heads;
-    on.fill_rows(out, num_tokens, scheme, |token, row| {
+    on.fill_rows(out, num_tokens, scheme, |token: usize, row: &mut [f32]| {
         for (kv_head, row) in row.chunks_exact_mut(width).enumerate() {
             row.copy_from_slice(&heads[(kv_head * num_tokens + token) * width..][..width]);
         }

@@ -16,14 +16,8 @@ pub(crate) struct On<'a> {
 }
 
 impl On<'_> {
-    /// Fills the first `num_rows` rows of `out` by `fill(row index, values)`, then quantises them.
-    pub(crate) fn fill_rows(
-        self,
-        out: &mut Activation,
-        num_rows: usize,
-        scheme: ActivationScheme,
-        fill: impl Fn(usize, &mut [f32]) + Sync + Copy,
-    ) {
+    /// Fills the first `num_rows` rows of `out` by `fill`, then quantises them.
+    pub(crate) fn fill_rows(self, out: &mut Activation, num_rows: usize, scheme: ActivationScheme, fill: impl RowOp) {
         out.scheme = scheme;
         let (cols, to_pairs) = (out.cols, out.has_pairs);
         let per_task = rows_per_task(num_rows, cols, self.pool.num_threads());
@@ -40,13 +34,8 @@ impl On<'_> {
             });
     }
 
-    /// Updates the first `num_rows` rows of `tensor` by `update(row index, values)`.
-    pub(crate) fn update_rows(
-        self,
-        tensor: &mut Tensor,
-        num_rows: usize,
-        update: impl Fn(usize, &mut [f32]) + Sync + Copy,
-    ) {
+    /// Updates the first `num_rows` rows of `tensor` by `update`.
+    pub(crate) fn update_rows(self, tensor: &mut Tensor, num_rows: usize, update: impl RowOp) {
         let cols = tensor.cols;
         let per_task = rows_per_task(num_rows, cols, self.pool.num_threads());
         self.pool
@@ -61,6 +50,22 @@ impl On<'_> {
     }
 }
 
+/// What becomes of a row.
+///
+/// Arithmetic is a type of its own rather than a closure: the compiler may leave a closure a function by itself, compiled
+/// without the instructions of the [`Kernel`] that calls it. Copies may as well be closures.
+pub(crate) trait RowOp: Copy + Sync {
+    /// Must be `#[inline(always)]`.
+    fn apply(self, row: usize, values: &mut [f32]);
+}
+
+impl<F: Fn(usize, &mut [f32]) + Copy + Sync> RowOp for F {
+    #[inline(always)]
+    fn apply(self, row: usize, values: &mut [f32]) {
+        self(row, values);
+    }
+}
+
 struct FillRows<'a, F> {
     rows: &'a mut [ActivationRow],
     first: usize,
@@ -70,13 +75,13 @@ struct FillRows<'a, F> {
     fill: F,
 }
 
-impl<F: Fn(usize, &mut [f32])> Kernel for FillRows<'_, F> {
+impl<F: RowOp> Kernel for FillRows<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         for (index, row) in self.rows.iter_mut().enumerate() {
-            (self.fill)(self.first + index, &mut row.values[..self.cols]);
+            self.fill.apply(self.first + index, &mut row.values[..self.cols]);
             row.quantize(self.cols, self.scheme, self.to_pairs);
         }
     }
@@ -89,13 +94,13 @@ struct UpdateRows<'a, F> {
     update: F,
 }
 
-impl<F: Fn(usize, &mut [f32])> Kernel for UpdateRows<'_, F> {
+impl<F: RowOp> Kernel for UpdateRows<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         for (index, row) in self.rows.chunks_exact_mut(self.cols).enumerate() {
-            (self.update)(self.first + index, row);
+            self.update.apply(self.first + index, row);
         }
     }
 }
@@ -106,40 +111,81 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (math::sum_of(x, |x| x * x) / x.len() as f32 + eps).sqrt()
 }
 
-/// `out = norm(x)`.
-#[inline(always)]
-pub(crate) fn rms_norm(x: &[f32], norm: &Norm, eps: f32, out: &mut [f32]) {
-    let factor = inverse_rms(x, eps);
-    for ((out, x), weight) in out.iter_mut().zip(x).zip(&norm.factors) {
-        *out = x * factor * weight;
+/// A norm's weights, and what is added to the mean square.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RmsNorm<'a> {
+    pub(crate) weight: &'a Norm,
+    pub(crate) eps: f32,
+}
+
+/// `norm(x)`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Normed<'a> {
+    pub(crate) x: &'a Tensor,
+    pub(crate) norm: RmsNorm<'a>,
+}
+
+impl RowOp for Normed<'_> {
+    #[inline(always)]
+    fn apply(self, row: usize, out: &mut [f32]) {
+        let x = self.x.row(row);
+        let factor = inverse_rms(x, self.norm.eps);
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(&self.norm.weight.factors) {
+            *out = x * factor * weight;
+        }
     }
 }
 
-/// `residual += norm(x)`.
-#[inline(always)]
-pub(crate) fn add_rms_norm(x: &[f32], norm: &Norm, eps: f32, residual: &mut [f32]) {
-    let factor = inverse_rms(x, eps);
-    for ((residual, x), weight) in residual.iter_mut().zip(x).zip(&norm.factors) {
-        *residual += x * factor * weight;
+/// `+ norm(x)`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PlusNormed<'a>(pub(crate) Normed<'a>);
+
+impl RowOp for PlusNormed<'_> {
+    #[inline(always)]
+    fn apply(self, row: usize, residual: &mut [f32]) {
+        let Normed { x, norm } = self.0;
+        let x = x.row(row);
+        let factor = inverse_rms(x, norm.eps);
+        for ((residual, x), weight) in residual.iter_mut().zip(x).zip(&norm.weight.factors) {
+            *residual += x * factor * weight;
+        }
     }
 }
 
-/// `out = gelu_tanh(gate) * up` of a row that holds gate, then up.
-#[inline(always)]
-pub(crate) fn geglu(gate_up: &[f32], out: &mut [f32]) {
-    let (gate, up) = gate_up.split_at(out.len());
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = math::gelu_tanh(*gate) * up;
+/// `norm(residual + norm_post(x))` of some rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LastNormed<'a> {
+    pub(crate) rows: &'a [u32],
+    pub(crate) residual: &'a Tensor,
+    pub(crate) plus: PlusNormed<'a>,
+    pub(crate) norm: RmsNorm<'a>,
+}
+
+impl RowOp for LastNormed<'_> {
+    #[inline(always)]
+    fn apply(self, index: usize, out: &mut [f32]) {
+        let row = self.rows[index] as usize;
+        out.copy_from_slice(self.residual.row(row));
+        self.plus.apply(row, out);
+        let factor = inverse_rms(out, self.norm.eps);
+        for (out, weight) in out.iter_mut().zip(&self.norm.weight.factors) {
+            *out = *out * factor * weight;
+        }
     }
 }
 
-/// `out = norm(residual + norm_post(x))`.
-#[inline(always)]
-pub(crate) fn last_norms(x: &[f32], post: &Norm, residual: &[f32], norm: &Norm, eps: f32, out: &mut [f32]) {
-    out.copy_from_slice(residual);
-    add_rms_norm(x, post, eps, out);
-    let factor = inverse_rms(out, eps);
-    for (out, weight) in out.iter_mut().zip(&norm.factors) {
-        *out = *out * factor * weight;
+/// `gelu_tanh(gate) * up` of rows that hold gate, then up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geglu<'a> {
+    pub(crate) gate_up: &'a Tensor,
+}
+
+impl RowOp for Geglu<'_> {
+    #[inline(always)]
+    fn apply(self, row: usize, out: &mut [f32]) {
+        let (gate, up) = self.gate_up.row(row).split_at(out.len());
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            *out = math::gelu_tanh(*gate) * up;
+        }
     }
 }

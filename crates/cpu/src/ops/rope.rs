@@ -3,7 +3,7 @@
 use lapidary_model::AttentionConfig;
 
 use super::attention::Geometry;
-use super::elementwise::On;
+use super::elementwise::{On, RowOp};
 use crate::plan::Plan;
 use crate::tensor::{KvLayer, Tensor};
 
@@ -53,6 +53,21 @@ impl RopeTable {
     }
 }
 
+/// Rotates the heads in the first `len` elements of a row.
+#[derive(Debug, Clone, Copy)]
+struct Rotate<'a> {
+    table: &'a RopeTable,
+    positions: &'a [u32],
+    len: usize,
+}
+
+impl RowOp for Rotate<'_> {
+    #[inline(always)]
+    fn apply(self, row: usize, heads: &mut [f32]) {
+        self.table.rotate(self.positions[row] as usize, &mut heads[..self.len]);
+    }
+}
+
 /// Rotates queries and keys of `qkv` in place, and copies keys and values to their slots.
 pub(crate) fn rope_append(
     on: On<'_>,
@@ -70,9 +85,16 @@ pub(crate) fn rope_append(
     } = geometry.config;
     let first_key = num_heads * head_dim;
     let first_value = first_key + num_kv_heads * head_dim;
-    on.update_rows(qkv, plan.num_tokens(), |row, heads| {
-        table.rotate(plan.positions[row] as usize, &mut heads[..first_value]);
-    });
+    let positions = &plan.positions;
+    on.update_rows(
+        qkv,
+        plan.num_tokens(),
+        Rotate {
+            table,
+            positions,
+            len: first_value,
+        },
+    );
     let block_size = kv.block_size;
     let mut copies = [(first_key, &mut *kv.keys), (first_value, &mut *kv.values)];
     let per_task = if plan.num_tokens() < MIN_PARALLEL_TOKENS { 2 } else { 1 };
