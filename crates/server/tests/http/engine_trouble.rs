@@ -104,10 +104,10 @@ async fn a_deadline_ends_the_request_with_408() {
         let router = server.router.clone();
         async move { router.oneshot(request).await.unwrap() }
     });
-    while server.engine.stats().num_running + server.engine.stats().num_waiting == 0 {
+    while server.metric("vllm:request_params_n_count", "").await == 0.0 {
         tokio::task::yield_now().await;
     }
-    // The deadline passes while the first step waits at the gate.
+    // Now it is submitted; the deadline passes while its first step waits at the gate, or before that.
     let deadline = std::time::Instant::now() + std::time::Duration::from_millis(5);
     while std::time::Instant::now() < deadline {
         tokio::task::yield_now().await;
