@@ -33,13 +33,13 @@ async fn main() -> io::Result<()> {
     let started = Instant::now();
 
     let warm_up = WARM_UP.min(requests / PARTS);
-    churn(server.address, 0..warm_up).await?;
+    let mut answered = churn(server.address, 0..warm_up).await?;
     settled(&server).await?;
     let rss_warm = server.resident_bytes()?;
     println!("after {warm_up:6} requests: {:.1} MiB resident", mib(rss_warm));
     let end_of = |part: usize| warm_up + (requests - warm_up) * part / PARTS;
     for part in 1..=PARTS {
-        churn(server.address, end_of(part - 1)..end_of(part)).await?;
+        answered += churn(server.address, end_of(part - 1)..end_of(part)).await?;
         settled(&server).await?;
         println!(
             "after {:6} requests: {:.1} MiB resident",
@@ -52,7 +52,7 @@ async fn main() -> io::Result<()> {
     let seconds = started.elapsed().as_secs_f64();
     println!(
         "{}; memory x{growth:.3}; {seconds:.1} s",
-        check_accounts(&before, &settled(&server).await?, requests)?
+        check_accounts(&before, &settled(&server).await?, requests, answered)?
     );
     assert!(
         growth <= MAX_RSS_GROWTH,

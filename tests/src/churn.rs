@@ -15,6 +15,10 @@ use crate::process::ServerProcess;
 
 /// Requests under way at once.
 const CONCURRENCY: usize = 48;
+const RECEIVED: &str = "lapidary_requests_received_total";
+const FINISHED: &str = "lapidary_requests_finished_total";
+/// A third leave early, but some when their answer is complete already.
+const MIN_ABORTS_ONE_IN: f64 = 12.0;
 const SETTLE_WITHIN: Duration = Duration::from_secs(30);
 
 /// A repeatable random number for request `index` (SplitMix64).
@@ -27,8 +31,16 @@ fn random(index: usize, purpose: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Whether a client saw anything of its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Answer,
+    /// It left before: perhaps so early that its request was never read.
+    Nothing,
+}
+
 /// One request. A third leave early: before the answer's head, or after a random number of events.
-async fn client(address: SocketAddr, index: usize) -> io::Result<()> {
+async fn client(address: SocketAddr, index: usize) -> io::Result<Seen> {
     let streams = random(index, 1).is_multiple_of(2);
     let cut = random(index, 2).is_multiple_of(3);
     let max_tokens = 4 + random(index, 3) % 28;
@@ -42,8 +54,8 @@ async fn client(address: SocketAddr, index: usize) -> io::Result<()> {
         // Gone while queued, in prefill or while decoding: wherever the request is when the timer ends.
         let patience = Duration::from_micros(random(index, 7) % 40_000);
         return match tokio::time::timeout(patience, connection.send("POST", "/v1/chat/completions", &body)).await {
-            Ok(head) => head.map(drop),
-            Err(_) => Ok(()),
+            Ok(head) => head.map(|_| Seen::Answer),
+            Err(_) => Ok(Seen::Nothing),
         };
     }
     let head = connection.send("POST", "/v1/chat/completions", &body).await?;
@@ -51,7 +63,7 @@ async fn client(address: SocketAddr, index: usize) -> io::Result<()> {
         return Err(io::Error::other(format!("status {}", head.status)));
     }
     if !streams {
-        return connection.read_body(&head).await.map(drop);
+        return connection.read_body(&head).await.map(|_| Seen::Answer);
     }
     let mut events = connection.events(&head)?;
     let leave_after = if cut { random(index, 8) % max_tokens } else { u64::MAX };
@@ -59,14 +71,14 @@ async fn client(address: SocketAddr, index: usize) -> io::Result<()> {
     while seen < leave_after && events.next().await?.is_some() {
         seen += 1;
     }
-    Ok(())
+    Ok(Seen::Answer)
 }
 
-/// Sends requests `requests`; their shapes depend on the index alone.
+/// Sends requests `requests`; their shapes depend on the index alone. Returns how many clients saw an answer begin.
 ///
 /// # Errors
 /// A client that stayed did not get its answer.
-pub async fn churn(address: SocketAddr, requests: Range<usize>) -> io::Result<()> {
+pub async fn churn(address: SocketAddr, requests: Range<usize>) -> io::Result<usize> {
     let permits = Arc::new(Semaphore::new(CONCURRENCY));
     let mut clients = JoinSet::new();
     for index in requests {
@@ -76,17 +88,15 @@ pub async fn churn(address: SocketAddr, requests: Range<usize>) -> io::Result<()
             drop(permit);
             result
         });
-        while let Some(done) = clients.try_join_next() {
-            done.map_err(io::Error::other)??;
-        }
     }
+    let mut answered = 0;
     while let Some(done) = clients.join_next().await {
-        done.map_err(io::Error::other)??;
+        answered += usize::from(done.map_err(io::Error::other)?? == Seen::Answer);
     }
-    Ok(())
+    Ok(answered)
 }
 
-/// Waits until nothing runs or waits, then returns the metrics.
+/// Waits until nothing runs or waits and every request received has its outcome, then returns the metrics.
 ///
 /// # Errors
 /// Requests that never end.
@@ -94,7 +104,9 @@ pub async fn settled(server: &ServerProcess) -> io::Result<String> {
     let deadline = Instant::now() + SETTLE_WITHIN;
     loop {
         let text = server.metrics().await?;
-        let busy = sum(&text, "vllm:num_requests_running", &[]) + sum(&text, "vllm:num_requests_waiting", &[]);
+        let busy = sum(&text, "vllm:num_requests_running", &[])
+            + sum(&text, "vllm:num_requests_waiting", &[])
+            + (sum(&text, RECEIVED, &[]) - sum(&text, FINISHED, &[])).abs();
         if busy == 0.0 {
             return Ok(text);
         }
@@ -105,20 +117,24 @@ pub async fn settled(server: &ServerProcess) -> io::Result<String> {
     }
 }
 
-/// Fails unless exactly `requests` outcomes were counted since `before`, clients that left were seen to leave, and no KV
+/// Fails unless every request received since `before` has exactly one outcome, all requests that saw an answer begin were
+/// received (one whose client left at once may never have been read), clients that left were seen to leave, and no KV
 /// block is in use.
 ///
 /// # Errors
 /// Says which of these does not hold.
-pub fn check_accounts(before: &str, after: &str, requests: usize) -> io::Result<String> {
-    let outcomes = |text: &str| sum(text, "lapidary_requests_finished_total", &[]);
-    let aborts = |text: &str| sum(text, "lapidary_requests_finished_total", &[("outcome", "client_abort")]);
-    let counted = outcomes(after) - outcomes(before);
-    let aborted = aborts(after) - aborts(before);
+pub fn check_accounts(before: &str, after: &str, requests: usize, answered: usize) -> io::Result<String> {
+    let grown = |name: &str, labels: &[(&str, &str)]| sum(after, name, labels) - sum(before, name, labels);
+    let received = grown(RECEIVED, &[]);
+    let finished = grown(FINISHED, &[]);
+    let aborted = grown(FINISHED, &[("outcome", "client_abort")]);
     let in_use = sum(after, "vllm:kv_cache_usage_perc", &[]);
-    let report = format!("{requests} requests: {counted} outcomes, {aborted} of them client_abort; KV in use {in_use}");
-    let right = counted == requests as f64 && aborted > requests as f64 / 6.0 && in_use == 0.0;
-    if right {
+    let report = format!(
+        "{requests} requests: {answered} saw an answer begin, {received} received, {finished} outcomes, {aborted} of them \
+         client_abort; KV in use {in_use}"
+    );
+    let is_complete = received == finished && (answered as f64..=requests as f64).contains(&received);
+    if is_complete && aborted > requests as f64 / MIN_ABORTS_ONE_IN && in_use == 0.0 {
         Ok(report)
     } else {
         Err(io::Error::other(report))
