@@ -113,7 +113,7 @@ pub(crate) enum Finish {
 }
 
 impl Generation {
-    /// Submits everything to the engine. Nothing runs if any of it is refused.
+    /// Submits everything to the engine. If one sequence is refused, those before it are aborted with it.
     pub(crate) fn submit(
         state: &AppState,
         model: &ServedModel,
@@ -122,6 +122,7 @@ impl Generation {
         deadline: Option<Instant>,
         arrival: Instant,
     ) -> Result<Self, ApiError> {
+        check_fits_queue(model, &prompts, params.n)?;
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         let mut usages = Vec::with_capacity(prompts.len());
         for (prompt_index, prompt) in prompts.into_iter().enumerate() {
@@ -418,4 +419,22 @@ impl Choice {
             self.delta.logprobs.push(entry);
         }
     }
+}
+
+/// Refuses for good what could never wait in the queue all at once: a 429 would be retried forever.
+fn check_fits_queue(model: &ServedModel, prompts: &[Arc<[TokenId]>], n: u32) -> Result<(), ApiError> {
+    let config = model.engine.config();
+    let num_sequences = prompts.len() as u64 * u64::from(n);
+    let num_tokens = prompts.iter().map(|prompt| prompt.len() as u64).sum::<u64>() * u64::from(n);
+    if num_sequences <= 1
+        || (num_sequences <= u64::from(config.max_queued_requests) && num_tokens <= config.max_queued_tokens)
+    {
+        return Ok(());
+    }
+    let message = format!(
+        "{num_sequences} answers to {num_tokens} prompt tokens in all can never be queued at once: this server queues at \
+         most {} requests and {} prompt tokens. Please send fewer in a request.",
+        config.max_queued_requests, config.max_queued_tokens
+    );
+    Err(ApiError::invalid("n", message))
 }

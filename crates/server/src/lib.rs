@@ -12,9 +12,6 @@
 //! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
-//! | [`cli`], [`config`], [`units`] | what was typed, and what it means |
-//! | [`load`], `hub`, `demo`, `fingerprint`, `progress` | where a model comes from and how it becomes one that is served |
-//! | [`serve`], [`logging`] | the process: listener, signals, drain; log lines |
 
 pub mod cli;
 pub mod config;
@@ -83,7 +80,7 @@ pub fn router(state: AppState) -> Router {
         .layer(middleware::from_fn(request_id::assign))
 }
 
-/// Any page may call: keys, not origins, protect a server. Headers are mirrored since `*` would not cover
+/// Any page may call. There are no keys yet: beyond loopback a proxy has to decide who may. Headers are mirrored since `*` would not cover
 /// `Authorization`.
 fn cors() -> CorsLayer {
     CorsLayer::new()

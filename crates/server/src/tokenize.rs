@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::error::ApiError;
 use crate::extract::read_json;
 use crate::lenient::{Flag, Int};
-use crate::openai::prompt::{Source, encode, prompt_end, render};
+use crate::openai::prompt::{Source, check_num_tokens, encode, prompt_end, render};
 use crate::openai::types::{DetokenizeBody, TokenizeBody};
 use crate::state::AppState;
 
@@ -78,6 +78,7 @@ pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) 
     let body: DetokenizeBody = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::missing("tokens"))?;
+    check_num_tokens(model, tokens.len(), "tokens")?;
     let ids = tokens.iter().enumerate().map(|(index, &Int(id))| {
         TokenId::try_from(id)
             .ok()

@@ -533,3 +533,38 @@ async fn headers_that_make_no_sense() {
     }
     assert_healthy(&server, 6).await;
 }
+
+#[tokio::test]
+async fn lists_that_no_context_holds_are_refused_unread() {
+    let server = Setup::default().start();
+    let ids = vec![5; 500_000];
+    let turns: Vec<Value> = (0..100_000)
+        .map(|turn| json!({ "role": if turn % 2 == 0 { "user" } else { "assistant" }, "content": "" }))
+        .collect();
+    let faults = [
+        (COMPLETIONS, json!({ "prompt": ids, "echo": true }), "prompt"),
+        (CHAT, json!({ "messages": turns }), "messages"),
+        ("/detokenize", json!({ "tokens": ids }), "tokens"),
+        ("/tokenize", json!({ "messages": turns }), "messages"),
+    ];
+    for (path, body, param) in faults {
+        let answer = server.post(path, body).await;
+        assert_eq!(answer.status, 400, "{path}");
+        let error = answer.json()["error"].clone();
+        assert_eq!(
+            (error["code"].as_str(), error["param"].as_str()),
+            (Some("context_length_exceeded"), Some(param)),
+            "{path}"
+        );
+    }
+    assert_healthy(&server, 2).await;
+}
+
+#[tokio::test]
+async fn answers_that_can_never_be_queued_together_are_refused_for_good() {
+    let mut setup = Setup::default();
+    setup.engine.max_queued_requests = 4;
+    let server = setup.start();
+    check(&server, CHAT, vec![fault(&chat("n", json!(8)), "n", "invalid_value")]).await;
+    assert_healthy(&server, 1).await;
+}

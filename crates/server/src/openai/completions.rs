@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lapidary_engine::TokenId;
 
-use super::prompt::{Source, encode};
+use super::prompt::{Source, check_num_tokens, encode};
 use super::types::{GenerationBody, Prompt};
 use super::{Params, Prompts};
 use crate::error::ApiError;
@@ -39,6 +39,7 @@ pub(super) async fn prompts(
         }
         Prompt::Tokens(lists) => {
             for (index, ids) in lists.iter().enumerate() {
+                check_num_tokens(model, ids.len(), "prompt")?;
                 let tokens = token_ids(index, ids, model.vocab_size)?;
                 if params.echo {
                     prompts

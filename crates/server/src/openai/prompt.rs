@@ -91,6 +91,11 @@ pub(crate) fn render(
         }
     })?;
     let messages = messages.ok_or_else(|| ApiError::missing("messages"))?;
+    // A turn takes tokens of its own: rendering a million empty ones must not cost what their refusal does not.
+    if messages.len() > model.max_model_len as usize {
+        let detail = format!("However, you sent {} messages.", messages.len());
+        return Err(ApiError::context_length("messages", model.max_model_len, &detail));
+    }
     let messages = messages
         .into_iter()
         .enumerate()
@@ -100,6 +105,15 @@ pub(crate) fn render(
     let num_bytes = messages.iter().map(|message| message.content.trim().len()).sum();
     check_bytes(model, num_bytes, "messages")?;
     template.render(&messages, end).map_err(|error| template_error(&error))
+}
+
+/// Refuses a list of token ids longer than the context before any of it is looked at.
+pub(crate) fn check_num_tokens(model: &ServedModel, num_tokens: usize, param: &'static str) -> Result<(), ApiError> {
+    if num_tokens <= model.max_model_len as usize {
+        return Ok(());
+    }
+    let num_tokens = u32::try_from(num_tokens).unwrap_or(u32::MAX);
+    Err(ApiError::too_long(param, model.max_model_len, num_tokens, None))
 }
 
 /// How a prompt ends, from the two flags that say so.
