@@ -1,6 +1,6 @@
 //! Named tensors in safetensors files: mapped, checked against the file's size, never copied.
 //!
-//! Headers are parsed here rather than by the `safetensors` crate so that every fault names its file and tensor.
+//! The `safetensors` crate reads and validates the headers; `header` adds to its refusals the file and the tensor.
 
 mod header;
 
@@ -314,25 +314,24 @@ impl Weights {
 
     fn add_shard(&mut self, file: String, bytes: ShardBytes) -> Result<(), WeightsError> {
         let shard = self.shards.len();
-        for tensor in header::parse(&file, bytes.as_slice())? {
-            if let Some(other) = self.tensors.get(&tensor.name) {
-                let first = self
-                    .shards
-                    .get(other.shard)
-                    .map_or_else(|| file.clone(), |shard| shard.file.clone());
+        let (data_start, metadata) = header::parse(&file, bytes.as_slice())?;
+        // By name, so that it is always the same tensor that is reported.
+        for (tensor, info) in BTreeMap::from_iter(metadata.tensors()) {
+            if let Some(other) = self.tensors.get(&tensor) {
                 return Err(WeightsError::Duplicate {
-                    tensor: tensor.name,
-                    first,
+                    tensor,
+                    first: self.shards[other.shard].file.clone(),
                     second: file,
                 });
             }
+            let (begin, end) = info.data_offsets;
             let entry = TensorEntry {
                 shard,
-                dtype: tensor.dtype,
-                shape: tensor.shape,
-                range: tensor.range,
+                dtype: info.dtype.to_string(),
+                shape: info.shape.clone(),
+                range: data_start + begin..data_start + end,
             };
-            self.tensors.insert(tensor.name, entry);
+            self.tensors.insert(tensor, entry);
         }
         self.shards.push(Shard { file, bytes });
         Ok(())

@@ -141,6 +141,38 @@ fn one_name_for_two_tensors_is_refused() {
 }
 
 #[test]
+fn a_doubled_name_is_refused_where_the_second_tensor_alone_is_a_whole_file() {
+    let entry = tensor("U8", &[4], [0, 4]);
+    let header = format!("{{\"a\": {entry}, \"a\": {entry}}}");
+    assert!(refusal(file(&header, &[0; 4])).contains("a is both in"));
+}
+
+#[test]
+fn sizes_that_overflow_only_together_are_refused() {
+    let bytes = (1_u64 << 61) - 1;
+    let entries = (0..8).map(|at| (format!("t{at}"), tensor("U8", &[bytes], [at * bytes, (at + 1) * bytes])));
+    let header = Value::Object(entries.collect()).to_string();
+    assert!(refusal(file(&header, &[0; 4])).contains("incomplete download?"));
+}
+
+#[test]
+fn entries_that_cannot_be_read_are_refused_by_tensor() {
+    let cases = [
+        (json!({"a.b": tensor("Q4", &[4], [0, 4])}), "a.b: unknown variant `Q4`"),
+        (json!({"a.b": {"dtype": "U8", "shape": [4]}}), "a.b: missing field"),
+        (json!({"a.b": tensor("F4", &[7], [0, 4])}), "a.b: bytes 0..4"),
+        (
+            json!({"a": tensor("U8", &[4], [0, 4]), "__metadata__": {"format": 1}}),
+            "expected a string",
+        ),
+    ];
+    for (header, named) in cases {
+        let error = refusal(file(&header.to_string(), &[0; 4]));
+        assert!(error.contains(named), "{header}: {error}");
+    }
+}
+
+#[test]
 fn a_header_longer_than_the_format_allows_is_refused_unread() {
     let mut bytes = u64::MAX.to_le_bytes().to_vec();
     bytes.extend([0; 64]);
