@@ -1,8 +1,11 @@
 //! Histograms that cost an observation two relaxed additions.
 
-use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
+
+use prometheus::proto::Histogram;
+
+use super::exposition::{histogram, number};
 
 /// Nanoseconds in a second.
 const NANOS: f64 = 1e9;
@@ -45,11 +48,10 @@ impl DurationHistogram {
             .fetch_add(u64::try_from(value.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    #[expect(clippy::cast_precision_loss, reason = "Prometheus values are f64")]
-    pub(crate) fn write(&self, out: &mut String, name: &str, labels: &str) {
+    pub(crate) fn snapshot(&self) -> Histogram {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
-        let sum = self.sum_nanos.load(Relaxed) as f64 / NANOS;
-        write_histogram(out, name, labels, self.bounds, &counts, sum);
+        let sum = number(self.sum_nanos.load(Relaxed)) / NANOS;
+        histogram(self.bounds.iter().copied(), &counts, sum)
     }
 }
 
@@ -68,35 +70,17 @@ impl CountHistogram {
         self.sum.fetch_add(value, Relaxed);
     }
 
-    pub(crate) fn write(&self, out: &mut String, name: &str, labels: &str) {
+    pub(crate) fn snapshot(&self) -> Histogram {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
-        write_histogram(out, name, labels, self.bounds, &counts, self.sum.load(Relaxed));
+        let bounds = self.bounds.iter().copied().map(number);
+        histogram(bounds, &counts, number(self.sum.load(Relaxed)))
     }
-}
-
-/// Writes a histogram's samples. `counts` are not cumulative and one more than `bounds`; `labels` come without braces.
-pub(crate) fn write_histogram<B: std::fmt::Display, S: std::fmt::Display>(
-    out: &mut String,
-    name: &str,
-    labels: &str,
-    bounds: &[B],
-    counts: &[u64],
-    sum: S,
-) {
-    let mut total = 0;
-    for (bound, count) in bounds.iter().zip(counts) {
-        total += count;
-        let _infallible = writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {total}");
-    }
-    total += counts.last().copied().unwrap_or(0);
-    let _infallible = writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {total}");
-    let _infallible = writeln!(out, "{name}_sum{{{labels}}} {sum}");
-    let _infallible = writeln!(out, "{name}_count{{{labels}}} {total}");
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::exposition::{Exposition, Labels};
 
     #[test]
     fn buckets_are_cumulative_and_include_their_bound() {
@@ -104,10 +88,11 @@ mod tests {
         for millis in [1, 2, 10, 11] {
             histogram.observe(Duration::from_millis(millis));
         }
-        let mut out = String::new();
-        histogram.write(&mut out, "x", "a=\"b\"");
-        let expected = "x_bucket{a=\"b\",le=\"0.001\"} 1\nx_bucket{a=\"b\",le=\"0.01\"} 3\n\
+        let mut out = Exposition::default();
+        out.histogram("x", "Help.", &Labels::default().with("a", "b"), histogram.snapshot());
+        let expected = "# HELP x Help.\n# TYPE x histogram\n\
+                        x_bucket{a=\"b\",le=\"0.001\"} 1\nx_bucket{a=\"b\",le=\"0.01\"} 3\n\
                         x_bucket{a=\"b\",le=\"+Inf\"} 4\nx_sum{a=\"b\"} 0.024\nx_count{a=\"b\"} 4\n";
-        assert_eq!(out, expected);
+        assert_eq!(out.into_text(0).unwrap(), expected);
     }
 }

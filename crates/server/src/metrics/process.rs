@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::exposition::Exposition;
+use super::exposition::{Exposition, Labels};
 
 /// `USER_HZ`: the kernel's unit for times in `/proc`, 100 on every architecture Linux serves this on.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -18,23 +18,24 @@ pub(crate) fn now_seconds() -> f64 {
 
 /// Writes all there is.
 pub(crate) fn write(out: &mut Exposition, started_seconds: f64) {
+    let none = &Labels::default();
     out.gauge(
         "process_start_time_seconds",
         "Start time of the process since unix epoch in seconds.",
-        "",
+        none,
         started_seconds,
     );
     if let Some([resident, virtual_size]) = memory_bytes() {
         out.gauge(
             "process_resident_memory_bytes",
             "Resident memory size in bytes.",
-            "",
+            none,
             resident,
         );
         out.gauge(
             "process_virtual_memory_bytes",
             "Virtual memory size in bytes.",
-            "",
+            none,
             virtual_size,
         );
     }
@@ -42,16 +43,16 @@ pub(crate) fn write(out: &mut Exposition, started_seconds: f64) {
         out.counter(
             "process_cpu_seconds_total",
             "Total user and system CPU time spent in seconds.",
-            "",
+            none,
             cpu_seconds,
         );
-        out.gauge("process_threads", "Number of OS threads in the process.", "", threads);
+        out.gauge("process_threads", "Number of OS threads in the process.", none, threads);
     }
     if let Some(open) = open_files() {
-        out.gauge("process_open_fds", "Number of open file descriptors.", "", open);
+        out.gauge("process_open_fds", "Number of open file descriptors.", none, open);
     }
     if let Some(max) = max_files() {
-        out.gauge("process_max_fds", "Maximum number of open file descriptors.", "", max);
+        out.gauge("process_max_fds", "Maximum number of open file descriptors.", none, max);
     }
 }
 

@@ -1,28 +1,29 @@
 //! The families of `/metrics`, in the order they appear.
 
-use std::fmt::Write;
 use std::sync::atomic::Ordering::Relaxed;
 
 use lapidary_engine::{EngineHandle, ITERATION_TOKENS_BUCKETS, StatsSnapshot};
 
-use super::exposition::{Exposition, quoted, sample};
-use super::histogram::{DurationHistogram, write_histogram};
+use super::exposition::{Exposition, Labels, histogram, number};
+use super::histogram::DurationHistogram;
 use super::{Metrics, Outcome, SequenceEnd, process};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::openai::Endpoint;
 use crate::state::ServedModel;
 
 /// vLLM numbers the engines of a process; there is one here.
-const ENGINE_LABEL: &str = "engine=\"0\"";
+const ENGINE: &str = "0";
 
 /// About the size of a scrape.
 const CAPACITY: usize = 48 << 10;
 
 impl Metrics {
     /// One scrape.
-    pub(crate) fn render(&self, lifecycle: &Lifecycle, model: Option<&ServedModel>) -> String {
-        let mut out = Exposition::with_capacity(CAPACITY);
-        let labels = format!("model_name={},{ENGINE_LABEL}", quoted(&self.model_name));
+    pub(crate) fn render(&self, lifecycle: &Lifecycle, model: Option<&ServedModel>) -> prometheus::Result<String> {
+        let mut out = Exposition::default();
+        let labels = Labels::default()
+            .with("model_name", &*self.model_name)
+            .with("engine", ENGINE);
         if let Some(model) = model {
             write_engine(&mut out, &labels, &model.engine);
         }
@@ -31,10 +32,10 @@ impl Metrics {
         self.write_requests(&mut out, &labels);
         write_server(&mut out, lifecycle);
         process::write(&mut out, self.started_seconds);
-        out.into_text()
+        out.into_text(CAPACITY)
     }
 
-    fn write_tokens(&self, out: &mut Exposition, labels: &str) {
+    fn write_tokens(&self, out: &mut Exposition, labels: &Labels) {
         let counters = [
             (
                 "vllm:prompt_tokens_total",
@@ -53,7 +54,7 @@ impl Metrics {
             ),
         ];
         for (name, help, counter) in counters {
-            out.counter(name, help, labels, counter.load(Relaxed));
+            out.counter(name, help, labels, number(counter.load(Relaxed)));
         }
         let histograms = [
             (
@@ -78,11 +79,11 @@ impl Metrics {
             ),
         ];
         for (name, help, histogram) in histograms {
-            histogram.write(out.family(name, "histogram", help), name, labels);
+            out.histogram(name, help, labels, histogram.snapshot());
         }
     }
 
-    fn write_latencies(&self, out: &mut Exposition, labels: &str) {
+    fn write_latencies(&self, out: &mut Exposition, labels: &Labels) {
         let histograms: [(&str, &str, &DurationHistogram); 12] = [
             (
                 "vllm:time_to_first_token_seconds",
@@ -146,45 +147,46 @@ impl Metrics {
             ),
         ];
         for (name, help, histogram) in histograms {
-            histogram.write(out.family(name, "histogram", help), name, labels);
+            out.histogram(name, help, labels, histogram.snapshot());
         }
     }
 
-    fn write_requests(&self, out: &mut Exposition, labels: &str) {
-        let name = "vllm:request_success_total";
-        let text = out.family(name, "counter", "Answers by how they ended.");
-        for end in SequenceEnd::ALL {
-            let labels = format!("{labels},finished_reason=\"{}\"", end.as_str());
-            sample(text, name, &labels, self.sequences[end as usize].load(Relaxed));
-        }
-        let endpoints = [Endpoint::Chat, Endpoint::Completions];
-        let name = "lapidary_requests_received_total";
-        let text = out.family(
-            name,
-            "counter",
-            "Requests on a generation endpoint, refused ones included.",
+    fn write_requests(&self, out: &mut Exposition, labels: &Labels) {
+        out.counters(
+            "vllm:request_success_total",
+            "Answers by how they ended.",
+            SequenceEnd::ALL.map(|end| {
+                let count = self.sequences[end as usize].load(Relaxed);
+                (labels.with("finished_reason", end.as_str()), number(count))
+            }),
         );
-        for endpoint in endpoints {
-            let labels = format!("endpoint=\"{}\"", endpoint.as_str());
-            sample(text, name, &labels, self.received[endpoint as usize].load(Relaxed));
-        }
-        let name = "lapidary_requests_finished_total";
-        let text = out.family(name, "counter", "Requests by how they ended: each exactly once.");
-        for endpoint in endpoints {
-            for outcome in Outcome::ALL {
-                let labels = format!("endpoint=\"{}\",outcome=\"{}\"", endpoint.as_str(), outcome.as_str());
-                sample(
-                    text,
-                    name,
-                    &labels,
-                    self.outcomes[endpoint as usize][outcome as usize].load(Relaxed),
-                );
-            }
-        }
+        let endpoints = [Endpoint::Chat, Endpoint::Completions];
+        let endpoint_labels = |endpoint: Endpoint| Labels::default().with("endpoint", endpoint.as_str());
+        out.counters(
+            "lapidary_requests_received_total",
+            "Requests on a generation endpoint, refused ones included.",
+            endpoints.map(|endpoint| {
+                let count = self.received[endpoint as usize].load(Relaxed);
+                (endpoint_labels(endpoint), number(count))
+            }),
+        );
+        out.counters(
+            "lapidary_requests_finished_total",
+            "Requests by how they ended: each exactly once.",
+            endpoints.into_iter().flat_map(|endpoint| {
+                Outcome::ALL.map(|outcome| {
+                    let count = self.outcomes[endpoint as usize][outcome as usize].load(Relaxed);
+                    (
+                        endpoint_labels(endpoint).with("outcome", outcome.as_str()),
+                        number(count),
+                    )
+                })
+            }),
+        );
     }
 }
 
-fn write_engine(out: &mut Exposition, labels: &str, engine: &EngineHandle) {
+fn write_engine(out: &mut Exposition, labels: &Labels, engine: &EngineHandle) {
     let stats = engine.stats();
     write_engine_gauges(out, labels, &stats);
     write_cache_config(out, engine);
@@ -200,7 +202,7 @@ fn write_engine(out: &mut Exposition, labels: &str, engine: &EngineHandle) {
     out.gauge("lapidary_engine_stalled_seconds", help, labels, stalled_seconds);
 }
 
-fn write_engine_gauges(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {
+fn write_engine_gauges(out: &mut Exposition, labels: &Labels, stats: &StatsSnapshot) {
     let gauges = [
         (
             "vllm:num_requests_running",
@@ -234,7 +236,7 @@ fn write_engine_gauges(out: &mut Exposition, labels: &str, stats: &StatsSnapshot
         ),
     ];
     for (name, help, value) in gauges {
-        out.gauge(name, help, labels, value);
+        out.gauge(name, help, labels, number(value));
     }
     let usage = stats.kv_cache_usage();
     out.gauge(
@@ -251,7 +253,7 @@ fn write_engine_gauges(out: &mut Exposition, labels: &str, stats: &StatsSnapshot
     );
 }
 
-fn write_engine_counters(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {
+fn write_engine_counters(out: &mut Exposition, labels: &Labels, stats: &StatsSnapshot) {
     let counters = [
         (
             "vllm:num_preemptions_total",
@@ -291,43 +293,42 @@ fn write_engine_counters(out: &mut Exposition, labels: &str, stats: &StatsSnapsh
         ),
     ];
     for (name, help, value) in counters {
-        out.counter(name, help, labels, value);
+        out.counter(name, help, labels, number(value));
     }
 }
 
-fn write_iterations(out: &mut Exposition, labels: &str, stats: &StatsSnapshot) {
+fn write_iterations(out: &mut Exposition, labels: &Labels, stats: &StatsSnapshot) {
     // vLLM's own name: a histogram with the suffix of a counter.
     let name = "vllm:iteration_tokens_total";
-    let text = out.family(name, "histogram", "Tokens of a step.");
-    write_histogram(
-        text,
-        name,
-        labels,
-        &ITERATION_TOKENS_BUCKETS,
+    let tokens = histogram(
+        ITERATION_TOKENS_BUCKETS.map(number),
         &stats.iteration_tokens,
-        stats.iteration_tokens_sum,
+        number(stats.iteration_tokens_sum),
     );
+    out.histogram(name, "Tokens of a step.", labels, tokens);
 }
 
 fn write_cache_config(out: &mut Exposition, engine: &EngineHandle) {
     let (kv_cache, config) = (engine.kv_cache_config(), engine.config());
-    let labels = format!(
-        "{ENGINE_LABEL},block_size=\"{}\",num_gpu_blocks=\"{}\",enable_prefix_caching=\"{}\"",
-        kv_cache.block_size,
-        kv_cache.num_blocks,
-        if config.enable_prefix_caching { "True" } else { "False" }
-    );
-    out.gauge("vllm:cache_config_info", "The KV cache, in labels.", &labels, 1);
+    let is_caching = if config.enable_prefix_caching { "True" } else { "False" };
+    let labels = Labels::default()
+        .with("engine", ENGINE)
+        .with("block_size", kv_cache.block_size.to_string())
+        .with("num_gpu_blocks", kv_cache.num_blocks.to_string())
+        .with("enable_prefix_caching", is_caching);
+    out.gauge("vllm:cache_config_info", "The KV cache, in labels.", &labels, 1.0);
 }
 
 fn write_server(out: &mut Exposition, lifecycle: &Lifecycle) {
-    let labels = format!("version=\"{}\"", env!("CARGO_PKG_VERSION"));
-    out.gauge("lapidary_build_info", "The build, in labels.", &labels, 1);
-    let is_ready = u8::from(lifecycle.phase() == Phase::Ready);
-    out.gauge("lapidary_ready", "Whether requests are served.", "", is_ready);
-    let text = out.family("lapidary_phase", "gauge", "1 for the phase the process is in.");
-    for phase in Phase::ALL {
-        let value = u8::from(phase == lifecycle.phase());
-        let _infallible = writeln!(text, "lapidary_phase{{phase=\"{}\"}} {value}", phase.as_str());
-    }
+    let none = Labels::default();
+    let version = none.with("version", env!("CARGO_PKG_VERSION"));
+    out.gauge("lapidary_build_info", "The build, in labels.", &version, 1.0);
+    let current = lifecycle.phase();
+    let is_ready = f64::from(current == Phase::Ready);
+    out.gauge("lapidary_ready", "Whether requests are served.", &none, is_ready);
+    out.gauges(
+        "lapidary_phase",
+        "1 for the phase the process is in.",
+        Phase::ALL.map(|phase| (none.with("phase", phase.as_str()), f64::from(phase == current))),
+    );
 }
