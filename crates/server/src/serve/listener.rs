@@ -4,17 +4,17 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -23,6 +23,11 @@ use crate::config::HttpConfig;
 
 /// Wait after an accept that failed for want of descriptors or memory: the next one would fail too.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+
+/// How long a new connection may be silent before a drain closes it. hyper closes a connection of which it has read
+/// nothing, even where a request waits in the system's buffer; and a client that has just connected is about to send.
+/// Far above a round trip within a data centre, far below what a drain may take.
+const FIRST_BYTE_GRACE: Duration = Duration::from_millis(500);
 
 /// Files, the listener, the runtime's own.
 const DESCRIPTORS_FOR_THE_REST: u64 = 64;
@@ -67,7 +72,7 @@ impl Listener {
             router,
             header_read_timeout: http.header_read_timeout,
             slots: Arc::new(Semaphore::new(http.max_connections as usize)),
-            graceful: GracefulShutdown::new(),
+            stopping: watch::Sender::new(()),
         };
         let accepting = tokio::spawn(acceptor.run(stopped));
         Connections { stop, accepting }
@@ -77,7 +82,7 @@ impl Listener {
 /// The open connections and the task that accepts more.
 pub(super) struct Connections {
     stop: oneshot::Sender<()>,
-    accepting: JoinHandle<GracefulShutdown>,
+    accepting: JoinHandle<watch::Sender<()>>,
 }
 
 impl Connections {
@@ -85,8 +90,10 @@ impl Connections {
     pub(super) async fn close(self) {
         // Where the task is gone already, nothing is accepted either.
         let _ = self.stop.send(());
-        if let Ok(graceful) = self.accepting.await {
-            graceful.shutdown().await;
+        if let Ok(stopping) = self.accepting.await {
+            // Fails where there is no connection to tell.
+            let _ = stopping.send(());
+            stopping.closed().await;
         }
     }
 }
@@ -96,12 +103,13 @@ struct Acceptor {
     router: Router,
     header_read_timeout: Duration,
     slots: Arc<Semaphore>,
-    graceful: GracefulShutdown,
+    /// Tells connections to end. Each holds a receiver until it has.
+    stopping: watch::Sender<()>,
 }
 
 impl Acceptor {
     /// Accepts until told to stop, then closes the socket and gives up the connections to whoever waits for their end.
-    async fn run(self, mut stopped: oneshot::Receiver<()>) -> GracefulShutdown {
+    async fn run(self, mut stopped: oneshot::Receiver<()>) -> watch::Sender<()> {
         loop {
             let (stream, slot) = tokio::select! {
                 biased;
@@ -114,7 +122,7 @@ impl Acceptor {
         while let Ok((stream, slot)) = timeout(Duration::ZERO, self.accept()).await {
             self.serve(stream, slot);
         }
-        self.graceful
+        self.stopping
     }
 
     /// A slot first: connections beyond the bound wait in the system's queue, where they cost us nothing.
@@ -143,13 +151,26 @@ impl Acceptor {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
-        let connection = http1::Builder::new()
+        let mut builder = http1::Builder::new();
+        builder
             .timer(TokioTimer::new())
-            .header_read_timeout(self.header_read_timeout)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router.clone()));
-        let connection = self.graceful.watch(connection);
+            .header_read_timeout(self.header_read_timeout);
+        let service = TowerToHyperService::new(self.router.clone());
+        let mut stopping = self.stopping.subscribe();
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            // Where this fails, so will hyper's first read.
+            let _ = timeout(FIRST_BYTE_GRACE, stream.readable()).await;
+            let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+            let ended = tokio::select! {
+                // What has come is read before the connection is told to end.
+                biased;
+                ended = &mut connection => ended,
+                _ = stopping.changed() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%error, "connection ended early");
             }
             drop(slot);
@@ -184,4 +205,43 @@ fn is_of_one_connection(error: &io::Error) -> bool {
         error.kind(),
         ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    /// On one thread: a connection's task does not run before the test waits for something.
+    #[tokio::test]
+    async fn a_request_that_was_not_read_when_the_drain_began_is_answered() {
+        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let acceptor = Acceptor {
+            socket,
+            router: Router::new().route("/", get(|| async { "answered" })),
+            header_read_timeout: DEADLINE,
+            slots: Arc::new(Semaphore::new(1)),
+            stopping: watch::Sender::new(()),
+        };
+        let (stream, slot) = acceptor.accept().await;
+        acceptor.serve(stream, slot);
+        assert_eq!(acceptor.slots.available_permits(), 0, "the connection is open");
+
+        let (stop, stopped) = oneshot::channel();
+        let accepting = tokio::spawn(acceptor.run(stopped));
+        let closed = timeout(DEADLINE, Connections { stop, accepting }.close()).await;
+        assert!(closed.is_ok(), "the drain waits for a connection that is over");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 200") && answer.ends_with("answered"),
+            "{answer:?}"
+        );
+    }
 }
