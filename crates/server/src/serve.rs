@@ -200,10 +200,7 @@ async fn drain(
     let mut closed = pin!(connections.close());
     if !impatient {
         tokio::select! {
-            () = &mut closed => {
-                tracing::info!("drained");
-                return Ok(());
-            }
+            () = &mut closed => return drained(state, model),
             () = sleep(grace.finish) => tracing::warn!("shutdown-timeout is over: ending requests in flight"),
             _ = signals.next() => impatient = true,
         }
@@ -216,6 +213,17 @@ async fn drain(
     let ending = tokio::task::spawn_blocking(move || engine.shutdown());
     let _ = timeout(LAST_WORDS_TIMEOUT, async { tokio::join!(ending, closed) }).await;
     Err(ServeError::CutShort)
+}
+
+/// All connections are closed. Where the engine died, that is because their requests failed.
+fn drained(state: &AppState, model: &ServedModel) -> Result<(), ServeError> {
+    if !model.engine.is_alive() {
+        state.lifecycle.enter(Phase::Failed);
+        tracing::error!("the engine died during the drain");
+        return Err(ServeError::EngineDied);
+    }
+    tracing::info!("drained");
+    Ok(())
 }
 
 /// SIGTERM from an orchestrator, SIGINT from a terminal.

@@ -10,12 +10,20 @@ use lapidary_engine::ScriptedConfig;
 use lapidary_server::config::HttpConfig;
 use lapidary_server::load::LoadError;
 use lapidary_server::serve::{Listener, ServeError, serve_on};
+use lapidary_server::{AppState, Phase};
+use rustix::process::{Signal, getpid, kill_process};
 use support::{Setup, served, tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+/// A streamed answer.
+const REQUEST: &str = r#"{"model":"tiny","prompt":"hello","stream":true,"ignore_eos":true,"max_tokens":100}"#;
+
+/// A signal reaches every server of the process: each test has the process to itself.
+static PROCESS: Mutex<()> = Mutex::const_new(());
 
 fn http() -> HttpConfig {
     HttpConfig {
@@ -29,6 +37,7 @@ fn http() -> HttpConfig {
 
 #[tokio::test]
 async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
+    let _alone = PROCESS.lock().await;
     let scripted = ScriptedConfig {
         device_lost_at: Some(3),
         ..Setup::default().scripted
@@ -46,14 +55,9 @@ async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
     let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
 
     let mut client = TcpStream::connect(address).await.unwrap();
-    let body = r#"{"model":"tiny","prompt":"hello","stream":true,"ignore_eos":true,"max_tokens":100}"#;
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
-        body.len()
-    );
     // Whoever comes before the model is loaded is told to come again.
     let answer = loop {
-        client.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+        send_request(&mut client).await;
         let answer = read_answer(&mut client).await;
         if !answer.starts_with("HTTP/1.1 503") {
             break answer;
@@ -66,7 +70,35 @@ async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
 }
 
 #[tokio::test]
+async fn an_engine_that_dies_during_a_drain_is_no_clean_end() {
+    let _alone = PROCESS.lock().await;
+    let (mut setup, gate) = Setup::default().gated();
+    setup.scripted.device_lost_at = Some(3);
+    setup.is_loaded = false;
+    let server = setup.start();
+    let listener = Listener::bind(&http()).await.unwrap();
+    let address = listener.local_address();
+    let model = served(tokenizer().into(), server.engine.clone());
+    let (state, http) = (server.state.clone(), http());
+    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    wait_for(&server.state, Phase::Ready).await;
+
+    let mut client = TcpStream::connect(address).await.unwrap();
+    send_request(&mut client).await;
+    gate.send(()).unwrap();
+    client.readable().await.unwrap();
+    kill_process(getpid(), Signal::TERM).unwrap();
+    wait_for(&server.state, Phase::Draining).await;
+    drop(gate);
+    let answer = read_answer(&mut client).await;
+    assert!(answer.contains("data: {\"error\":{"), "{answer}");
+    let ended = timeout(DEADLINE, serving).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(ServeError::EngineDied)), "{ended:?}");
+}
+
+#[tokio::test]
 async fn a_model_that_cannot_be_loaded_ends_the_process() {
+    let _alone = PROCESS.lock().await;
     let server = Setup {
         is_loaded: false,
         ..Setup::default()
@@ -77,6 +109,21 @@ async fn a_model_that_cannot_be_loaded_ends_the_process() {
     let serving = serve_on(listener, &http, server.state.clone(), |_| Err(LoadError::NoTokenizer));
     let ended = timeout(DEADLINE, serving).await.unwrap();
     assert!(matches!(ended, Err(ServeError::Load(_))), "{ended:?}");
+}
+
+async fn wait_for(state: &AppState, phase: Phase) {
+    let reached = async {
+        while state.lifecycle.phase() != phase {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(DEADLINE, reached).await.unwrap();
+}
+
+async fn send_request(client: &mut TcpStream) {
+    let length = REQUEST.len();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n");
+    client.write_all(format!("{head}{REQUEST}").as_bytes()).await.unwrap();
 }
 
 /// One answer: to the end of a stream, or to the end of a body of known length.
