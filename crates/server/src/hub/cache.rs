@@ -10,6 +10,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ring::digest;
 
@@ -129,8 +130,11 @@ fn create_parent(path: &Path) -> Result<(), HubError> {
 
 /// Makes a file appear at `path` whole, whoever looks or writes at the same time.
 fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), HubError> {
+    // Threads of one process write at the same time too.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().expect("cache paths name a file").to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
+    let write = WRITES.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_file_name(format!(".{name}.{}.{write}", std::process::id()));
     let made = make(&temporary).and_then(|()| fs::rename(&temporary, path));
     made.map_err(|source| {
         // Best effort: the rename's own error is the one to tell.
