@@ -28,7 +28,7 @@ async fn main() -> io::Result<()> {
         .ok()
         .and_then(|text| text.parse().ok())
         .unwrap_or(REQUESTS);
-    let server = ServerProcess::demo(&["--max-num-queued-reqs", "1000"]).await?;
+    let server = ServerProcess::demo(&["--max-num-queued-reqs", "1000", "--kv-cache-memory-bytes", "64MiB"]).await?;
     let before = settled(&server).await?;
     let started = Instant::now();
 

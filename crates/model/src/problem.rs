@@ -87,7 +87,7 @@ pub struct Problems {
 }
 
 impl Problems {
-    /// The faults, the first [`MAX_LISTED`] of them.
+    /// The faults, the first `MAX_LISTED` of them.
     #[must_use]
     pub fn listed(&self) -> &[Problem] {
         &self.listed

@@ -1,4 +1,4 @@
-//! Writes a planned step down as a [`Batch`](crate::Batch), in vectors that keep their capacity.
+//! Writes a planned step down as a [`Batch`], in vectors that keep their capacity.
 
 use super::plan::PlanEntry;
 use super::{Scheduler, StepRow};
