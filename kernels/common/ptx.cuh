@@ -1,0 +1,337 @@
+// Every instruction that CUDA C++ has no name for, once as PTX for nvcc and once as C++ for the emulator. Inline PTX
+// stands in this file and in wgmma.cuh (its wide instructions) and nowhere else.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef LAPIDARY_EMULATOR
+
+#include "emulator.h"
+
+#define KERNEL(name, Params, threads, min_blocks)                                                                    \
+  static void name##_kernel(const Params& p);                                                                        \
+  static emulator::Registration name##_registration(                                                                 \
+      #name, sizeof(Params), threads, [](const void* q) { name##_kernel(*static_cast<const Params*>(q)); });          \
+  static void name##_kernel(const Params& p)
+#define DYNAMIC_SHARED(name) uint8_t* const name = emulator::shared_memory()
+#define DEVICE inline
+
+DEVICE uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
+// ---- numbers
+DEVICE uint32_t bf16x2_from_floats(float low, float high) {
+  return uint32_t(emulator::float_to_bf16_bits(low)) | uint32_t(emulator::float_to_bf16_bits(high)) << 16;
+}
+DEVICE uint16_t e4m3x2_from_floats(float low, float high) {
+  return uint16_t(emulator::float_to_e4m3(low) | emulator::float_to_e4m3(high) << 8);
+}
+DEVICE float float_from_e4m3(uint8_t code) { return emulator::e4m3_to_float(code); }
+DEVICE float exp2_approx(float x) { return std::exp2(x); }
+DEVICE float log2_approx(float x) { return std::log2(x); }
+DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
+
+// ---- memory
+DEVICE uint4 load_streaming(const uint4* p) { return *p; }
+DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
+DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
+  emulator::cp_async_issue([=] {
+    uint8_t* target = emulator::shared_pointer(to, 16);
+    if (valid) std::memcpy(target, from, 16);
+    else std::memset(target, 0, 16);
+  });
+}
+DEVICE void cp_async_commit() { emulator::cp_async_commit(); }
+template <int Pending>
+DEVICE void cp_async_wait() {
+  emulator::cp_async_wait(Pending);
+}
+
+// ---- barriers
+namespace emulator {
+/// phase, arrivals still missing, arrivals of a phase, bytes still missing
+struct Mbarrier {
+  int64_t bytes : 32, count : 15, missing : 15, phase : 2;
+};
+inline Mbarrier& mbarrier(uint32_t address) { return *reinterpret_cast<Mbarrier*>(shared_pointer(address, 8)); }
+inline void mbarrier_step(Mbarrier& barrier) {
+  if (barrier.missing == 0 && barrier.bytes == 0) {
+    barrier.phase ^= 1;
+    barrier.missing = barrier.count;
+  }
+  progress();
+}
+}  // namespace emulator
+DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
+  if (barrier % 8 != 0) emulator::fail("misaligned mbarrier");
+  emulator::mbarrier(barrier) = {0, int64_t(count), int64_t(count), 0};
+}
+DEVICE void mbarrier_arrive(uint32_t barrier) {
+  auto& b = emulator::mbarrier(barrier);
+  if (b.missing == 0) emulator::fail("more arrivals than the mbarrier was made for");
+  b.missing = b.missing - 1;
+  emulator::mbarrier_step(b);
+}
+DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  emulator::mbarrier(barrier).bytes += bytes;
+  mbarrier_arrive(barrier);
+}
+DEVICE void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) { emulator::mbarrier(barrier).bytes += bytes; }
+/// Waits until the phase of this parity is over.
+DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  while ((uint32_t(emulator::mbarrier(barrier).phase) & 1) == parity) emulator::yield();
+}
+DEVICE void fence_mbarrier_init() {}
+DEVICE void fence_proxy_async() {}
+DEVICE void named_barrier_sync(int barrier, int threads) { emulator::arrive_and_wait_named(barrier, threads); }
+
+/// Copies `bytes` (a multiple of 16; both ends aligned to 16) to shared memory and counts them on the mbarrier.
+DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (bytes % 16 != 0 || to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("misaligned bulk copy");
+  emulator::later([=] {
+    std::memcpy(emulator::shared_pointer(to, bytes), from, bytes);
+    emulator::mbarrier(barrier).bytes -= bytes;
+    emulator::mbarrier_step(emulator::mbarrier(barrier));
+  });
+}
+/// As bulk_copy, for bytes that no one reads again: they leave L2 first.
+DEVICE void bulk_copy_evict_first(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  bulk_copy(to, from, bytes, barrier);
+}
+DEVICE void prefetch_l2(const void*, uint32_t) {}
+
+// ---- programmatic dependent launch
+DEVICE void wait_for_previous_kernels() {}
+DEVICE void let_next_kernel_start() {}
+
+// ---- matrix instructions
+template <int Registers>
+DEVICE void decrease_registers() {}
+template <int Registers>
+DEVICE void increase_registers() {}
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
+template <int Pending>
+DEVICE void wgmma_wait() {
+  emulator::wgmma_wait(Pending);
+}
+template <int N>
+DEVICE void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+  emulator::wgmma<emulator::E4m3Operand, N>(d, a, b, accumulate);
+}
+template <int N>
+DEVICE void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+  emulator::wgmma<emulator::Bf16Operand, N>(d, a, b, accumulate);
+}
+template <int N>
+DEVICE void pin_registers(float (&)[N]) {}
+DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  emulator::mma_sync<emulator::Bf16Operand>(d, a, b, c);
+}
+DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  emulator::mma_sync<emulator::E4m3Operand>(d, a, b, c);
+}
+DEVICE void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) { emulator::ldmatrix<4, false>(d, address); }
+DEVICE void ldmatrix_x2(uint32_t (&d)[2], uint32_t address) { emulator::ldmatrix<2, false>(d, address); }
+DEVICE void ldmatrix_x4_transposed(uint32_t (&d)[4], uint32_t address) { emulator::ldmatrix<4, true>(d, address); }
+DEVICE void ldmatrix_x2_transposed(uint32_t (&d)[2], uint32_t address) { emulator::ldmatrix<2, true>(d, address); }
+
+#else  // nvcc
+
+/// A kernel takes one struct by value; `min_blocks` an SM must hold at once.
+#define KERNEL(name, Params, threads, min_blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, min_blocks) name(const __grid_constant__ Params p)
+/// The block's dynamic shared memory; the alignment is what a 128-byte swizzle needs.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+#define DEVICE __device__ __forceinline__
+
+DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// ---- numbers
+DEVICE uint32_t bf16x2_from_floats(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+/// Rounds to nearest even and saturates at 448.
+DEVICE uint16_t e4m3x2_from_floats(float low, float high) {
+  uint16_t result;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(high), "f"(low));
+  return result;
+}
+DEVICE float float_from_e4m3(uint8_t code) {
+  uint32_t halves;
+  float result;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(code)));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(uint16_t(halves)));
+  return result;
+}
+DEVICE float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+DEVICE float log2_approx(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+DEVICE float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// ---- memory
+/// Reads what no one reads again: it does not displace others in L1.
+DEVICE uint4 load_streaming(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+DEVICE unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+/// 16 bytes to shared memory; zeros if not `valid`.
+DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// ---- barriers
+DEVICE void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- programmatic dependent launch
+/// Every thread that reads or writes what earlier kernels touch must pass this first, and every block must call it.
+DEVICE void wait_for_previous_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Permits the next kernel of the stream to be scheduled beside this one.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- matrix instructions of every architecture from 8.9 on
+DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
+}
+DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
+}
+DEVICE void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+DEVICE void ldmatrix_x2(uint32_t (&d)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(address)
+               : "memory");
+}
+DEVICE void ldmatrix_x4_transposed(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+DEVICE void ldmatrix_x2_transposed(uint32_t (&d)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(address)
+               : "memory");
+}
+
+// ---- Hopper: barriers that count bytes, bulk copies (also on later parts)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+/// Waits until the phase of this parity is over.
+DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra "
+      "AGAIN;\nDONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+/// Makes initialised mbarriers visible to the copy engine; the block must synchronise after it.
+DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+/// Ordinary stores to shared memory before it are seen by wgmma and bulk copies after it (and after a barrier).
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// Copies `bytes` (a multiple of 16; both ends aligned to 16) to shared memory and counts them on the mbarrier.
+DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+/// As bulk_copy, for bytes that no one reads again: they leave L2 first.
+DEVICE void bulk_copy_evict_first(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+DEVICE void prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+#endif
+
+// ---- Hopper only (sm_90a)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <int Registers>
+DEVICE void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+DEVICE void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits until at most `Pending` committed groups are unfinished.
+template <int Pending>
+DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+/// After a wait: keeps the compiler from reading accumulators before it.
+template <int N>
+DEVICE void pin_registers(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+#include "wgmma.cuh"
+#endif
+
+#endif  // LAPIDARY_EMULATOR
