@@ -14,6 +14,7 @@ ALLOWED = {
     "lapidary-text": set(),
     "lapidary-model": {"lapidary-engine"},
     "lapidary-cpu": {"lapidary-engine", "lapidary-model"},
+    "lapidary-cuda": {"lapidary-engine", "lapidary-model"},
     "lapidary-server": {"lapidary-cpu", "lapidary-engine", "lapidary-model", "lapidary-text"},
     "lapidary-tests": {"lapidary-cpu", "lapidary-engine", "lapidary-model", "lapidary-server", "lapidary-text"},
 }
