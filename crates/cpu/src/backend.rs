@@ -6,7 +6,7 @@ use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
 use lapidary_model::{
     ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, LastHidden, LinearWeights, MemoryInfo,
-    NormArgs, StepLimits,
+    NormArgs, StepLimits, Width,
 };
 
 use crate::memory;
@@ -185,8 +185,8 @@ impl Backend for Cpu {
         Ok(Embedding { table })
     }
 
-    fn alloc_tensor(&mut self, rows: usize, cols: usize) -> Result<Tensor, BackendError> {
-        self.reserve("a tensor", self.tensor_bytes(rows, cols))?;
+    fn alloc_tensor(&mut self, rows: usize, cols: usize, width: Width) -> Result<Tensor, BackendError> {
+        self.reserve("a tensor", self.tensor_bytes(rows, cols, width))?;
         Ok(Tensor::zeroed(rows, cols))
     }
 

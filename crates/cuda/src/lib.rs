@@ -3,7 +3,15 @@
 //! | module | hides |
 //! |---|---|
 //! | `device` | the CUDA driver, or the emulator that runs the same kernels on a CPU |
+//! | `pack`, `tensor` | how weights and activations lie in device memory |
+//!
+//! Tests of the kernels take their device from `testing::device()`: the emulator, or a GPU where the environment says
+//! `LAPIDARY_TEST_DEVICE=gpu` (and then a missing GPU is a failure).
 
 mod device;
+mod pack;
+mod tensor;
+#[cfg(all(test, feature = "emulator"))]
+mod testing;
 
 pub use device::{DeviceInfo, Driver, Unavailable, devices};

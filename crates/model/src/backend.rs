@@ -96,6 +96,15 @@ pub struct AttentionConfig {
     pub rope_theta: f32,
 }
 
+/// How precisely a tensor is kept between operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Width {
+    /// As the backend likes: f32 on the CPU, bf16 on CUDA.
+    Native,
+    /// f32 everywhere: the residual stream, which many small sums go into, and logits.
+    Wide,
+}
+
 /// Upper bounds of a step, so that a backend can reserve everything at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepLimits {
@@ -118,7 +127,7 @@ pub struct MemoryInfo {
 
 /// A device that can run the decoder.
 pub trait Backend: 'static {
-    /// `[rows, cols]` values between operations: f32 on the CPU, bf16 on CUDA. Also the residual stream and logits.
+    /// `[rows, cols]` values between operations, of either [`Width`].
     type Tensor: Debug;
     /// `[rows, cols]` input of a linear layer, in whatever form the layer's [`ActivationScheme`] asks; each write sets
     /// the scheme anew.
@@ -156,7 +165,7 @@ pub trait Backend: 'static {
     fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Self::Embedding, BackendError>;
 
     /// Bytes [`Backend::alloc_tensor`] takes.
-    fn tensor_bytes(&self, rows: usize, cols: usize) -> u64 {
+    fn tensor_bytes(&self, rows: usize, cols: usize, _width: Width) -> u64 {
         (rows * cols * size_of::<f32>()) as u64
     }
 
@@ -167,7 +176,7 @@ pub trait Backend: 'static {
 
     /// # Errors
     /// Not enough memory.
-    fn alloc_tensor(&mut self, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
+    fn alloc_tensor(&mut self, rows: usize, cols: usize, width: Width) -> Result<Self::Tensor, BackendError>;
 
     /// # Errors
     /// Not enough memory.
@@ -183,6 +192,14 @@ pub trait Backend: 'static {
     /// Steps worth having in flight: 1 where the operations themselves do the work, 2 where a device works behind them.
     fn max_steps_in_flight(&self) -> usize {
         1
+    }
+
+    /// From now on, the operations between [`Backend::begin`] and [`Backend::sample`] depend on two things alone: the
+    /// number of tokens and whether the step samples. A backend may record and replay them. Gives the numbers of
+    /// sequences that the caller should run a step of one token each with before it serves, so that nothing has to be
+    /// reserved later.
+    fn operations_repeat(&mut self) -> Vec<usize> {
+        Vec::new()
     }
 
     /// Starts a step: uploads its inputs, resolves rows fed by the previous step, splits the attention work.

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::backend::{Backend, BackendError, LastHidden, NormArgs, StepLimits};
+use crate::backend::{Backend, BackendError, LastHidden, NormArgs, StepLimits, Width};
 use crate::config::ModelConfig;
 use crate::loader::{LayerWeights, ModelWeights};
 
@@ -44,7 +44,7 @@ impl<B: Backend> Scratch<B> {
         let (tensors, activations) = scratch_shapes(config, limits);
         let tensors: u64 = tensors
             .iter()
-            .map(|[rows, cols]| backend.tensor_bytes(*rows, *cols))
+            .map(|([rows, cols], width)| backend.tensor_bytes(*rows, *cols, *width))
             .sum();
         tensors
             + activations
@@ -55,29 +55,30 @@ impl<B: Backend> Scratch<B> {
 
     pub(crate) fn alloc(backend: &mut B, config: &ModelConfig, limits: StepLimits) -> Result<Self, BackendError> {
         let ([residual, qkv, branch, gate_up, logits], [normed, attended, gated]) = scratch_shapes(config, limits);
+        let mut tensor = |([rows, cols], width): ([usize; 2], Width)| backend.alloc_tensor(rows, cols, width);
         Ok(Self {
-            residual: backend.alloc_tensor(residual[0], residual[1])?,
-            qkv: backend.alloc_tensor(qkv[0], qkv[1])?,
-            branch: backend.alloc_tensor(branch[0], branch[1])?,
-            gate_up: backend.alloc_tensor(gate_up[0], gate_up[1])?,
+            residual: tensor(residual)?,
+            qkv: tensor(qkv)?,
+            branch: tensor(branch)?,
+            gate_up: tensor(gate_up)?,
+            logits: tensor(logits)?,
             normed: backend.alloc_activation(normed[0], normed[1])?,
             attended: backend.alloc_activation(attended[0], attended[1])?,
             gated: backend.alloc_activation(gated[0], gated[1])?,
-            logits: backend.alloc_tensor(logits[0], logits[1])?,
         })
     }
 }
 
 /// `[rows, cols]` of residual, qkv, branch, gate_up and logits; of normed, attended and gated.
-fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([[usize; 2]; 5], [[usize; 2]; 3]) {
+fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([([usize; 2], Width); 5], [[usize; 2]; 3]) {
     let (tokens, hidden, inner) = (limits.max_tokens, config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.q_size(), config.kv_size());
     let tensors = [
-        [tokens, hidden],
-        [tokens, q + 2 * kv],
-        [tokens, hidden],
-        [tokens, 2 * inner],
-        [limits.max_seqs, config.vocab_size],
+        ([tokens, hidden], Width::Wide),
+        ([tokens, q + 2 * kv], Width::Native),
+        ([tokens, hidden], Width::Native),
+        ([tokens, 2 * inner], Width::Native),
+        ([limits.max_seqs, config.vocab_size], Width::Wide),
     ];
     (tensors, [[tokens, hidden], [tokens, q], [tokens, inner]])
 }

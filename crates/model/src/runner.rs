@@ -223,14 +223,26 @@ impl<B: Backend> ModelRunner<B> {
         let kv_layers = alloc_kv_layers(&mut backend, model, &plan, progress).map_err(|error| plan.name_in(error))?;
         let decoder = Decoder::new(model, weights, kv_layers, scratch);
         let warnings = checkpoint.warnings().iter().cloned().chain(warnings).collect();
-        Ok(Self {
+        let mut runner = Self {
             backend,
             decoder,
             config: model.clone(),
             limits,
             plan,
             warnings,
-        })
+        };
+        runner.warm_up()?;
+        Ok(runner)
+    }
+
+    /// Runs the steps that the backend wants to have seen before the first request.
+    fn warm_up(&mut self) -> Result<(), RunnerError> {
+        for num_seqs in self.backend.operations_repeat() {
+            let num_seqs = num_seqs.min(self.limits.max_seqs).min(self.limits.max_tokens);
+            self.run(&warm_up_batch(num_seqs, &self.plan), |_, _| Ok(()))?;
+            self.backend.collect()?;
+        }
+        Ok(())
     }
 
     /// Where the memory went.
@@ -488,6 +500,37 @@ fn executor_error(error: RunnerError) -> ExecutorError {
     match error {
         RunnerError::Backend(BackendError::Device(_)) => ExecutorError::DeviceLost(Box::new(error)),
         error => ExecutorError::Step(Box::new(error)),
+    }
+}
+
+/// `num_seqs` sequences of one token each. Nobody has keys or values yet, so they may overwrite each other's.
+fn warm_up_batch(num_seqs: usize, plan: &MemoryPlan) -> Batch {
+    let params = Arc::new(SamplingParams {
+        temperature: 0.0,
+        ..SamplingParams::default()
+    });
+    let rows = 0..num_seqs as u32;
+    let block = |row: u32| row % plan.num_blocks.max(1);
+    Batch {
+        step: 0,
+        request_ids: rows.clone().map(|row| RequestId(u64::from(row))).collect(),
+        token_ids: vec![0; num_seqs],
+        fed: Vec::new(),
+        positions: vec![0; num_seqs],
+        slot_mapping: rows.clone().map(|row| block(row) * plan.block_size).collect(),
+        query_start: (0..=num_seqs as u32).collect(),
+        context_lens: vec![1; num_seqs],
+        block_start: (0..=num_seqs as u32).collect(),
+        block_ids: rows.clone().map(|row| BlockId(block(row))).collect(),
+        samples: rows
+            .map(|row| SampleRow {
+                row,
+                position: 1,
+                params: Arc::clone(&params),
+                banned: None,
+                history: None,
+            })
+            .collect(),
     }
 }
 

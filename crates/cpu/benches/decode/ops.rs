@@ -4,7 +4,7 @@ use half::bf16;
 use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{Batch, BlockId, RequestId};
 use lapidary_model::{
-    ActivationScheme, AttentionConfig, Backend, DType, HostTensor, LinearWeights, NormArgs, StepLimits,
+    ActivationScheme, AttentionConfig, Backend, DType, HostTensor, LinearWeights, NormArgs, StepLimits, Width,
 };
 
 use crate::best_of;
@@ -72,7 +72,7 @@ fn linear(cpu: &mut Cpu, [rows, cols]: [usize; 2], dtype: DType, input: Activati
         .expect("it fits");
     let (mut x, mut out) = (
         cpu.alloc_activation(MAX_TOKENS, cols).expect("it fits"),
-        cpu.alloc_tensor(MAX_TOKENS, rows).expect("it fits"),
+        cpu.alloc_tensor(MAX_TOKENS, rows, Width::Native).expect("it fits"),
     );
     print!(
         "linear {rows:6} x {cols:5} {dtype:?}, input {}:",
@@ -125,7 +125,7 @@ fn random_tensor(cpu: &mut Cpu, plan: &<Cpu as Backend>::Plan, rows: usize, cols
         shape: &[rows, cols],
     };
     let table = cpu.upload_embedding(table).expect("it fits");
-    let mut tensor = cpu.alloc_tensor(rows, cols).expect("it fits");
+    let mut tensor = cpu.alloc_tensor(rows, cols, Width::Native).expect("it fits");
     cpu.embed(plan, &table, bf16::ONE, &mut tensor).expect("it runs");
     tensor
 }

@@ -6,7 +6,7 @@ use super::Bounds;
 use super::rig::{
     Error, Numbers, Rig, SCHEMES, SequenceStep, Stored, assert_close, assert_quantized, batch_of, exact, shape,
 };
-use crate::backend::{Backend, DType, NormArgs};
+use crate::backend::{Backend, DType, NormArgs, Width};
 
 const WIDTHS: [usize; 12] = [1, 15, 16, 17, 63, 65, 127, 128, 129, 1000, 4095, 4097];
 
@@ -25,7 +25,7 @@ pub fn embed_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
                 .expect("a small batch");
             let table = Stored::new(&values, &[7, cols], dtype);
             let table = rig.backend.upload_embedding(table.host()).expect("tables are small");
-            let mut out = rig.backend.alloc_tensor(5, cols).expect("tensors are small");
+            let mut out = rig.alloc(5, cols, Width::Wide);
             rig.backend
                 .embed(&plan, &table, bf16::from_f32(59.75), &mut out)
                 .expect("embed runs");
@@ -60,7 +60,7 @@ pub fn norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
         for scheme in SCHEMES {
             let mut rig = Rig::new(make, rows);
             let plan = rig.begin(rows);
-            let tensor = rig.tensor(&plan, &x, rows);
+            let tensor = rig.wide_tensor(&plan, &x, rows);
             let weights = rig.norm_weight(&weight);
             let mut out = rig.activation(rows, cols);
             let args = NormArgs {
@@ -95,7 +95,7 @@ pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
             let mut rig = Rig::new(make, rows);
             let plan = rig.begin(rows);
             let branch = rig.tensor(&plan, &x, rows);
-            let mut stream = rig.tensor(&plan, &residual, rows);
+            let mut stream = rig.wide_tensor(&plan, &residual, rows);
             let (post_norm, pre_norm) = (rig.norm_weight(&post), rig.norm_weight(&pre));
             let mut out = rig.activation(rows, cols);
             let args = NormArgs {

@@ -2,7 +2,7 @@
 
 use super::Bounds;
 use super::rig::{Numbers, Rig, Stored, assert_close, exact, quantized, shape};
-use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs};
+use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs, Width};
 
 /// `[tokens, in, outs of the stacked parts]`.
 const SHAPES: [(usize, usize, &[usize]); 12] = [
@@ -93,7 +93,7 @@ fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: Case<'_>
         input: scheme,
     };
     let weights = rig.backend.upload_linear(&weights).expect("weights are small");
-    let mut out = rig.backend.alloc_tensor(rows, out_features).expect("tensors are small");
+    let mut out = rig.alloc(rows, out_features, Width::Native);
     rig.backend
         .linear(&plan, &activation, &weights, &mut out)
         .expect("linear runs");

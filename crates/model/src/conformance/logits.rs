@@ -7,7 +7,7 @@ use lapidary_engine::{Batch, SampleRow, SamplingParams};
 use super::Bounds;
 use super::elementwise::norm;
 use super::rig::{Numbers, Rig, SequenceStep, Stored, assert_close, batch_of, exact, shape};
-use crate::backend::{Backend, DType, LastHidden};
+use crate::backend::{Backend, DType, LastHidden, Width};
 
 /// `[rows, sampled rows in their order]`.
 const SAMPLED: [(usize, &[u32]); 4] = [(1, &[0]), (5, &[4]), (17, &[16, 0, 3, 9]), (3, &[2, 1, 0])];
@@ -52,11 +52,11 @@ fn check<B: Backend>(
     let (x, residual) = (numbers.values(rows * hidden, 1.0), numbers.values(rows * hidden, 3.0));
     let (post, last) = (numbers.values(hidden, 0.5), numbers.values(hidden, 0.5));
     let table = numbers.values(vocab * hidden, 0.25);
-    let (x_tensor, residual_tensor) = (rig.tensor(&plan, &x, rows), rig.tensor(&plan, &residual, rows));
+    let (x_tensor, residual_tensor) = (rig.tensor(&plan, &x, rows), rig.wide_tensor(&plan, &residual, rows));
     let (post_norm, last_norm) = (rig.norm_weight(&post), rig.norm_weight(&last));
     let stored = Stored::new(&table, &[vocab, hidden], dtype);
     let embedding = rig.backend.upload_embedding(stored.host()).expect("tables are small");
-    let mut logits = rig.backend.alloc_tensor(rows, vocab).expect("tensors are small");
+    let mut logits = rig.alloc(rows, vocab, Width::Wide);
     let hidden_state = LastHidden {
         x: &x_tensor,
         post: &post_norm,

@@ -6,7 +6,7 @@ use lapidary_engine::{Batch, BlockId, RequestId, SampleRow};
 use super::Bounds;
 use crate::backend::{
     ActivationScheme, AttentionConfig, Backend, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, LinearWeights,
-    StepLimits,
+    StepLimits, Width,
 };
 
 /// Tokens of a KV block in all checks.
@@ -55,10 +55,22 @@ impl<B: Backend> Rig<B> {
 
     /// A tensor of these values (exact in bf16), by embedding row `t` for token `t`.
     pub(super) fn tensor(&mut self, plan: &B::Plan, values: &[f32], rows: usize) -> B::Tensor {
-        let cols = values.len() / rows;
-        let mut tensor = self.backend.alloc_tensor(rows, cols).expect("tensors are small");
+        self.tensor_of(plan, values, rows, Width::Native)
+    }
+
+    /// As [`Rig::tensor`], for the residual stream and logits.
+    pub(super) fn wide_tensor(&mut self, plan: &B::Plan, values: &[f32], rows: usize) -> B::Tensor {
+        self.tensor_of(plan, values, rows, Width::Wide)
+    }
+
+    fn tensor_of(&mut self, plan: &B::Plan, values: &[f32], rows: usize, width: Width) -> B::Tensor {
+        let mut tensor = self.alloc(rows, values.len() / rows, width);
         self.fill(plan, values, rows, &mut tensor);
         tensor
+    }
+
+    pub(super) fn alloc(&mut self, rows: usize, cols: usize, width: Width) -> B::Tensor {
+        self.backend.alloc_tensor(rows, cols, width).expect("tensors are small")
     }
 
     pub(super) fn fill(&mut self, plan: &B::Plan, values: &[f32], rows: usize, tensor: &mut B::Tensor) {
@@ -117,7 +129,7 @@ impl<B: Backend> Rig<B> {
             input: scheme,
         };
         let weights = self.backend.upload_linear(&weights).expect("identities are small");
-        let mut out = self.backend.alloc_tensor(rows, cols).expect("tensors are small");
+        let mut out = self.alloc(rows, cols, Width::Native);
         self.backend
             .linear(plan, activation, &weights, &mut out)
             .expect("linear runs");

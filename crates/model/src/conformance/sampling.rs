@@ -8,7 +8,7 @@ use lapidary_engine::{Batch, FedToken, SampleRow, SampledToken, SamplingParams, 
 use super::Bounds;
 use super::rig::{Numbers, Rig, SequenceStep, Stored, batch_of, exact, sampling_batch, shape};
 use super::sampling_reference::{distribution, log_softmax};
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, DType, Width};
 
 /// Rows of a sampling step.
 const ROWS: usize = 256;
@@ -399,7 +399,7 @@ pub fn fed_tokens_are_read_and_counted<B: Backend>(make: &dyn Fn() -> B, _: &Bou
     (logits[5], logits[vocab + 9], logits[2 * vocab + 2]) = (4.0, 4.0, 4.0);
     let first = sampling_batch(vec![row(greedy()); 3]);
     let plan = rig.backend.begin(&first).expect("a small batch");
-    let mut tensor = rig.tensor(&plan, &logits, 3);
+    let mut tensor = rig.wide_tensor(&plan, &logits, 3);
     rig.backend.sample(&plan, &first, &mut tensor).expect("sampling runs");
 
     // The second of them left; the third comes first.
@@ -429,7 +429,7 @@ pub fn fed_tokens_are_read_and_counted<B: Backend>(make: &dyn Fn() -> B, _: &Bou
     let embedded = numbers.values(vocab * 64, 1.0);
     let table = Stored::new(&embedded, &[vocab, 64], DType::Bf16);
     let table = rig.backend.upload_embedding(table.host()).expect("tables are small");
-    let mut hidden = rig.backend.alloc_tensor(2, 64).expect("tensors are small");
+    let mut hidden = rig.alloc(2, 64, Width::Native);
     rig.backend
         .embed(&plan, &table, bf16::ONE, &mut hidden)
         .expect("embed runs");
@@ -448,7 +448,7 @@ pub fn fed_tokens_are_read_and_counted<B: Backend>(make: &dyn Fn() -> B, _: &Bou
     wide[5 * vocab..6 * vocab].copy_from_slice(&logits[vocab..]);
     let table = Stored::new(&wide, &[vocab, vocab], DType::Bf16);
     let table = rig.backend.upload_embedding(table.host()).expect("tables are small");
-    let mut tensor = rig.backend.alloc_tensor(2, vocab).expect("tensors are small");
+    let mut tensor = rig.alloc(2, vocab, Width::Wide);
     rig.backend
         .embed(&plan, &table, bf16::ONE, &mut tensor)
         .expect("embed runs");
@@ -490,7 +490,7 @@ fn sample<B: Backend>(rig: &mut Rig<B>, samples: &[SampleRow], logits: &[f32]) -
     });
     let batch = sampling_batch(samples.collect());
     let plan = rig.backend.begin(&batch).expect("the batch keeps the limits");
-    let mut tensor = rig.tensor(&plan, logits, rows);
+    let mut tensor = rig.wide_tensor(&plan, logits, rows);
     rig.backend.sample(&plan, &batch, &mut tensor).expect("sampling runs");
     let sampled = rig.backend.collect().expect("the step ran");
     assert_eq!(sampled.len(), rows, "one token for each sample");

@@ -1,0 +1,270 @@
+//! Weights as the kernels want them: K panels of 128 bytes with swizzled chunks (`kernels/common/layout.cuh`).
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use half::{bf16, f16};
+use lapidary_model::{ActivationScheme, BackendError, DType, HostTensor};
+
+use crate::device::{Device, DevicePtr};
+
+/// Bytes of K that a panel holds of each row.
+pub(crate) const PANEL_BYTES: usize = 128;
+/// Rows of a weight matrix are padded with zeros to a multiple of this: the height of a wgmma.
+pub(crate) const ROW_MULTIPLE: usize = 64;
+
+/// Elements of a packed matrix, and of the activations it is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Element {
+    E4m3,
+    Bf16,
+}
+
+impl Element {
+    /// What the input of a layer with this scheme consists of.
+    pub(crate) fn of_input(scheme: ActivationScheme) -> Self {
+        match scheme {
+            ActivationScheme::None => Self::Bf16,
+            ActivationScheme::Fp8Static { .. } | ActivationScheme::Fp8Token => Self::E4m3,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::E4m3 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+
+    /// Panels that `k` elements of a row take.
+    pub(crate) fn panels(self, k: usize) -> usize {
+        (k * self.bytes()).div_ceil(PANEL_BYTES)
+    }
+}
+
+/// A matrix in device memory: `[panels][padded_rows][128 bytes]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Panels {
+    pub(crate) data: DevicePtr,
+    pub(crate) element: Element,
+    /// Rows that mean something.
+    pub(crate) rows: usize,
+    pub(crate) padded_rows: usize,
+    /// Elements of a row.
+    pub(crate) cols: usize,
+    pub(crate) panels: usize,
+}
+
+/// Stacks `parts` along their rows, all `[rows, cols]` of one type, and copies them to the device.
+pub(crate) fn upload(
+    device: &mut dyn Device,
+    what: &'static str,
+    parts: &[HostTensor<'_>],
+    element: Element,
+) -> Result<Panels, BackendError> {
+    let source = Source::new(parts, element)?;
+    let padded_rows = source.rows.next_multiple_of(ROW_MULTIPLE);
+    let panels = element.panels(source.cols);
+    let bytes = panels * padded_rows * PANEL_BYTES;
+    let data = device.alloc(what, bytes)?;
+    let has_nan = AtomicBool::new(false);
+    device.upload_with(data, bytes, PANEL_BYTES, &|offset, memory| {
+        let first = offset / PANEL_BYTES;
+        for (index, line) in memory.as_chunks_mut::<PANEL_BYTES>().0.iter_mut().enumerate() {
+            let (panel, row) = ((first + index) / padded_rows, (first + index) % padded_rows);
+            if source.fill(panel, row, line) {
+                has_nan.store(true, Ordering::Relaxed);
+            }
+        }
+    })?;
+    if has_nan.into_inner() {
+        return Err(BackendError::Unsupported(
+            "e4m3 weights that are not numbers".to_owned(),
+        ));
+    }
+    Ok(Panels {
+        data,
+        element,
+        rows: source.rows,
+        padded_rows,
+        cols: source.cols,
+        panels,
+    })
+}
+
+/// Rows of a checkpoint, one after another.
+struct Source<'a> {
+    parts: &'a [HostTensor<'a>],
+    dtype: DType,
+    element: Element,
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Source<'a> {
+    fn new(parts: &'a [HostTensor<'a>], element: Element) -> Result<Self, BackendError> {
+        let first = parts
+            .first()
+            .ok_or_else(|| BackendError::Unsupported("a layer without weights".to_owned()))?;
+        let [_, cols] = *first.shape else {
+            return Err(BackendError::Unsupported(format!("weights of shape {:?}", first.shape)));
+        };
+        let mut rows = 0;
+        for part in parts {
+            let fits = |shape: &[usize]| shape.len() == 2 && shape[1] == cols && part.dtype == first.dtype;
+            if !fits(part.shape) || part.data.len() != part.shape[0] * cols * part.dtype.size_bytes() {
+                let what = format!(
+                    "{:?} {:?} beside {:?} {:?}",
+                    part.dtype, part.shape, first.dtype, first.shape
+                );
+                return Err(BackendError::Unsupported(what));
+            }
+            rows += part.shape[0];
+        }
+        if element == Element::E4m3 && first.dtype != DType::F8E4M3 {
+            return Err(BackendError::Unsupported(
+                "quantised input for weights that are not e4m3".to_owned(),
+            ));
+        }
+        Ok(Self {
+            parts,
+            dtype: first.dtype,
+            element,
+            rows,
+            cols,
+        })
+    }
+
+    /// Writes one row's 128 bytes of one panel, and tells whether an e4m3 code in it is no number.
+    fn fill(&self, panel: usize, row: usize, line: &mut [u8; PANEL_BYTES]) -> bool {
+        line.fill(0);
+        let Some((part, row_in_part)) = self.locate(row) else {
+            return false;
+        };
+        let (per_panel, size) = (PANEL_BYTES / self.element.bytes(), self.dtype.size_bytes());
+        let start = panel * per_panel;
+        let count = per_panel.min(self.cols - start);
+        let from = &part.data[(row_in_part * self.cols + start) * size..][..count * size];
+        let mut natural = [0; PANEL_BYTES];
+        match (self.dtype, self.element) {
+            (DType::F8E4M3, Element::E4m3) | (DType::Bf16, Element::Bf16) => {
+                natural[..from.len()].copy_from_slice(from)
+            }
+            (DType::F8E4M3, Element::Bf16) => widen(from, &mut natural, |[code]: [u8; 1]| e4m3_to_f32(code)),
+            (DType::F16, _) => widen(from, &mut natural, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            (DType::F32, _) => widen(from, &mut natural, f32::from_le_bytes),
+            (DType::Bf16, Element::E4m3) => unreachable!("`new` refuses it"),
+        }
+        for (chunk, bytes) in natural.as_chunks::<16>().0.iter().enumerate() {
+            line[(chunk ^ (row & 7)) * 16..][..16].copy_from_slice(bytes);
+        }
+        self.dtype == DType::F8E4M3 && from.iter().fold(false, |nan, code| nan | (code & 0x7f == 0x7f))
+    }
+
+    /// The part a row of the stack belongs to; `None` for padding.
+    fn locate(&self, mut row: usize) -> Option<(&HostTensor<'a>, usize)> {
+        for part in self.parts {
+            if row < part.shape[0] {
+                return Some((part, row));
+            }
+            row -= part.shape[0];
+        }
+        None
+    }
+}
+
+/// To bf16: exact from e4m3 and bf16, rounded to nearest from fp16 and f32.
+fn widen<const BYTES: usize>(from: &[u8], to: &mut [u8], parse: impl Fn([u8; BYTES]) -> f32) {
+    for (to, from) in to.as_chunks_mut::<2>().0.iter_mut().zip(from.as_chunks::<BYTES>().0) {
+        *to = bf16::from_f32(parse(*from)).to_le_bytes();
+    }
+}
+
+fn e4m3_to_f32(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 0xf), f32::from(code & 7));
+    let magnitude = match (exponent, code & 0x7f) {
+        (_, 0x7f) => f32::NAN,
+        (0, _) => mantissa * 2_f32.powi(-9),
+        _ => (8.0 + mantissa) * 2_f32.powi(exponent - 10),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host<'a>(data: &'a [u8], dtype: DType, shape: &'a [usize]) -> HostTensor<'a> {
+        HostTensor { data, dtype, shape }
+    }
+
+    /// Byte `k` of row `row`, found as the kernels find it.
+    fn at(packed: &[u8], padded_rows: usize, row: usize, k: usize) -> u8 {
+        let line = k / PANEL_BYTES * padded_rows + row;
+        packed[line * PANEL_BYTES + ((k % PANEL_BYTES / 16) ^ (row & 7)) * 16 + k % 16]
+    }
+
+    fn pack(source: &Source<'_>, padded_rows: usize) -> Vec<u8> {
+        let panels = source.element.panels(source.cols);
+        let mut packed = vec![0xee; panels * padded_rows * PANEL_BYTES];
+        for (index, line) in packed.as_chunks_mut::<PANEL_BYTES>().0.iter_mut().enumerate() {
+            source.fill(index / padded_rows, index % padded_rows, line);
+        }
+        packed
+    }
+
+    #[test]
+    fn stacked_rows_lie_in_panels_and_padding_is_zero() {
+        let bytes: Vec<u8> = (0..5 * 200).map(|i| (i * 7 % 120) as u8).collect();
+        let parts = [
+            host(&bytes[..2 * 200], DType::F8E4M3, &[2, 200]),
+            host(&bytes[2 * 200..], DType::F8E4M3, &[3, 200]),
+        ];
+        let source = Source::new(&parts, Element::E4m3).expect("parts fit");
+        let packed = pack(&source, 64);
+        for row in 0..64 {
+            for k in 0..256 {
+                let want = if row < 5 && k < 200 { bytes[row * 200 + k] } else { 0 };
+                assert_eq!(at(&packed, 64, row, k), want, "row {row} byte {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_type_becomes_bf16_for_an_unquantised_layer() {
+        let values: Vec<f32> = (0..70).map(|i| (i as f32 - 35.0) / 8.0).collect();
+        let f32s: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let f16s: Vec<u8> = values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+        for (bytes, dtype) in [(&f32s, DType::F32), (&f16s, DType::F16), (&bf16s, DType::Bf16)] {
+            let parts = [host(bytes, dtype, &[1, 70])];
+            let packed = pack(&Source::new(&parts, Element::Bf16).expect("one part"), 64);
+            for (index, want) in values.iter().enumerate() {
+                let bytes = [at(&packed, 64, 0, 2 * index), at(&packed, 64, 0, 2 * index + 1)];
+                assert_eq!(bf16::from_le_bytes(bytes).to_f32(), *want, "{dtype:?} {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_e4m3_codes_are_exact_in_bf16() {
+        for code in (0..=255_u8).filter(|code| code & 0x7f != 0x7f) {
+            let value = e4m3_to_f32(code);
+            assert_eq!(bf16::from_f32(value).to_f32(), value);
+        }
+        assert_eq!(
+            (e4m3_to_f32(0x7e), e4m3_to_f32(0x01), e4m3_to_f32(0xb8)),
+            (448.0, 2_f32.powi(-9), -1.0)
+        );
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_are_refused() {
+        let bytes = [0; 64];
+        let wide = host(&bytes[..32], DType::F8E4M3, &[1, 32]);
+        let narrow = host(&bytes[..16], DType::F8E4M3, &[1, 16]);
+        assert!(Source::new(&[wide, narrow], Element::E4m3).is_err());
+        assert!(Source::new(&[host(&bytes, DType::Bf16, &[1, 32])], Element::E4m3).is_err());
+        assert!(Source::new(&[host(&bytes[..31], DType::F8E4M3, &[1, 32])], Element::E4m3).is_err());
+        assert!(Source::new(&[], Element::Bf16).is_err());
+    }
+}
