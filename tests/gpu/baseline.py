@@ -1,0 +1,70 @@
+"""What torch reaches on this GPU, for the same shapes as `cargo bench -p lapidary-cuda --bench kernels`, cold weights.
+
+Prints `scaled_mm N K M microseconds GB/s` lines: FP8, a scale a token and an output column, fast accumulation, bf16 out.
+Weights rotate through more memory than the L2 cache holds; the median of graph replays.
+"""
+
+import argparse
+
+import torch
+
+SHAPES = {
+    "2b": [(4096, 2304), (2304, 2048), (18432, 2304), (2304, 9216)],
+    "9b": [(8192, 3584), (3584, 4096), (28672, 3584), (3584, 14336)],
+    "27b": [(8192, 4608), (4608, 4096), (73728, 4608), (4608, 36864)],
+}
+ROTATION_BYTES = 600 << 20
+REPEATS = 9
+
+
+def median_microseconds(calls):
+    """Of one call, from graphs that hold all of them one after another."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times)[REPEATS // 2]
+
+
+def fp8(*size):
+    return (torch.randn(*size, device="cuda") * 64).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def scaled_mm(n, k, m):
+    copies = max(2, min(64, ROTATION_BYTES // (n * k)))
+    x, scale_x = fp8(m, k), torch.rand(m, 1, device="cuda") + 0.5
+    weights = [(fp8(n, k).t(), torch.rand(1, n, device="cuda") + 0.5) for _ in range(copies)]
+
+    def call(weight, scale):
+        return lambda: torch._scaled_mm(x, weight, scale_x, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    repeat = 4 if m <= 64 else 1
+    return median_microseconds([call(*weight) for _ in range(repeat) for weight in weights])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["9b"], choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64, 512, 2048, 8192])
+    arguments = parser.parse_args()
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for model in arguments.models:
+        for n, k in SHAPES[model]:
+            for m in arguments.tokens:
+                micros = scaled_mm(n, k, m)
+                print(f"scaled_mm {n} {k} {m} {micros:.2f} {n * k / micros / 1e3:.0f} {2e-6 * m * n * k / micros:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
