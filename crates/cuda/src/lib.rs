@@ -10,6 +10,9 @@
 
 mod device;
 mod pack;
+mod rope;
+mod rows;
+mod step;
 mod tensor;
 #[cfg(all(test, feature = "emulator"))]
 mod testing;

@@ -64,6 +64,13 @@ pub(crate) struct ActivationParams {
     pub(crate) padding: i32,
 }
 
+impl ActivationParams {
+    /// Whether each row gets the scale of its largest value.
+    pub(crate) fn has_token_scales(&self) -> bool {
+        self.scheme == 2
+    }
+}
+
 impl Activation {
     pub(crate) fn bytes(rows: usize, cols: usize) -> usize {
         let rows = rows.next_multiple_of(ACTIVATION_ROW_MULTIPLE);

@@ -1,0 +1,98 @@
+// Rotates queries and keys by their positions and appends keys and values to the cache.
+//
+// qkv holds, for each token, query heads, key heads, value heads; a layer of the cache is
+// [num_blocks][2: K, V][num_kv_heads][block_size][head_dim], all bf16. Element i of a head turns with element
+// i + head_dim / 2 (neox style). Queries are rotated in place; keys and values go to the token's slot.
+//
+// A thread owns 8 elements of a head's lower half and the 8 that turn with them: two reads and two writes of 16 bytes.
+// Grid: (tokens, pieces of a token), enough blocks that a step of one token uses several SMs. Bound by latency for few
+// tokens and by memory for many: 4 bytes an element and the table, which stays in L2.
+#include "common/numbers.cuh"
+#include "common/step.cuh"
+
+struct RopeParams {
+  Step step;
+  bf16* qkv;              // [tokens][(num_heads + 2 * num_kv_heads) * head_dim]
+  const float* table;     // [positions][2: cos, sin][head_dim / 2]
+  bf16* kv;               // the layer
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int block_size;
+};
+
+constexpr int kRopeThreads = 128;
+
+/// 8 values, of which those from `count` on do not exist. Whole ones are aligned to 16 bytes if `is_aligned`.
+struct Eight {
+  float x[8];
+};
+DEVICE Eight load_eight(const bf16* from, int count, bool is_aligned) {
+  Eight out;
+  if (is_aligned) {
+    const uint4 packed = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) out.x[2 * i] = low_float(words[i]), out.x[2 * i + 1] = high_float(words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) out.x[i] = i < count ? to_float(from[i]) : 0.0f;
+  }
+  return out;
+}
+DEVICE void store_eight(bf16* to, const Eight& v, int count, bool is_aligned) {
+  if (is_aligned) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(bf16x2_from_floats(v.x[0], v.x[1]), bf16x2_from_floats(v.x[2], v.x[3]),
+                                               bf16x2_from_floats(v.x[4], v.x[5]), bf16x2_from_floats(v.x[6], v.x[7]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (i < count) to[i] = bf16_from_float(v.x[i]);
+    }
+  }
+}
+DEVICE Eight load_table(const float* from, int count, bool is_aligned) {
+  Eight out;
+  if (is_aligned) {
+    const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from) + 1);
+    out.x[0] = a.x, out.x[1] = a.y, out.x[2] = a.z, out.x[3] = a.w;
+    out.x[4] = b.x, out.x[5] = b.y, out.x[6] = b.z, out.x[7] = b.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) out.x[i] = i < count ? __ldg(from + i) : 0.0f;
+  }
+  return out;
+}
+
+KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int token = int(blockIdx.x), half = p.head_dim / 2, per_head = (half + 7) / 8;
+  const int index = int(blockIdx.y) * kRopeThreads + int(threadIdx.x);
+  const int head = index / per_head, first = index % per_head * 8;
+  const int num_heads = p.num_heads + 2 * p.num_kv_heads;
+  if (token >= p.step.counts->num_tokens || head >= num_heads) return;
+  const bool is_aligned = half % 8 == 0;
+  const int count = min(8, half - first);
+  bf16* from = p.qkv + (size_t(token) * num_heads + head) * p.head_dim + first;
+  Eight low = load_eight(from, count, is_aligned), high = load_eight(from + half, count, is_aligned);
+  const bool is_value = head >= p.num_heads + p.num_kv_heads;
+  if (!is_value) {
+    const float* turn = p.table + size_t(p.step.positions[token]) * p.head_dim + first;
+    const Eight cosine = load_table(turn, count, is_aligned), sine = load_table(turn + half, count, is_aligned);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float a = low.x[i], b = high.x[i];
+      low.x[i] = a * cosine.x[i] - b * sine.x[i];
+      high.x[i] = b * cosine.x[i] + a * sine.x[i];
+    }
+  }
+  bf16* to = from;
+  if (head >= p.num_heads) {
+    const int slot = p.step.slots[token], kv_head = (head - p.num_heads) % p.num_kv_heads;
+    const size_t line = (size_t(slot / p.block_size) * 2 + is_value) * p.num_kv_heads + kv_head;
+    to = p.kv + (line * p.block_size + slot % p.block_size) * p.head_dim + first;
+  }
+  store_eight(to, low, count, is_aligned);
+  store_eight(to + half, high, count, is_aligned);
+}

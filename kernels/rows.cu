@@ -1,0 +1,399 @@
+// Operations on one row at a time: embedding, norms with their residual, the gated activation, and the quantisation
+// that ends each.
+//
+// A row (one token, or one sampled row) belongs to one block, whose size depends on the row's length and on nothing else;
+// so do the two steps of its reductions, a butterfly in each warp and a sum over warps in order. What a row gets is the
+// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes where rows are a multiple of 8 long,
+// and keep them in registers from the only read to the only write. Of a step of one token these kernels are latency: a
+// read from L2 (the weights of a norm are read while the kernel before still runs), two reductions, a write. Of a long
+// step they are bound by memory: 11 bytes a column in add_norm, 5 in geglu.
+#include "common/quantize.cuh"
+#include "common/step.cuh"
+
+// ---- groups of 8 columns
+
+/// Columns `col..col + 8` of a row of `cols`, zeros beyond its end. `row` is aligned to 16 bytes if cols % 8 is 0.
+DEVICE void load8(const float* row, int col, int cols, float (&out)[8]) {
+  if (cols % 8 == 0) {
+    float4 parts[2] = {};
+    if (col < cols) {
+      parts[0] = *reinterpret_cast<const float4*>(row + col);
+      parts[1] = *reinterpret_cast<const float4*>(row + col + 4);
+    }
+    out[0] = parts[0].x, out[1] = parts[0].y, out[2] = parts[0].z, out[3] = parts[0].w;
+    out[4] = parts[1].x, out[5] = parts[1].y, out[6] = parts[1].z, out[7] = parts[1].w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[i] = col + i < cols ? row[col + i] : 0.0f;
+  }
+}
+DEVICE void unpack8(const uint4& packed, float (&out)[8]) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) out[2 * i] = low_float(words[i]), out[2 * i + 1] = high_float(words[i]);
+}
+DEVICE void load8(const bf16* row, int col, int cols, float (&out)[8]) {
+  if (cols % 8 == 0) {
+    uint4 packed = make_uint4(0, 0, 0, 0);
+    if (col < cols) packed = *reinterpret_cast<const uint4*>(row + col);
+    unpack8(packed, out);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[i] = col + i < cols ? to_float(row[col + i]) : 0.0f;
+  }
+}
+DEVICE void store8(float* row, int col, int cols, const float (&x)[8]) {
+  if (cols % 8 == 0) {
+    if (col < cols) {
+      *reinterpret_cast<float4*>(row + col) = make_float4(x[0], x[1], x[2], x[3]);
+      *reinterpret_cast<float4*>(row + col + 4) = make_float4(x[4], x[5], x[6], x[7]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (col + i < cols) row[col + i] = x[i];
+    }
+  }
+}
+DEVICE void store8(bf16* row, int col, int cols, const float (&x)[8]) {
+  if (cols % 8 == 0) {
+    if (col < cols) {
+      *reinterpret_cast<uint4*>(row + col) = make_uint4(bf16x2_from_floats(x[0], x[1]), bf16x2_from_floats(x[2], x[3]),
+                                                        bf16x2_from_floats(x[4], x[5]), bf16x2_from_floats(x[6], x[7]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (col + i < cols) row[col + i] = bf16_from_float(x[i]);
+    }
+  }
+}
+
+// ---- rows in registers
+
+/// What a thread holds of a row: columns `(Threads * i + thread) * 8` onwards, for i = 0..Groups.
+template <int Threads, int Groups>
+struct Row {
+  static constexpr int kWarps = Threads / 32;
+  /// Floats of shared memory a reduction needs.
+  static constexpr int kScratch = (kWarps + 3) / 4 * 4;
+  float x[Groups][8];
+
+  static DEVICE int column(int group) { return (Threads * group + int(threadIdx.x)) * 8; }
+
+  template <class T>
+  DEVICE void load(const T* row, int cols) {
+#pragma unroll
+    for (int g = 0; g < Groups; g++) load8(row, column(g), cols, x[g]);
+  }
+  template <class T>
+  DEVICE void store(T* row, int cols) const {
+#pragma unroll
+    for (int g = 0; g < Groups; g++) store8(row, column(g), cols, x[g]);
+  }
+
+  /// Every thread's `sum` added up and the largest `max`. Needs 2 * kScratch floats that nobody else uses.
+  static DEVICE void reduce(float& sum, float& max, float* scratch) {
+    const int warp = int(threadIdx.x) / 32;
+    sum = warp_sum(sum);
+    max = warp_max(max);
+    if (threadIdx.x % 32 == 0) scratch[warp] = sum, scratch[kScratch + warp] = max;
+    __syncthreads();
+    sum = 0.0f;
+    max = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += scratch[w], max = fmaxf(max, scratch[kScratch + w]);
+  }
+
+  DEVICE float sum_of_squares(float* scratch) const {
+    float sum = 0.0f, unused = 0.0f;
+#pragma unroll
+    for (int g = 0; g < Groups; g++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum += x[g][i] * x[g][i];
+    }
+    reduce(sum, unused, scratch);
+    return sum;
+  }
+};
+
+DEVICE float inverse_rms(float sum_of_squares, int cols, float eps) {
+  return rsqrtf(sum_of_squares / float(cols) + eps);
+}
+
+/// Writes `x * factor` quantised. `amax` is the largest magnitude of `x`: a product with a positive number keeps order,
+/// rounded or not, so the scale of the row needs no other reduction.
+template <int Threads, int Groups>
+DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Groups>& x, float factor, float amax) {
+  float scale = out.static_scale;
+  if (out.scheme == kSchemeToken) scale = token_scale(amax * factor);
+  if (out.scheme != kSchemeNone && threadIdx.x == 0) out.scales[row] = scale;
+  const Divisor by = divisor(scale);
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x.x[g][i] *= factor;
+    if (x.column(g) < cols) write_activation(out, row, x.column(g), cols, x.x[g], by);
+  }
+}
+
+/// Writes `norm(x)` quantised; `weights` hold 1 + w.
+template <int Threads, int Groups>
+DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, Groups>& x,
+                         const Row<Threads, Groups>& weights, float eps, float* scratch) {
+  float sum = 0.0f, amax = 0.0f;
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      sum += x.x[g][i] * x.x[g][i];
+      x.x[g][i] *= weights.x[g][i];
+      amax = fmaxf(amax, fabsf(x.x[g][i]));
+    }
+  }
+  x.reduce(sum, amax, scratch);
+  write_row(out, row, cols, x, inverse_rms(sum, cols, eps), amax);
+}
+
+/// `residual += norm(x)`, row by row.
+template <int Threads, int Groups>
+DEVICE void add_normed(Row<Threads, Groups>& residual, const Row<Threads, Groups>& x,
+                       const Row<Threads, Groups>& weights, int cols, float eps, float* scratch) {
+  const float factor = inverse_rms(x.sum_of_squares(scratch), cols, eps);
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) residual.x[g][i] += x.x[g][i] * factor * weights.x[g][i];
+  }
+}
+
+// ---- kernels: grid = rows, shared memory = 4 * Row::kScratch floats at most
+
+struct EmbedParams {
+  Step step;
+  const uint8_t* table;  // bf16 panels [K panels][table_rows][128 bytes]
+  void* out;             // [tokens][cols]
+  int table_rows;
+  int cols;
+  float scale;
+  int padding;
+};
+
+/// out[t] = table[token_ids[t]] * scale. Grid y cuts a row into pieces of 128 groups.
+template <class T>
+DEVICE void embed(const EmbedParams& p) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int row = int(blockIdx.x), col = int(blockIdx.y * blockDim.x + threadIdx.x) * 8;
+  if (row >= p.step.counts->num_tokens || col >= p.cols) return;
+  const uint8_t* group = p.table + panel_offset(p.step.token_ids[row], 2 * col, p.table_rows);
+  float x[8];
+  unpack8(__ldg(reinterpret_cast<const uint4*>(group)), x);
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] *= p.scale;
+  store8(static_cast<T*>(p.out) + size_t(row) * p.cols, col, p.cols, x);
+}
+
+struct NormParams {
+  const int* num_rows;
+  const void* x;         // [rows][cols]
+  const float* weights;  // [cols], 1 + w
+  Activation out;
+  int allocated_rows;  // of x
+  int cols;
+  float eps;
+  int padding;
+};
+
+/// out = quantise(norm(x))
+template <class T, int Threads, int Groups>
+DEVICE void norm(const NormParams& p) {
+  DYNAMIC_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int row = int(blockIdx.x), cols = p.cols;
+  if (row >= *p.num_rows) return;
+  Row<Threads, Groups> x, weights;
+  x.load(static_cast<const T*>(p.x) + size_t(row) * cols, cols);
+  weights.load(p.weights, cols);
+  write_normed(p.out, row, cols, x, weights, p.eps, scratch);
+}
+
+/// out = quantise(x)
+template <int Threads, int Groups>
+DEVICE void quantize_rows(const NormParams& p) {
+  DYNAMIC_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int row = int(blockIdx.x), cols = p.cols;
+  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
+  Row<Threads, Groups> x;
+  x.load(static_cast<const bf16*>(p.x) + size_t(min(row, p.allocated_rows - 1)) * cols, cols);
+  if (row >= *p.num_rows) return;
+  float unused = 0.0f, amax = 0.0f;
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) amax = fmaxf(amax, fabsf(x.x[g][i]));
+  }
+  if (p.out.scheme == kSchemeToken) x.reduce(unused, amax, scratch);
+  write_row(p.out, row, cols, x, 1.0f, amax);
+}
+
+struct AddNormParams {
+  const int* num_rows;
+  const bf16* x;              // [tokens][cols]
+  const float* post_weights;  // [cols], 1 + w
+  const float* pre_weights;   // [cols], 1 + w
+  float* residual;            // [tokens][cols]
+  const int* rows;            // last_norm: which row each output row is made of
+  Activation out;
+  int allocated_rows;  // of x and residual
+  int cols;
+  float eps;
+  int padding;
+};
+
+/// residual += norm_post(x), out = quantise(norm_pre(residual))
+template <int Threads, int Groups>
+DEVICE void add_norm(const AddNormParams& p) {
+  using Values = Row<Threads, Groups>;
+  DYNAMIC_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  // Weights that fit in registers are read before the kernel that makes x is done.
+  constexpr bool kEarly = Groups == 1;
+  let_next_kernel_start();
+  const int row = int(blockIdx.x), cols = p.cols;
+  const size_t offset = size_t(min(row, p.allocated_rows - 1)) * cols;
+  Values post, pre, x, residual;
+  if (kEarly) post.load(p.post_weights, cols), pre.load(p.pre_weights, cols);
+  wait_for_previous_kernels();
+  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
+  x.load(p.x + offset, cols);
+  residual.load(p.residual + offset, cols);
+  if (row >= *p.num_rows) return;
+  if (!kEarly) post.load(p.post_weights, cols);
+  add_normed(residual, x, post, cols, p.eps, scratch);
+  residual.store(p.residual + offset, cols);
+  if (!kEarly) pre.load(p.pre_weights, cols);
+  write_normed(p.out, row, cols, residual, pre, p.eps, scratch + 2 * Values::kScratch);
+}
+
+/// out[s] = quantise(norm_pre(residual[rows[s]] + norm_post(x[rows[s]]))); the residual stays as it is.
+template <int Threads, int Groups>
+DEVICE void last_norm(const AddNormParams& p) {
+  using Values = Row<Threads, Groups>;
+  DYNAMIC_SHARED(shared);
+  float* scratch = reinterpret_cast<float*>(shared);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int index = int(blockIdx.x), cols = p.cols;
+  if (index >= *p.num_rows) return;
+  const size_t offset = size_t(p.rows[index]) * cols;
+  Values weights, x, residual;
+  x.load(p.x + offset, cols);
+  residual.load(p.residual + offset, cols);
+  weights.load(p.post_weights, cols);
+  add_normed(residual, x, weights, cols, p.eps, scratch);
+  weights.load(p.pre_weights, cols);
+  write_normed(p.out, index, cols, residual, weights, p.eps, scratch + 2 * Values::kScratch);
+}
+
+struct GegluParams {
+  const int* num_rows;
+  const bf16* gate_up;  // [tokens][2 * cols], gate then up
+  Activation out;
+  int cols;
+  int padding;
+};
+
+/// gelu_tanh(gate) * up. With u = sqrt(2 / pi) * (g + 0.044715 g^3), gelu is g * e^2u / (1 + e^2u), which keeps its relative
+/// precision for negative g; the exponent is kept below where the sum overflows.
+DEVICE float gated(float gate, float up) {
+  constexpr float kLinear = 2.0f * 0.7978845608f * kLog2E;
+  const float e = exp2_approx(fminf(gate * (kLinear + kLinear * 0.044715f * (gate * gate)), 126.0f));
+  return gate * (e * reciprocal_approx(1.0f + e)) * up;
+}
+DEVICE void load_gated(const GegluParams& p, int row, int col, float (&out)[8]) {
+  const bf16* gate = p.gate_up + size_t(row) * 2 * p.cols;
+  float up[8];
+  load8(gate, col, p.cols, out);
+  load8(gate + p.cols, col, p.cols, up);
+#pragma unroll
+  for (int i = 0; i < 8; i++) out[i] = gated(out[i], up[i]);
+}
+
+constexpr int kGegluThreads = 128;
+
+/// Schemes without a reduction: grid y cuts a row into pieces of 16 columns a thread.
+DEVICE void geglu_piece(const GegluParams& p) {
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int row = int(blockIdx.x), col = int(blockIdx.y * kGegluThreads + threadIdx.x) * 16;
+  if (row >= *p.num_rows) return;
+  if (p.out.scheme == kSchemeStatic && blockIdx.y == 0 && threadIdx.x == 0) p.out.scales[row] = p.out.static_scale;
+  if (col >= p.cols) return;
+  float halves[2][8], x[16];
+  load_gated(p, row, col, halves[0]);
+  load_gated(p, row, col + 8, halves[1]);
+#pragma unroll
+  for (int i = 0; i < 16; i++) x[i] = halves[i / 8][i % 8];
+  write_activation(p.out, row, col, p.cols, x, divisor(p.out.static_scale));
+}
+
+/// A scale for each token: one block a row. What does not fit in registers is computed again after the reduction.
+template <int Threads, int Groups>
+DEVICE void geglu_row(const GegluParams& p) {
+  using Values = Row<Threads, Groups>;
+  DYNAMIC_SHARED(shared);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int row = int(blockIdx.x), cols = p.cols;
+  if (row >= *p.num_rows) return;
+  Values x;
+  float unused = 0.0f, amax = 0.0f;
+  auto add = [&](const float (&values)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) amax = fmaxf(amax, fabsf(values[i]));
+  };
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+    load_gated(p, row, x.column(g), x.x[g]);
+    add(x.x[g]);
+  }
+  for (int col = x.column(Groups); col < cols; col += Threads * 8) {
+    float more[8];
+    load_gated(p, row, col, more);
+    add(more);
+  }
+  x.reduce(unused, amax, reinterpret_cast<float*>(shared));
+  const Divisor by = divisor(token_scale(amax));
+  if (threadIdx.x == 0) p.out.scales[row] = by.value;
+#pragma unroll
+  for (int g = 0; g < Groups; g++) {
+    if (x.column(g) < cols) write_activation(p.out, row, x.column(g), cols, x.x[g], by);
+  }
+  for (int col = x.column(Groups); col < cols; col += Threads * 8) {
+    float more[8];
+    load_gated(p, row, col, more);
+    write_activation(p.out, row, col, cols, more, by);
+  }
+}
+
+KERNEL(embed_f32, EmbedParams, 128, 8) { embed<float>(p); }
+KERNEL(embed_bf16, EmbedParams, 128, 8) { embed<bf16>(p); }
+
+// Named after the longest row they take.
+KERNEL(norm_f32_16384, NormParams, 512, 1) { norm<float, 512, 4>(p); }
+KERNEL(norm_bf16_16384, NormParams, 512, 1) { norm<bf16, 512, 4>(p); }
+KERNEL(quantize_4096, NormParams, 512, 2) { quantize_rows<512, 1>(p); }
+KERNEL(quantize_16384, NormParams, 512, 1) { quantize_rows<512, 4>(p); }
+KERNEL(add_norm_2560, AddNormParams, 320, 3) { add_norm<320, 1>(p); }
+KERNEL(add_norm_3584, AddNormParams, 448, 2) { add_norm<448, 1>(p); }
+KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1>(p); }
+KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4>(p); }
+KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4>(p); }
+KERNEL(geglu, GegluParams, kGegluThreads, 8) { geglu_piece(p); }
+KERNEL(geglu_token, GegluParams, 512, 2) { geglu_row<512, 4>(p); }
