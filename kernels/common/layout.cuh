@@ -24,3 +24,7 @@ DEVICE uint64_t operand_descriptor(uint32_t address) {
 
 /// Added to a descriptor for the next 32 bytes along K.
 constexpr uint64_t kDescriptorStep = 2;
+
+/// The tensor core keeps sums of e4m3 products with about 14 bits below the largest: after this many panels of K, counted
+/// from k = 0, they are added to f32. Every e4m3 GEMM has the same interval, so that all of them give the same bits.
+constexpr int kPromoteEvery = 4;

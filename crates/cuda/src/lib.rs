@@ -4,6 +4,9 @@
 //! |---|---|
 //! | `device` | the CUDA driver, or the emulator that runs the same kernels on a CPU |
 //! | `pack`, `tensor` | how weights and activations lie in device memory |
+//! | `step` | how a step's inputs get to the device |
+//! | `slab_gemm` | matrix products of few tokens: linear layers and logits of a decode step |
+//! | `rows`, `rope` | norms, gating, quantisation; rotation, and where keys and values go |
 //!
 //! Tests of the kernels take their device from `testing::device()`: the emulator, or a GPU where the environment says
 //! `LAPIDARY_TEST_DEVICE=gpu` (and then a missing GPU is a failure).
@@ -12,6 +15,7 @@ mod device;
 mod pack;
 mod rope;
 mod rows;
+mod slab_gemm;
 mod step;
 mod tensor;
 #[cfg(all(test, feature = "emulator"))]

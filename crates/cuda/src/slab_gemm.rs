@@ -1,0 +1,156 @@
+//! Linear layers and the output projection of few tokens (`kernels/slab_gemm.sm90a.cu`): Hopper only.
+
+use lapidary_model::BackendError;
+
+use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
+use crate::pack::{Element, Panels};
+use crate::slab_gemm::plan::{Plan, Shape, Tuning, VARIANTS};
+use crate::tensor::{ActivationParams, Tensor};
+
+mod plan;
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
+
+/// Tokens of a launch.
+pub(crate) const MAX_TOKENS: usize = 64;
+const THREADS: u32 = 192;
+
+/// `out[m][n] = x[m] . w[n]`, times the scales of both, soft-capped if asked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product<'a> {
+    /// `[rows, K]`, of the weights' element.
+    pub(crate) x: &'a ActivationParams,
+    /// `[N, K]`.
+    pub(crate) w: &'a Panels,
+    /// One f32 for each row of `w`, or null.
+    pub(crate) w_scales: DevicePtr,
+    /// `[rows, at least N]`.
+    pub(crate) out: &'a Tensor,
+    /// `c`: results become `c * tanh(result / c)`.
+    pub(crate) softcap: Option<f32>,
+    /// The number of rows the step has, an i32 on the device: rows from there on are not written.
+    pub(crate) num_rows: DevicePtr,
+    /// The most it can be; more than [`MAX_TOKENS`] read the weights several times.
+    pub(crate) max_rows: usize,
+}
+
+/// The kernels' `SlabGemmParams`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct SlabGemmParams {
+    x: DevicePtr,
+    x_scales: DevicePtr,
+    w: DevicePtr,
+    w_scales: DevicePtr,
+    out: DevicePtr,
+    num_rows: DevicePtr,
+    first_row: i32,
+    x_rows: i32,
+    w_rows: i32,
+    k_panels: i32,
+    out_stride: i32,
+    out_is_f32: i32,
+    softcap: f32,
+    slab_rows: i32,
+    long_slabs: i32,
+    pass_rows: i32,
+    panel_rows: i32,
+    w_stages: i32,
+    x_stages: i32,
+    padding: i32,
+}
+kernel_params!(SlabGemmParams);
+
+/// The loaded kernels.
+#[derive(Debug)]
+pub(crate) struct SlabGemm {
+    kernels: Vec<Kernel>,
+    multiprocessors: usize,
+}
+
+impl SlabGemm {
+    /// # Errors
+    /// The device is no Hopper.
+    pub(crate) fn load(device: &mut dyn Device) -> Result<Self, BackendError> {
+        let kernels = VARIANTS
+            .iter()
+            .map(|variant| device.kernel(variant.name, THREADS))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            kernels,
+            multiprocessors: device.multiprocessors(),
+        })
+    }
+
+    /// Computes a product.
+    ///
+    /// # Errors
+    /// The launch failed.
+    pub(crate) fn launch(&self, device: &mut dyn Device, product: &Product<'_>) -> Result<(), BackendError> {
+        for first_row in (0..product.max_rows).step_by(MAX_TOKENS) {
+            let tokens = MAX_TOKENS.min(product.max_rows - first_row);
+            let shape = Shape::new(product.w, tokens);
+            let plan = Plan::new(shape, Tuning::of(shape, self.multiprocessors))
+                .expect("the standard tuning of a shape is possible");
+            self.launch_plan(device, product, first_row, &plan)?;
+        }
+        Ok(())
+    }
+
+    /// Computes the rows from `first_row` on as planned.
+    fn launch_plan(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        first_row: usize,
+        plan: &Plan,
+    ) -> Result<(), BackendError> {
+        let kernel = VARIANTS
+            .iter()
+            .zip(&self.kernels)
+            .find_map(|(variant, kernel)| (*variant == *plan.variant).then_some(kernel))
+            .expect("a kernel was loaded for every variant");
+        let grid = Grid::line(plan.blocks).shared(plan.shared_bytes);
+        launch(device, kernel, grid, &product.params(first_row, plan))
+    }
+}
+
+impl Product<'_> {
+    fn params(&self, first_row: usize, plan: &Plan) -> SlabGemmParams {
+        let Self { x, w, out, .. } = *self;
+        let is_fp8 = w.element == Element::E4m3;
+        assert_eq!(is_fp8, x.scheme != 0, "tokens and weights have the same element");
+        assert!(
+            out.cols >= w.rows,
+            "the output has a column for each row of the weights"
+        );
+        assert!(first_row % 8 == 0, "the swizzle repeats every 8 rows");
+        let out_bytes = Tensor::bytes(first_row, out.cols, out.is_wide);
+        SlabGemmParams {
+            x: x.panels.offset(first_row * crate::pack::PANEL_BYTES),
+            x_scales: if is_fp8 {
+                x.scales.offset(4 * first_row)
+            } else {
+                DevicePtr::NULL
+            },
+            w: w.data,
+            w_scales: self.w_scales,
+            out: out.data.offset(out_bytes),
+            num_rows: self.num_rows,
+            first_row: first_row as i32,
+            x_rows: x.row_stride,
+            w_rows: w.padded_rows as i32,
+            k_panels: w.panels as i32,
+            out_stride: out.cols as i32,
+            out_is_f32: i32::from(out.is_wide),
+            softcap: self.softcap.unwrap_or(0.0),
+            slab_rows: plan.slab_rows as i32,
+            long_slabs: plan.long_slabs as i32,
+            pass_rows: plan.pass_rows as i32,
+            panel_rows: plan.panel_rows as i32,
+            w_stages: plan.w_stages as i32,
+            x_stages: plan.x_stages as i32,
+            padding: 0,
+        }
+    }
+}

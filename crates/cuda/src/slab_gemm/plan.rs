@@ -1,0 +1,316 @@
+//! How a product of few tokens is cut into slabs, passes and stages. Nothing here changes a bit of the result.
+
+use crate::pack::{Element, PANEL_BYTES, Panels};
+
+/// Rows of weights that one wgmma takes.
+const TILE_ROWS: usize = 64;
+/// The swizzle repeats after so many rows.
+const SWIZZLE_ROWS: usize = 8;
+/// Shared memory before the rings: barriers and the tokens' scales.
+const RINGS_OFFSET: usize = 1024;
+/// Full and empty barriers of both rings fit before the scales.
+const MAX_STAGES: usize = 768 / 16;
+/// The slabs that divide every matrix of Gemma-2 evenly; 4 of a Hopper's 132 multiprocessors stay free.
+const EVEN_BLOCKS: usize = 128;
+/// Weights on their way: latency times bandwidth is 32 KB a multiprocessor, and twice that hides jitter.
+const IN_FLIGHT_BYTES: usize = 80 << 10;
+/// Tokens on their way. They come from L2, sooner than weights.
+const TOKENS_IN_FLIGHT_BYTES: usize = 32 << 10;
+/// With so much, a block of the next kernel fits beside this one on a multiprocessor.
+pub(super) const SHARED_BYTES: usize = 110 << 10;
+
+/// One instance of the kernel.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Variant {
+    pub(super) name: &'static str,
+    pub(super) element: Element,
+    pub(super) tokens: usize,
+    /// 64-row tiles of a pass.
+    pub(super) tiles: usize,
+    /// K panels of a stage.
+    pub(super) panels: usize,
+}
+
+macro_rules! variants {
+    ($($element:ident $format:literal: $tiles:literal tiles, $panels:literal panels, tokens [$($tokens:literal)*];)*) => {
+        &[$($(Variant {
+            name: concat!("slab_gemm_", $format, "_n", $tokens, "_t", $tiles, "_p", $panels),
+            element: Element::$element,
+            tokens: $tokens,
+            tiles: $tiles,
+            panels: $panels,
+        },)*)*]
+    };
+}
+
+/// All instances, as the last lines of the kernel's file list them.
+pub(super) static VARIANTS: &[Variant] = variants! {
+    E4m3 "e4m3": 1 tiles, 4 panels, tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 1 tiles, 2 panels, tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 2 tiles, 1 panels, tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 4 tiles, 1 panels, tokens [32];
+    Bf16 "bf16": 1 tiles, 4 panels, tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 1 tiles, 2 panels, tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 2 tiles, 1 panels, tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 4 tiles, 1 panels, tokens [32 48 64];
+};
+
+/// What is multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) element: Element,
+    /// Rows of weights.
+    pub(super) n: usize,
+    pub(super) k_panels: usize,
+    /// At most 64.
+    pub(super) tokens: usize,
+}
+
+impl Shape {
+    pub(super) fn new(w: &Panels, tokens: usize) -> Self {
+        Self {
+            element: w.element,
+            n: w.rows,
+            k_panels: w.panels,
+            tokens,
+        }
+    }
+}
+
+/// What may be chosen freely, and is by measuring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tuning {
+    pub(super) blocks: usize,
+    /// Most tiles of a pass.
+    pub(super) tiles: usize,
+    /// K panels of a stage.
+    pub(super) panels: usize,
+    /// Most bytes of the weights' ring.
+    pub(super) in_flight_bytes: usize,
+    /// Most bytes of the tokens' ring.
+    pub(super) tokens_in_flight_bytes: usize,
+    /// Most shared memory of a block.
+    pub(super) shared_bytes: usize,
+}
+
+impl Tuning {
+    /// The standard one.
+    pub(super) fn of(shape: Shape, multiprocessors: usize) -> Self {
+        let even = multiprocessors >= EVEN_BLOCKS && shape.n.is_multiple_of(EVEN_BLOCKS);
+        let blocks = if even { EVEN_BLOCKS } else { multiprocessors };
+        let slab = Slabs::new(shape.n, blocks);
+        let tiles = match slab.rows_in_stage(slab.longest()).div_ceil(TILE_ROWS) {
+            0..=1 => 1,
+            2 => 2,
+            // The more tokens, the wider a pass, since all tokens are read anew for each.
+            _ if shape.element == Element::Bf16 && shape.tokens > 24 => 4,
+            _ => 2,
+        };
+        let narrow = slab.longest() <= 40 && shape.tokens <= 16;
+        Self {
+            blocks,
+            tiles,
+            panels: match tiles {
+                1 if narrow => 4,
+                1 => 2,
+                _ => 1,
+            },
+            in_flight_bytes: IN_FLIGHT_BYTES,
+            tokens_in_flight_bytes: TOKENS_IN_FLIGHT_BYTES,
+            shared_bytes: SHARED_BYTES,
+        }
+    }
+}
+
+/// Consecutive rows for each block; the first `long` blocks have one more.
+#[derive(Debug, Clone, Copy)]
+struct Slabs {
+    blocks: usize,
+    rows: usize,
+    long: usize,
+}
+
+impl Slabs {
+    fn new(n: usize, blocks: usize) -> Self {
+        // Fewer rows than a swizzle group are not worth a block.
+        let blocks = blocks.min(n.div_ceil(SWIZZLE_ROWS)).max(1);
+        Self {
+            blocks,
+            rows: n / blocks,
+            long: n % blocks,
+        }
+    }
+
+    fn longest(self) -> usize {
+        self.rows + usize::from(self.long > 0)
+    }
+
+    /// The most rows after a multiple of 8 that a slab begins at.
+    fn max_shift(self) -> usize {
+        if self.blocks == 1 {
+            return 0;
+        }
+        let step = if self.long == 0 { self.rows } else { 1 };
+        // Multiples of `step` modulo 8 are the multiples of this power of two.
+        SWIZZLE_ROWS - (1 << step.trailing_zeros().min(SWIZZLE_ROWS.trailing_zeros()))
+    }
+
+    /// Rows that `rows` of a slab take in a stage, each at its place among 8.
+    fn rows_in_stage(self, rows: usize) -> usize {
+        (rows + self.max_shift()).next_multiple_of(SWIZZLE_ROWS)
+    }
+}
+
+/// A launch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    pub(super) variant: &'static Variant,
+    pub(super) blocks: usize,
+    pub(super) slab_rows: usize,
+    pub(super) long_slabs: usize,
+    pub(super) pass_rows: usize,
+    pub(super) panel_rows: usize,
+    pub(super) w_stages: usize,
+    pub(super) x_stages: usize,
+    pub(super) shared_bytes: usize,
+}
+
+impl Plan {
+    /// `None` if there is no such variant of the kernel, or its stages do not fit.
+    pub(super) fn new(shape: Shape, tuning: Tuning) -> Option<Self> {
+        let variant = VARIANTS
+            .iter()
+            .filter(|variant| variant.element == shape.element && variant.tokens >= shape.tokens)
+            .filter(|variant| (variant.tiles, variant.panels) == (tuning.tiles, tuning.panels))
+            .min_by_key(|variant| variant.tokens)?;
+        let slabs = Slabs::new(shape.n, tuning.blocks);
+        let room = TILE_ROWS * variant.tiles;
+        let most_rows = (room - slabs.max_shift()) / SWIZZLE_ROWS * SWIZZLE_ROWS;
+        let longest = slabs.longest();
+        // A pass begins as a slab does: at the same place among 8 rows.
+        let passes = if longest + slabs.max_shift() <= room {
+            1
+        } else {
+            longest.div_ceil(most_rows)
+        };
+        let pass_rows = longest.div_ceil(passes).next_multiple_of(SWIZZLE_ROWS);
+        let panel_rows = slabs.rows_in_stage(pass_rows.min(longest));
+
+        let stages = passes * shape.k_panels.div_ceil(variant.panels);
+        let w_stage = variant.panels * panel_rows * PANEL_BYTES;
+        let x_stage = variant.panels * variant.tokens * PANEL_BYTES;
+        let most = |bytes: usize, stage: usize| (bytes / stage).clamp(2, MAX_STAGES / 2).min(stages);
+        let (mut w_stages, mut x_stages) = (
+            most(tuning.in_flight_bytes, w_stage),
+            most(tuning.tokens_in_flight_bytes, x_stage),
+        );
+        x_stages = x_stages.min(w_stages);
+        let shared_bytes = |w_stages: usize, x_stages: usize| {
+            let w_end = RINGS_OFFSET + w_stages * w_stage;
+            // Tiles of the last panel reach past its rows.
+            (w_end + x_stages * x_stage).max(w_end - panel_rows * PANEL_BYTES + room * PANEL_BYTES)
+        };
+        while shared_bytes(w_stages, x_stages) > tuning.shared_bytes && w_stages > 2 {
+            w_stages -= 1;
+            x_stages = x_stages.min(w_stages);
+        }
+        let plan = Self {
+            variant,
+            blocks: slabs.blocks,
+            slab_rows: slabs.rows,
+            long_slabs: slabs.long,
+            pass_rows,
+            panel_rows,
+            w_stages,
+            x_stages,
+            shared_bytes: shared_bytes(w_stages, x_stages),
+        };
+        (plan.shared_bytes <= tuning.shared_bytes).then_some(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Out and in features of Gemma-2's projections: 2b, 9b, 27b.
+    const PROJECTIONS: [(usize, usize); 12] = [
+        (4096, 2304),
+        (2304, 2048),
+        (18432, 2304),
+        (2304, 9216),
+        (8192, 3584),
+        (3584, 4096),
+        (28672, 3584),
+        (3584, 14336),
+        (8192, 4608),
+        (4608, 4096),
+        (73728, 4608),
+        (4608, 36864),
+    ];
+
+    fn shapes() -> impl Iterator<Item = Shape> {
+        let elements = [Element::E4m3, Element::Bf16];
+        let projections = PROJECTIONS
+            .into_iter()
+            .chain([2304, 3584, 4608].map(|hidden| (256_000, hidden)));
+        projections.flat_map(move |(n, k)| {
+            elements.into_iter().flat_map(move |element| {
+                let k_panels = element.panels(k);
+                (1..=64).map(move |tokens| Shape {
+                    element,
+                    n,
+                    k_panels,
+                    tokens,
+                })
+            })
+        })
+    }
+
+    #[test]
+    fn gemma_2_is_cut_evenly_and_keeps_dram_busy_beside_the_next_kernel() {
+        for shape in shapes() {
+            let plan = Plan::new(shape, Tuning::of(shape, 132)).expect("the standard tuning is possible");
+            assert_eq!((plan.blocks, plan.long_slabs), (128, 0), "{shape:?}");
+            assert_eq!(plan.slab_rows * plan.blocks, shape.n);
+            let rows = plan.pass_rows.min(plan.slab_rows);
+            let in_flight = plan.w_stages * plan.variant.panels * rows * PANEL_BYTES;
+            let slab_bytes = plan.slab_rows * shape.k_panels * PANEL_BYTES;
+            assert!(in_flight >= slab_bytes.min(48 << 10), "{shape:?} {plan:?} {in_flight}");
+            assert!(plan.shared_bytes <= SHARED_BYTES);
+            assert!(plan.variant.tokens >= shape.tokens);
+        }
+    }
+
+    #[test]
+    fn a_stage_has_room_for_the_rows_of_every_slab() {
+        for n in (1..700).chain([4096, 28672, 256_000]) {
+            for blocks in [1, 5, 6, 114, 128, 132] {
+                let shape = Shape {
+                    element: Element::E4m3,
+                    n,
+                    k_panels: 7,
+                    tokens: 9,
+                };
+                let tuning = Tuning {
+                    blocks,
+                    ..Tuning::of(shape, blocks)
+                };
+                let plan = Plan::new(shape, tuning).expect("the standard tuning is possible");
+                let mut begin = 0;
+                for block in 0..plan.blocks {
+                    let end = begin + plan.slab_rows + usize::from(block < plan.long_slabs);
+                    for pass in (begin..end).step_by(plan.pass_rows) {
+                        let rows = pass % 8 + plan.pass_rows.min(end - pass);
+                        assert!(
+                            rows <= plan.panel_rows && rows <= 64 * plan.variant.tiles,
+                            "n {n}: {plan:?}"
+                        );
+                    }
+                    begin = end;
+                }
+                assert_eq!(begin, n);
+            }
+        }
+    }
+}
