@@ -3,13 +3,17 @@
 //! | module | hides |
 //! |---|---|
 //! | `device` | the CUDA driver, or the emulator that runs the same kernels on a CPU |
+//! | `attention` | how a step's attention is split between two kernels |
+//! | `step` | where a step's inputs lie |
 //! | `pack`, `tensor` | how weights and activations lie in device memory |
 //!
 //! Tests of the kernels take their device from `testing::device()`: the emulator, or a GPU where the environment says
 //! `LAPIDARY_TEST_DEVICE=gpu` (and then a missing GPU is a failure).
 
+mod attention;
 mod device;
 mod pack;
+mod step;
 mod tensor;
 #[cfg(all(test, feature = "emulator"))]
 mod testing;
