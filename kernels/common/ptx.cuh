@@ -33,6 +33,8 @@ DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
 // ---- memory
 DEVICE uint4 load_streaming(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
+DEVICE uint4 load_l2(const uint4* p) { return *p; }
+DEVICE float load_l2(const float* p) { return *p; }
 DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
   emulator::cp_async_issue([=] {
     uint8_t* target = emulator::shared_pointer(to, 16);
@@ -193,6 +195,20 @@ DEVICE uint4 load_streaming(const uint4* p) {
 DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+/// Reads what other SMs wrote during this kernel: past L1.
+DEVICE uint4 load_l2(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+DEVICE float load_l2(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
 /// 16 bytes to shared memory; zeros if not `valid`.

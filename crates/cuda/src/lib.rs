@@ -7,10 +7,12 @@
 //! | `step` | how a step's inputs get to the device |
 //! | `slab_gemm` | matrix products of few tokens: linear layers and logits of a decode step |
 //! | `rows`, `rope` | norms, gating, quantisation; rotation, and where keys and values go |
+//! | `attention` | how a step's attention is split between two kernels |
 //!
 //! Tests of the kernels take their device from `testing::device()`: the emulator, or a GPU where the environment says
 //! `LAPIDARY_TEST_DEVICE=gpu` (and then a missing GPU is a failure).
 
+mod attention;
 mod device;
 mod pack;
 mod rope;

@@ -18,7 +18,7 @@ const MAX_BLOCKS: usize = 32;
 const COUNTS_BYTES: usize = 16;
 
 /// The kernels' `Step` (`kernels/common/step.cuh`).
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct StepPointers {
     pub(crate) counts: DevicePtr,

@@ -1,0 +1,448 @@
+//! Paged attention: sequences with one query token go to `kernels/attention_decode.cu`, the others to
+//! `kernels/attention_prefill.cu`.
+//!
+//! Neither kernel's result for a sequence depends on the batch: chunks and tiles of keys are aligned to absolute
+//! positions and added in their order.
+
+use lapidary_engine::Batch;
+use lapidary_model::{AttentionConfig, BackendError, StepLimits};
+
+use crate::device::{Device, DevicePtr, Grid, Kernel, bytes_of, kernel_params, launch};
+use crate::step::StepPointers;
+use crate::tensor::ActivationParams;
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
+
+/// Keys that the kernels load at a time; blocks are a multiple of it.
+const KEY_TILE: usize = 16;
+/// Warps of a block of the decode kernel.
+const DECODE_WARPS: usize = 4;
+/// Query heads of a kv head that the decode kernel has room for.
+const MAX_GROUP: usize = 8;
+/// Above it exp(cap), and sums of it, come near what f32 can hold.
+const MAX_SOFTCAP: f32 = 60.0;
+/// Largest second dimension of a grid.
+const MAX_GRID_Y: usize = 65535;
+
+/// The kernels' `Attention`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct AttentionParams {
+    step: StepPointers,
+    qkv: DevicePtr,
+    kv: DevicePtr,
+    out: ActivationParams,
+    rows: DevicePtr,
+    num_heads: i32,
+    num_kv_heads: i32,
+    block_size: i32,
+    window: i32,
+    score_scale: f32,
+    cap: f32,
+}
+
+/// The kernels' `AttentionDecode`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct DecodeParams {
+    attention: AttentionParams,
+    partial_outputs: DevicePtr,
+    partial_sums: DevicePtr,
+    arrivals: DevicePtr,
+    max_seqs: i32,
+    chunk_shift: i32,
+    stages: i32,
+    step_is_settled: i32,
+}
+
+/// The kernels' `AttentionPrefill`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct PrefillParams {
+    attention: AttentionParams,
+    tiles: DevicePtr,
+}
+
+kernel_params!(DecodeParams, PrefillParams);
+
+/// How the decode kernel is spread over a device. Only `chunk` has a say in results, in their last bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DecodeTuning {
+    /// Positions that one unit of work covers: 64, 128, 256 or 512.
+    pub(crate) chunk: usize,
+    /// 16-position tiles of K and of V that each of a block's 4 warps has under way: 1 to 8.
+    pub(crate) stages: usize,
+    /// Blocks an SM holds.
+    pub(crate) blocks_per_sm: usize,
+}
+
+impl DecodeTuning {
+    /// Fills an SM's shared memory with loads under way.
+    fn new(head_dim: usize, group: usize, max_seqs: usize, block_limit: usize) -> Self {
+        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - Self::shared_bytes(0, head_dim, group, max_seqs);
+        let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
+        Self {
+            chunk: 128,
+            stages: (block_limit.saturating_sub(fixed) / stage).clamp(1, 8),
+            blocks_per_sm: 1,
+        }
+    }
+
+    /// The kernel's `DecodeShared`.
+    fn shared_bytes(stages: usize, head_dim: usize, group: usize, max_seqs: usize) -> usize {
+        let rings = DECODE_WARPS * stages * 2 * KEY_TILE * head_dim * 2;
+        let floats = DECODE_WARPS * (group * head_dim + 2 * MAX_GROUP);
+        rings + 4 * (floats + 4 + max_seqs + 1)
+    }
+}
+
+/// Query tokens `first_row..first_row + num_rows` of a step, all of one sequence: a tile of the prefill kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct QueryTile {
+    seq: usize,
+    first_row: usize,
+    num_rows: usize,
+}
+
+/// A variant of the prefill kernel.
+#[derive(Debug, Clone, Copy)]
+struct PrefillKernel {
+    kernel: Kernel,
+    /// (token, head of the group) pairs of a tile.
+    rows: usize,
+    /// Keys taken at a time.
+    keys: usize,
+}
+
+/// What a step's attention consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AttentionPlan {
+    /// Whether a sequence has one query token.
+    has_decode: bool,
+    /// Tiles of the others' query tokens, already on the device.
+    num_tiles: usize,
+    /// Which variant they are made for.
+    variant: usize,
+}
+
+/// One layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AttentionInputs {
+    pub(crate) step: StepPointers,
+    /// bf16 `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`; the q heads are rotated and not scaled.
+    pub(crate) qkv: DevicePtr,
+    /// bf16 `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, the step's tokens in place.
+    pub(crate) kv: DevicePtr,
+    /// A multiple of 16.
+    pub(crate) block_size: usize,
+    /// Token `i` sees `j` with `i - j < window`.
+    pub(crate) window: Option<usize>,
+    /// What the o projection reads, `[num_tokens, num_heads * head_dim]`.
+    pub(crate) out: ActivationParams,
+    /// With a scale for each token, the result goes here instead: bf16 `[num_tokens, num_heads * head_dim]`, to be
+    /// quantised by rows.
+    pub(crate) rows: DevicePtr,
+}
+
+/// The attention kernels and their scratch memory.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    config: AttentionConfig,
+    limits: StepLimits,
+    multiprocessors: usize,
+    decode: Kernel,
+    tuning: DecodeTuning,
+    partial_outputs: DevicePtr,
+    partial_sums: DevicePtr,
+    arrivals: DevicePtr,
+    /// In ascending order of `rows`.
+    prefill: Vec<PrefillKernel>,
+    tiles: DevicePtr,
+}
+
+impl Attention {
+    /// Loads the kernels and reserves scratch memory for the largest step.
+    ///
+    /// # Errors
+    /// A shape without a kernel, or not enough memory.
+    pub(crate) fn new(
+        device: &mut dyn Device,
+        config: AttentionConfig,
+        limits: StepLimits,
+    ) -> Result<Self, BackendError> {
+        let names = kernel_names(&config)?;
+        let block_limit = shared_limit(device.compute_capability());
+        let tuning = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
+        let prefill = names
+            .prefill
+            .into_iter()
+            .filter(|(rows, keys, _)| prefill_shared_bytes(*rows, *keys, &config, &limits) <= block_limit)
+            // Bits depend on `keys`: all variants used on one device agree in it.
+            .filter(|(_, keys, _)| *keys == if block_limit >= LARGE_SHARED_BYTES { 64 } else { 32 })
+            .map(|(rows, keys, name)| {
+                let kernel = device.kernel(name, 2 * rows as u32)?;
+                Ok(PrefillKernel { kernel, rows, keys })
+            })
+            .collect::<Result<Vec<_>, BackendError>>()?;
+        let shared_bytes = DecodeTuning::shared_bytes(tuning.stages, config.head_dim, group(&config), limits.max_seqs);
+        let Some(smallest) = prefill.first().filter(|_| shared_bytes <= block_limit) else {
+            return Err(BackendError::Unsupported(format!(
+                "attention over {} positions and {} sequences: it does not fit this device's shared memory",
+                limits.max_model_len, limits.max_seqs
+            )));
+        };
+        let max_tiles = limits.max_tokens / tokens_per_tile(smallest.rows, &config) + limits.max_seqs;
+        if max_tiles > MAX_GRID_Y {
+            let what = format!("attention of {} tokens in one step", limits.max_tokens);
+            return Err(BackendError::Unsupported(what));
+        }
+        let mut attention = Self {
+            decode: device.kernel(names.decode, (DECODE_WARPS * 32) as u32)?,
+            tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
+            multiprocessors: device.multiprocessors(),
+            config,
+            limits,
+            tuning,
+            partial_outputs: DevicePtr::NULL,
+            partial_sums: DevicePtr::NULL,
+            arrivals: DevicePtr::NULL,
+            prefill,
+        };
+        attention.alloc_scratch(device)?;
+        Ok(attention)
+    }
+
+    /// Bytes that [`Attention::new`] reserves for chunks of sequences, at most.
+    pub(crate) fn scratch_bytes(config: &AttentionConfig, limits: &StepLimits, chunk: usize) -> [usize; 3] {
+        let chunks = limits.max_seqs * config.num_kv_heads * limits.max_model_len.div_ceil(chunk);
+        let arrivals = limits.max_seqs * config.num_kv_heads * 4;
+        [
+            chunks * group(config) * config.head_dim * 4,
+            chunks * 2 * MAX_GROUP * 4,
+            arrivals,
+        ]
+    }
+
+    fn alloc_scratch(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
+        let [outputs, sums, arrivals] = Self::scratch_bytes(&self.config, &self.limits, self.tuning.chunk);
+        self.partial_outputs = device.alloc("attention of chunks", outputs)?;
+        self.partial_sums = device.alloc("attention of chunks", sums)?;
+        self.arrivals = device.alloc("attention of chunks", arrivals)?;
+        device.zero(self.arrivals, arrivals)
+    }
+
+    /// Splits a step's attention and brings what the prefill kernel must know of it to the device.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(crate) fn plan(&self, device: &mut dyn Device, batch: &Batch) -> Result<AttentionPlan, BackendError> {
+        let queries = || batch.query_start.windows(2).map(|pair| pair[1] - pair[0]);
+        let (variant, tiles) = self.choose_tiles(batch);
+        let words: Vec<i32> = tiles
+            .iter()
+            .flat_map(|tile| [tile.seq as i32, tile.first_row as i32, tile.num_rows as i32])
+            .collect();
+        if !words.is_empty() {
+            device.upload(self.tiles, bytes_of(&words))?;
+        }
+        Ok(AttentionPlan {
+            has_decode: queries().any(|count| count == 1),
+            num_tiles: tiles.len(),
+            variant,
+        })
+    }
+
+    /// The largest tiles that still occupy every multiprocessor.
+    fn choose_tiles(&self, batch: &Batch) -> (usize, Vec<QueryTile>) {
+        let mut choice = (0, Vec::new());
+        for (variant, kernel) in self.prefill.iter().enumerate() {
+            let tiles = query_tiles(batch, tokens_per_tile(kernel.rows, &self.config));
+            if variant == 0 || tiles.len() * self.config.num_kv_heads >= self.multiprocessors {
+                choice = (variant, tiles);
+            }
+        }
+        choice
+    }
+
+    /// `out = attention(q, kv)` for every token of the step.
+    ///
+    /// # Errors
+    /// The device failed, or keys and values lie in blocks the kernels cannot read.
+    pub(crate) fn run(
+        &self,
+        device: &mut dyn Device,
+        plan: AttentionPlan,
+        inputs: &AttentionInputs,
+    ) -> Result<(), BackendError> {
+        if !inputs.block_size.is_multiple_of(KEY_TILE) {
+            let what = format!(
+                "KV blocks of {} tokens (a multiple of {KEY_TILE} it must be)",
+                inputs.block_size
+            );
+            return Err(BackendError::Unsupported(what));
+        }
+        let attention = self.params(inputs);
+        if plan.has_decode {
+            self.run_decode(device, attention)?;
+        }
+        if plan.num_tiles > 0 {
+            self.run_prefill(device, plan, attention)?;
+        }
+        Ok(())
+    }
+
+    fn params(&self, inputs: &AttentionInputs) -> AttentionParams {
+        let log2_e = std::f64::consts::LOG2_E;
+        let (scale, cap) = (f64::from(self.config.scale), self.config.softcap.map(f64::from));
+        AttentionParams {
+            step: inputs.step,
+            qkv: inputs.qkv,
+            kv: inputs.kv,
+            out: inputs.out,
+            rows: inputs.rows,
+            num_heads: self.config.num_heads as i32,
+            num_kv_heads: self.config.num_kv_heads as i32,
+            block_size: inputs.block_size as i32,
+            window: inputs
+                .window
+                .map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
+            score_scale: cap.map_or(scale * log2_e, |cap| 2.0 * scale * log2_e / cap) as f32,
+            cap: cap.map_or(0.0, |cap| cap * log2_e) as f32,
+        }
+    }
+
+    /// The grid depends on nothing of the step: a captured launch serves any.
+    fn run_decode(&self, device: &mut dyn Device, attention: AttentionParams) -> Result<(), BackendError> {
+        let DecodeTuning {
+            chunk,
+            stages,
+            blocks_per_sm,
+        } = self.tuning;
+        let shared_bytes =
+            DecodeTuning::shared_bytes(stages, self.config.head_dim, group(&self.config), self.limits.max_seqs);
+        let grid = Grid::line(self.multiprocessors * blocks_per_sm).shared(shared_bytes);
+        let params = DecodeParams {
+            attention,
+            partial_outputs: self.partial_outputs,
+            partial_sums: self.partial_sums,
+            arrivals: self.arrivals,
+            max_seqs: self.limits.max_seqs as i32,
+            chunk_shift: chunk.ilog2() as i32,
+            stages: stages as i32,
+            step_is_settled: 0,
+        };
+        launch(device, &self.decode, grid, &params)
+    }
+
+    fn run_prefill(
+        &self,
+        device: &mut dyn Device,
+        plan: AttentionPlan,
+        attention: AttentionParams,
+    ) -> Result<(), BackendError> {
+        let PrefillKernel { kernel, rows, keys } = &self.prefill[plan.variant];
+        let grid = Grid {
+            blocks: [self.config.num_kv_heads as u32, plan.num_tiles as u32, 1],
+            shared_bytes: prefill_shared_bytes(*rows, *keys, &self.config, &self.limits) as u32,
+        };
+        let params = PrefillParams {
+            attention,
+            tiles: self.tiles,
+        };
+        launch(device, kernel, grid, &params)
+    }
+}
+
+/// Cuts the query tokens of sequences with more than one into tiles, those that see most keys first: the last blocks to
+/// run are then short ones.
+fn query_tiles(batch: &Batch, tokens_per_tile: usize) -> Vec<QueryTile> {
+    let mut tiles = Vec::new();
+    for (seq, (rows, &context)) in batch.query_start.windows(2).zip(&batch.context_lens).enumerate() {
+        let (start, end) = (rows[0] as usize, rows[1] as usize);
+        if end - start < 2 {
+            continue;
+        }
+        for first_row in (start..end).step_by(tokens_per_tile) {
+            let num_rows = tokens_per_tile.min(end - first_row);
+            let keys = context as usize - (end - first_row - num_rows);
+            let tile = QueryTile {
+                seq,
+                first_row,
+                num_rows,
+            };
+            tiles.push((keys, tile));
+        }
+    }
+    tiles.sort_by_key(|(keys, _)| std::cmp::Reverse(*keys));
+    tiles.into_iter().map(|(_, tile)| tile).collect()
+}
+
+/// The kernels of one head dimension, with or without soft-cap.
+struct KernelNames {
+    decode: &'static str,
+    /// Rows and keys of a tile, in ascending order of rows.
+    prefill: [(usize, usize, &'static str); 3],
+}
+
+macro_rules! kernel_names {
+    ($variant:literal) => {
+        KernelNames {
+            decode: concat!("attention_decode_", $variant),
+            prefill: [
+                (64, 32, concat!("attention_prefill_", $variant, "_64x32")),
+                (64, 64, concat!("attention_prefill_", $variant, "_64x64")),
+                (128, 64, concat!("attention_prefill_", $variant, "_128x64")),
+            ],
+        }
+    };
+}
+
+fn kernel_names(config: &AttentionConfig) -> Result<KernelNames, BackendError> {
+    let group = group(config);
+    if group == 0 || group > MAX_GROUP || !config.num_heads.is_multiple_of(config.num_kv_heads) {
+        let (heads, kv_heads) = (config.num_heads, config.num_kv_heads);
+        let what = format!("attention of {heads} heads over {kv_heads} (at most {MAX_GROUP} to each, all alike)");
+        return Err(BackendError::Unsupported(what));
+    }
+    if let Some(cap) = config.softcap.filter(|cap| !(*cap > 0.0 && *cap <= MAX_SOFTCAP)) {
+        let what = format!("an attention soft-cap of {cap} (more than 0, at most {MAX_SOFTCAP})");
+        return Err(BackendError::Unsupported(what));
+    }
+    match (config.head_dim, config.softcap.is_some()) {
+        (64, false) => Ok(kernel_names!("64")),
+        (64, true) => Ok(kernel_names!("capped_64")),
+        (128, false) => Ok(kernel_names!("128")),
+        (128, true) => Ok(kernel_names!("capped_128")),
+        (256, false) => Ok(kernel_names!("256")),
+        (256, true) => Ok(kernel_names!("capped_256")),
+        (head_dim, _) => Err(BackendError::Unsupported(format!(
+            "attention heads of {head_dim} elements (64, 128 and 256 there are)"
+        ))),
+    }
+}
+
+/// Query heads of each kv head.
+fn group(config: &AttentionConfig) -> usize {
+    config.num_heads / config.num_kv_heads.max(1)
+}
+
+fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
+    rows / group(config)
+}
+
+const LARGE_SHARED_BYTES: usize = 227 << 10;
+
+/// Shared memory a block may have.
+fn shared_limit(compute_capability: u32) -> usize {
+    match compute_capability {
+        90..=119 => LARGE_SHARED_BYTES,
+        _ => 99 << 10,
+    }
+}
+
+/// The kernel's `PrefillShared`.
+fn prefill_shared_bytes(rows: usize, keys: usize, config: &AttentionConfig, limits: &StepLimits) -> usize {
+    let key_tiles = (limits.max_model_len + keys).div_ceil(KEY_TILE);
+    (rows + 4 * keys) * config.head_dim * 2 + 4 * key_tiles
+}

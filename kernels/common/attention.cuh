@@ -1,0 +1,76 @@
+// What both attention kernels share: their inputs, where keys and values lie, scores to probabilities, the output.
+#pragma once
+
+#include "layout.cuh"
+#include "numbers.cuh"
+#include "step.cuh"
+
+/// Inputs and output of one layer's attention. Token i of a sequence sees token j if `0 <= i - j < window`.
+struct Attention {
+  Step step;
+  /// `[num_tokens][(num_heads + 2 * num_kv_heads) * D]`; the q heads are rotated and not scaled.
+  const bf16* qkv;
+  /// `[num_blocks][K, V][num_kv_heads][block_size][D]`
+  const bf16* kv;
+  /// The o projection's input, unless its scheme is `kSchemeToken`.
+  Activation out;
+  /// `[num_tokens][num_heads * D]`: the result if the scheme is `kSchemeToken`, for a row kernel to quantise.
+  bf16* rows;
+  int num_heads;
+  int num_kv_heads;
+  /// A multiple of 16.
+  int block_size;
+  int window;
+  /// With soft-cap c and logit scale s: 2 s log2(e) / c. Without: s log2(e).
+  float score_scale;
+  /// c log2(e); unused without soft-cap.
+  float cap;
+};
+
+/// A tile of K or V is this many positions: a multiple lies within one block.
+constexpr int kTile = 16;
+
+/// exp(c tanh(s q.k / c)). Capped logits need no maximum subtracted: exp(50) and its sums are far from f32's limits.
+DEVICE float capped_exp(float dot, float score_scale, float cap) {
+  const float e = exp2_approx(dot * score_scale);  // e^2x; infinity gives tanh 1
+  return exp2_approx(cap - 2.0f * cap * reciprocal_approx(1.0f + e));
+}
+
+/// Where the 16 keys from `position` on (a multiple of 16) lie, as an index of 16-row tiles of `kv`.
+DEVICE unsigned key_tile(const Attention& p, const int* blocks, int head, int position) {
+  const unsigned block = unsigned(position) / unsigned(p.block_size);
+  const unsigned tiles = unsigned(p.block_size) / kTile;
+  const unsigned plane = unsigned(blocks[block]) * 2u * unsigned(p.num_kv_heads) + unsigned(head);
+  return plane * tiles + (unsigned(position) - block * unsigned(p.block_size)) / kTile;
+}
+/// From a tile of keys to the tile of their values.
+DEVICE unsigned value_tile_offset(const Attention& p) {
+  return unsigned(p.num_kv_heads) * (unsigned(p.block_size) / kTile);
+}
+
+/// Where a row's 16-byte chunk `chunk` stands in shared memory: rows of D bf16, chunks permuted by the row so that
+/// ldmatrix meets no bank conflict.
+template <int D>
+DEVICE uint32_t swizzled(int row, int chunk) {
+  return uint32_t(row * 2 * D + (chunk ^ (row & 7)) * 16);
+}
+
+/// Loads 16 rows with one warp; rows outside [first, end) become zeros, whatever memory holds there.
+template <int D>
+DEVICE void load_tile(uint32_t to, const bf16* kv, unsigned tile, int lane, int first, int end) {
+  constexpr int kChunks = D / 8;
+  constexpr int kRowsPerStep = 32 / kChunks;
+  const int row = lane / kChunks, chunk = lane % kChunks;
+  const bf16* from = kv + size_t(tile) * (kTile * D) + lane * 8;
+#pragma unroll
+  for (int step = 0; step < kTile / kRowsPerStep; step++) {
+    const int r = step * kRowsPerStep + row;
+    cp_async_16(to + swizzled<D>(r, chunk), from + step * 256, r >= first && r < end);
+  }
+}
+
+/// Where columns `col`, ... of a result row are written, with `size` bytes to a value.
+DEVICE uint8_t* result_address(const Attention& p, int row, int col, int size, int head_dim) {
+  if (p.out.scheme != kSchemeToken) return p.out.panels + panel_offset(row, col * size, p.out.row_stride);
+  return reinterpret_cast<uint8_t*>(p.rows + size_t(row) * size_t(p.num_heads * head_dim) + col);
+}
