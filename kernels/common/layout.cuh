@@ -24,3 +24,7 @@ DEVICE uint64_t operand_descriptor(uint32_t address) {
 
 /// Added to a descriptor for the next 32 bytes along K.
 constexpr uint64_t kDescriptorStep = 2;
+
+/// Products of e4m3 values are summed in fewer bits than f32 has. After this many panels, counted from K = 0, every
+/// kernel adds what the tensor cores hold to a second, full sum and starts them anew.
+constexpr int kPromoteEvery = 4;
