@@ -10,7 +10,7 @@ struct GemmParams {
   const float* x_scales;  // [x_stride], or null: all 1
   const uint8_t* w;       // [panels][w_rows][128 bytes]
   const float* w_scales;  // [w_rows], or null: all 1
-  void* out;              // [rows][out_stride]
+  void* out;              // [rows][out_stride]; for bf16 `columns` and `out_stride` are multiples of 8, `out` is aligned to 16
   const int* num_rows;
   int x_stride;  // a multiple of 128
   int w_rows;    // `columns` rounded up to a multiple of 64
@@ -38,18 +38,6 @@ DEVICE void transpose_in_quad(uint32_t (&words)[4]) {
   words[1] = high ? c1 : a1;
   words[2] = high ? b0 : c0;
   words[3] = high ? b1 : c1;
-}
-
-/// Eight bf16 values of one row from column `column` on; those at `columns` and beyond are left out.
-DEVICE void store_eight(bf16* row, int column, int columns, const uint32_t (&words)[4]) {
-  if (column + 8 <= columns && reinterpret_cast<size_t>(row + column) % 16 == 0) {
-    *reinterpret_cast<uint4*>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    if (column + i < columns) row[column + i] = {uint16_t(words[i / 2] >> (16 * (i % 2)))};
-  }
 }
 
 /// Two f32 values of one row.
@@ -102,9 +90,10 @@ DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       transpose_in_quad(words[half]);
-      const int row = to.row + lane / 4 + half * 8;
-      if (row >= to.num_rows) continue;
-      store_eight(static_cast<bf16*>(p.out) + size_t(row) * p.out_stride, to.column + (block + quad) * 8, end, words[half]);
+      const int row = to.row + lane / 4 + half * 8, column = to.column + (block + quad) * 8;
+      if (row >= to.num_rows || column >= end) continue;
+      bf16* out = static_cast<bf16*>(p.out) + size_t(row) * p.out_stride + column;
+      *reinterpret_cast<uint4*>(out) = make_uint4(words[half][0], words[half][1], words[half][2], words[half][3]);
     }
   }
 }
