@@ -13,6 +13,11 @@
   static emulator::Registration name##_registration(                                                                 \
       #name, sizeof(Params), threads, [](const void* q) { name##_kernel(*static_cast<const Params*>(q)); });          \
   static void name##_kernel(const Params& p)
+#define CLUSTER_KERNEL(name, Params, threads, cluster)                                                               \
+  static void name##_kernel(const Params& p);                                                                        \
+  static emulator::Registration name##_registration(                                                                 \
+      #name, sizeof(Params), threads, [](const void* q) { name##_kernel(*static_cast<const Params*>(q)); }, cluster); \
+  static void name##_kernel(const Params& p)
 #define DYNAMIC_SHARED(name) uint8_t* const name = emulator::shared_memory()
 #define DEVICE inline
 
@@ -54,7 +59,9 @@ namespace emulator {
 struct Mbarrier {
   int64_t bytes : 32, count : 15, missing : 15, phase : 2;
 };
-inline Mbarrier& mbarrier(uint32_t address) { return *reinterpret_cast<Mbarrier*>(shared_pointer(address, 8)); }
+inline Mbarrier& mbarrier(uint32_t address, unsigned rank = cluster_rank()) {
+  return *reinterpret_cast<Mbarrier*>(shared_pointer_of(rank, address, 8));
+}
 inline void mbarrier_step(Mbarrier& barrier) {
   if (barrier.missing == 0 && barrier.bytes == 0) {
     barrier.phase ^= 1;
@@ -67,12 +74,13 @@ DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
   if (barrier % 8 != 0) emulator::fail("misaligned mbarrier");
   emulator::mbarrier(barrier) = {0, int64_t(count), int64_t(count), 0};
 }
-DEVICE void mbarrier_arrive(uint32_t barrier) {
-  auto& b = emulator::mbarrier(barrier);
+DEVICE void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
+  auto& b = emulator::mbarrier(barrier, rank);
   if (b.missing == 0) emulator::fail("more arrivals than the mbarrier was made for");
   b.missing = b.missing - 1;
   emulator::mbarrier_step(b);
 }
+DEVICE void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_at(barrier, emulator::cluster_rank()); }
 DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   emulator::mbarrier(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
@@ -86,20 +94,35 @@ DEVICE void fence_mbarrier_init() {}
 DEVICE void fence_proxy_async() {}
 DEVICE void named_barrier_sync(int barrier, int threads) { emulator::arrive_and_wait_named(barrier, threads); }
 
+namespace emulator {
+inline void bulk_copy_to(unsigned rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (bytes % 16 != 0 || to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("misaligned bulk copy");
+  later([=] {
+    std::memcpy(shared_pointer_of(rank, to, bytes), from, bytes);
+    mbarrier(barrier, rank).bytes -= bytes;
+    mbarrier_step(mbarrier(barrier, rank));
+  });
+}
+}  // namespace emulator
 /// Copies `bytes` (a multiple of 16; both ends aligned to 16) to shared memory and counts them on the mbarrier.
 DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  if (bytes % 16 != 0 || to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("misaligned bulk copy");
-  emulator::later([=] {
-    std::memcpy(emulator::shared_pointer(to, bytes), from, bytes);
-    emulator::mbarrier(barrier).bytes -= bytes;
-    emulator::mbarrier_step(emulator::mbarrier(barrier));
-  });
+  emulator::bulk_copy_to(emulator::cluster_rank(), to, from, bytes, barrier);
+}
+/// As bulk_copy, to the same place in every block of the cluster that has a bit in `blocks`, and counted there.
+DEVICE void bulk_copy_multicast(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, unsigned blocks) {
+  for (unsigned rank = 0; rank < emulator::cluster_size(); rank++) {
+    if (blocks >> rank & 1) emulator::bulk_copy_to(rank, to, from, bytes, barrier);
+  }
 }
 /// As bulk_copy, for bytes that no one reads again: they leave L2 first.
 DEVICE void bulk_copy_evict_first(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   bulk_copy(to, from, bytes, barrier);
 }
 DEVICE void prefetch_l2(const void*, uint32_t) {}
+
+// ---- clusters
+DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
+DEVICE void cluster_sync() { emulator::cluster_barrier(); }
 
 // ---- programmatic dependent launch
 DEVICE void wait_for_previous_kernels() {}
@@ -142,6 +165,11 @@ DEVICE void ldmatrix_x2_transposed(uint32_t (&d)[2], uint32_t address) { emulato
 /// A kernel takes one struct by value; `min_blocks` an SM must hold at once.
 #define KERNEL(name, Params, threads, min_blocks) \
   extern "C" __global__ void __launch_bounds__(threads, min_blocks) name(const __grid_constant__ Params p)
+/// As KERNEL, for blocks that run `cluster` at a time and reach each other's shared memory (Hopper and later). The grid's
+/// width is a multiple of `cluster`.
+#define CLUSTER_KERNEL(name, Params, threads, cluster)                                       \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)   \
+      name(const __grid_constant__ Params p)
 /// The block's dynamic shared memory; the alignment is what a 128-byte swizzle needs.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 #define DEVICE __device__ __forceinline__
@@ -318,6 +346,32 @@ DEVICE void bulk_copy_evict_first(uint32_t to, const void* from, uint32_t bytes,
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+/// As bulk_copy, to the same place in every block of the cluster that has a bit in `blocks`, and counted there.
+DEVICE void bulk_copy_multicast(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, unsigned blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(uint16_t(blocks))
+      : "memory");
+}
+/// Arrives at the barrier that lies at the same address in block `rank` of the cluster. It tells that reads are done; to
+/// publish writes to that block it would have to release at the cluster's scope, which costs a fence of the whole GPU.
+DEVICE void mbarrier_arrive_at(uint32_t barrier, unsigned rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+/// The block's place in its cluster.
+DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// Waits for all threads of the cluster; what they wrote to shared memory is seen.
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 DEVICE void prefetch_l2(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -38,7 +38,7 @@ struct Groups {
 
 struct Fiber {
   void* stack_pointer = nullptr;
-  dim3 index;
+  dim3 index, block_index;
   bool done = false;
   Groups wgmma, cp_async;
 };
@@ -52,14 +52,22 @@ struct Warp {
   Slot slots[32];
 };
 
-/// The block that runs on this OS thread.
-struct Block {
-  std::vector<Fiber> fibers;
+/// What each block of a cluster has for itself.
+struct BlockState {
   std::vector<Warp> warps;
   Barrier barriers[17];  // 16 named ones and __syncthreads
+  size_t live = 0;
+  uint8_t* shared = nullptr;
+};
+
+/// The block that runs on this OS thread, or the blocks of a cluster, whose fibers lie one block after another.
+struct Cluster {
+  std::vector<Fiber> fibers;
+  std::vector<BlockState> blocks;
+  Barrier barrier;
+  size_t threads = 0;  // of a block
   size_t current = 0, live = 0;
   uint64_t steps = 0, seen = 0, idle = 0;
-  uint8_t* shared = nullptr;
   size_t shared_bytes = 0;
   std::vector<std::function<void()>> late;
   uint64_t random = 0x9e3779b97f4a7c15ull;
@@ -69,13 +77,13 @@ struct Block {
   const char* name = "";
 };
 
-thread_local Block block;
+thread_local Cluster cluster;
 thread_local std::vector<char*> stacks;
 
 struct Kernel {
   std::string name;
   size_t params_bytes;
-  unsigned threads;
+  unsigned threads, cluster;
   void (*body)(const void*);
 };
 
@@ -85,34 +93,42 @@ std::map<std::string, Kernel>& registry() {
 }
 
 uint64_t next_random() {
-  block.random ^= block.random << 13;
-  block.random ^= block.random >> 7;
-  block.random ^= block.random << 17;
-  return block.random;
+  cluster.random ^= cluster.random << 13;
+  cluster.random ^= cluster.random >> 7;
+  cluster.random ^= cluster.random << 17;
+  return cluster.random;
 }
 
 bool run_one_late() {
-  if (block.late.empty()) return false;
-  const size_t index = next_random() % block.late.size();
-  auto work = std::move(block.late[index]);
-  block.late.erase(block.late.begin() + long(index));
+  if (cluster.late.empty()) return false;
+  const size_t index = next_random() % cluster.late.size();
+  auto work = std::move(cluster.late[index]);
+  cluster.late.erase(cluster.late.begin() + long(index));
   work();
   progress();
   return true;
 }
 
+/// The calling thread's block.
+BlockState& block() { return cluster.blocks[cluster.current / cluster.threads]; }
+
+void enter(size_t fiber) {
+  threadIdx = cluster.fibers[fiber].index;
+  blockIdx = cluster.fibers[fiber].block_index;
+}
+
 void switch_to(size_t next) {
-  Fiber& me = block.fibers[block.current];
+  Fiber& me = cluster.fibers[cluster.current];
   me.index = threadIdx;
-  block.current = next;
-  threadIdx = block.fibers[next].index;
-  emulator_switch(&me.stack_pointer, block.fibers[next].stack_pointer);
+  cluster.current = next;
+  enter(next);
+  emulator_switch(&me.stack_pointer, cluster.fibers[next].stack_pointer);
 }
 
 size_t next_live() {
-  size_t next = block.current;
-  do next = (next + 1) % block.fibers.size();
-  while (block.fibers[next].done);
+  size_t next = cluster.current;
+  do next = (next + 1) % cluster.fibers.size();
+  while (cluster.fibers[next].done);
   return next;
 }
 
@@ -128,33 +144,45 @@ void arrive_and_wait(Barrier& barrier, unsigned threads) {
 }
 
 void fiber_main() {
-  block.body(block.params);
+  cluster.body(cluster.params);
   progress();
-  Fiber& me = block.fibers[block.current];
+  Fiber& me = cluster.fibers[cluster.current];
   if (!me.wgmma.open.empty() || !me.cp_async.open.empty()) fail("a thread ended with uncommitted asynchronous work");
   me.done = true;
-  if (--block.live == 0) emulator_switch(&me.stack_pointer, block.main_stack);
+  block().live--;
+  if (--cluster.live == 0) emulator_switch(&me.stack_pointer, cluster.main_stack);
   const size_t next = next_live();
-  block.current = next;
-  threadIdx = block.fibers[next].index;
-  emulator_switch(&me.stack_pointer, block.fibers[next].stack_pointer);
+  cluster.current = next;
+  enter(next);
+  emulator_switch(&me.stack_pointer, cluster.fibers[next].stack_pointer);
   abort();
 }
 
-void prepare_fibers(size_t threads) {
-  while (stacks.size() < threads) {
+void prepare_stacks(size_t count) {
+  while (stacks.size() < count) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for stacks");
     stacks.push_back(static_cast<char*>(stack));
   }
-  block.fibers.assign(threads, {});
-  block.warps.assign((threads + 31) / 32, {});
-  for (auto& barrier : block.barriers) barrier = {};
-  block.live = threads;
-  for (size_t i = 0; i < threads; i++) {
-    Fiber& fiber = block.fibers[i];
-    const unsigned x = unsigned(i);
+}
+
+/// Fibers of `blocks` blocks, of which the first is `blockIdx`.
+void prepare_fibers(size_t blocks) {
+  const size_t threads = cluster.threads, count = blocks * threads;
+  prepare_stacks(count);
+  cluster.fibers.assign(count, {});
+  cluster.live = count;
+  cluster.barrier = {};
+  for (auto& state : cluster.blocks) {
+    state.warps.assign((threads + 31) / 32, {});
+    for (auto& barrier : state.barriers) barrier = {};
+    state.live = threads;
+  }
+  for (size_t i = 0; i < count; i++) {
+    Fiber& fiber = cluster.fibers[i];
+    const unsigned x = unsigned(i % threads);
     fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / (blockDim.x * blockDim.y)};
+    fiber.block_index = {blockIdx.x + unsigned(i / threads), blockIdx.y, blockIdx.z};
     void** top = reinterpret_cast<void**>(stacks[i] + kStackBytes - 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(fiber_main);
@@ -163,12 +191,13 @@ void prepare_fibers(size_t threads) {
   }
 }
 
-void run_block() {
-  std::memset(block.shared, 0xA5, block.shared_bytes);
-  prepare_fibers(size_t(blockDim.x) * blockDim.y * blockDim.z);
-  block.current = 0;
-  threadIdx = block.fibers[0].index;
-  emulator_switch(&block.main_stack, block.fibers[0].stack_pointer);
+/// Runs the cluster whose first block is `blockIdx`.
+void run_cluster() {
+  for (auto& state : cluster.blocks) std::memset(state.shared, 0xA5, cluster.shared_bytes);
+  prepare_fibers(cluster.blocks.size());
+  cluster.current = 0;
+  enter(0);
+  emulator_switch(&cluster.main_stack, cluster.fibers[0].stack_pointer);
   while (run_one_late()) {
   }
 }
@@ -183,66 +212,73 @@ float decode_e4m3(uint8_t code) {
 }  // namespace
 
 void fail(const char* what) {
-  fprintf(stderr, "emulator: %s: %s; block (%u,%u,%u), thread (%u,%u,%u)\n", block.name, what, blockIdx.x, blockIdx.y,
+  fprintf(stderr, "emulator: %s: %s; block (%u,%u,%u), thread (%u,%u,%u)\n", cluster.name, what, blockIdx.x, blockIdx.y,
           blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
   abort();
 }
 
-void progress() { block.steps++; }
+void progress() { cluster.steps++; }
 
 void yield() {
   if (next_random() % 4 == 0) run_one_late();
-  if (block.seen != block.steps) {
-    block.seen = block.steps;
-    block.idle = 0;
-  } else if (++block.idle > block.fibers.size() * 4 + 16 && !run_one_late()) {
+  if (cluster.seen != cluster.steps) {
+    cluster.seen = cluster.steps;
+    cluster.idle = 0;
+  } else if (++cluster.idle > cluster.fibers.size() * 4 + 16 && !run_one_late()) {
     fail("every thread waits (deadlock)");
   }
   const size_t next = next_live();
-  if (next != block.current) switch_to(next);
+  if (next != cluster.current) switch_to(next);
 }
 
 unsigned thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 unsigned warp_size() {
   const unsigned first = thread() / 32 * 32;
-  return std::min<unsigned>(32, unsigned(block.fibers.size()) - first);
+  return std::min<unsigned>(32, unsigned(cluster.threads) - first);
 }
 
-Slot* warp_slots() { return block.warps[thread() / 32].slots; }
-void arrive_and_wait_warp() { arrive_and_wait(block.warps[thread() / 32].barrier, warp_size()); }
-void block_barrier() { arrive_and_wait(block.barriers[16], unsigned(block.fibers.size())); }
+Slot* warp_slots() { return block().warps[thread() / 32].slots; }
+void arrive_and_wait_warp() { arrive_and_wait(block().warps[thread() / 32].barrier, warp_size()); }
+void block_barrier() { arrive_and_wait(block().barriers[16], unsigned(cluster.threads)); }
 
 void arrive_and_wait_named(int barrier, int threads) {
   if (barrier < 0 || barrier > 15 || threads % 32 != 0) fail("no such named barrier");
-  arrive_and_wait(block.barriers[barrier], unsigned(threads));
+  arrive_and_wait(block().barriers[barrier], unsigned(threads));
 }
 
-uint8_t* shared_memory() { return block.shared; }
+unsigned cluster_rank() { return unsigned(cluster.current / cluster.threads); }
+unsigned cluster_size() { return unsigned(cluster.blocks.size()); }
+void cluster_barrier() { arrive_and_wait(cluster.barrier, unsigned(cluster.fibers.size())); }
+
+uint8_t* shared_memory() { return block().shared; }
 
 uint32_t shared_address(const void* p) {
-  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - block.shared;
-  if (offset < 0 || offset >= ptrdiff_t(block.shared_bytes)) fail("not an address of dynamic shared memory");
+  const ptrdiff_t offset = static_cast<const uint8_t*>(p) - block().shared;
+  if (offset < 0 || offset >= ptrdiff_t(cluster.shared_bytes)) fail("not an address of dynamic shared memory");
   return uint32_t(offset) + kSharedBase;
 }
 
-uint8_t* shared_pointer(uint32_t address, size_t bytes) {
-  if (address < kSharedBase || address - kSharedBase + bytes > block.shared_bytes) fail("shared memory out of range");
-  return block.shared + (address - kSharedBase);
+uint8_t* shared_pointer_of(unsigned rank, uint32_t address, size_t bytes) {
+  if (address < kSharedBase || address - kSharedBase + bytes > cluster.shared_bytes) fail("shared memory out of range");
+  if (rank >= cluster.blocks.size()) fail("no such block in the cluster");
+  if (cluster.blocks.size() > 1 && cluster.blocks[rank].live == 0) fail("shared memory of a block that has ended");
+  return cluster.blocks[rank].shared + (address - kSharedBase);
 }
+uint8_t* shared_pointer(uint32_t address, size_t bytes) { return shared_pointer_of(cluster_rank(), address, bytes); }
 
-void later(std::function<void()> work) { block.late.push_back(std::move(work)); }
+void later(std::function<void()> work) { cluster.late.push_back(std::move(work)); }
 
-void wgmma_issue(std::function<void()> work) { block.fibers[block.current].wgmma.issue(std::move(work)); }
-void wgmma_commit() { block.fibers[block.current].wgmma.commit(); }
+void wgmma_issue(std::function<void()> work) { cluster.fibers[cluster.current].wgmma.issue(std::move(work)); }
+void wgmma_commit() { cluster.fibers[cluster.current].wgmma.commit(); }
 void wgmma_wait(int pending) {
-  block.fibers[block.current].wgmma.wait(size_t(pending));
+  cluster.fibers[cluster.current].wgmma.wait(size_t(pending));
   // `.sync.aligned`: the lanes of a warp go on together. Warps of a warpgroup do not, so a stage is released by each.
   arrive_and_wait_warp();
 }
-void cp_async_issue(std::function<void()> work) { block.fibers[block.current].cp_async.issue(std::move(work)); }
-void cp_async_commit() { block.fibers[block.current].cp_async.commit(); }
-void cp_async_wait(int pending) { block.fibers[block.current].cp_async.wait(size_t(pending)); }
+void cp_async_issue(std::function<void()> work) { cluster.fibers[cluster.current].cp_async.issue(std::move(work)); }
+void cp_async_commit() { cluster.fibers[cluster.current].cp_async.commit(); }
+void cp_async_wait(int pending) { cluster.fibers[cluster.current].cp_async.wait(size_t(pending)); }
 
 float e4m3_to_float(uint8_t code) {
   static const auto table = [] {
@@ -269,8 +305,9 @@ uint8_t float_to_e4m3(float value) {
   return sign | uint8_t((exponent - 1 + 7) << 3 | mantissa);
 }
 
-Registration::Registration(const char* name, size_t params_bytes, unsigned threads, void (*body)(const void*)) {
-  registry()[name] = {name, params_bytes, threads, body};
+Registration::Registration(const char* name, size_t params_bytes, unsigned threads, void (*body)(const void*),
+                           unsigned cluster) {
+  registry()[name] = {name, params_bytes, threads, cluster, body};
 }
 
 }  // namespace emulator
@@ -298,27 +335,33 @@ void lapidary_emulator_free(void* memory) { std::free(memory); }
 void lapidary_emulator_launch(const void* kernel, const unsigned* grid, unsigned threads, size_t shared_bytes,
                               const void* params) {
   const auto& k = *static_cast<const emulator::Kernel*>(kernel);
-  auto& block = emulator::block;
-  block.name = k.name.c_str();
+  auto& cluster = emulator::cluster;
+  cluster.name = k.name.c_str();
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {threads, 1, 1};
   if (threads != k.threads) emulator::fail("launched with another block size than it is declared for");
   if (shared_bytes > emulator::kMaxSharedBytes) emulator::fail("more shared memory than an SM has");
-  block.body = k.body;
-  block.params = params;
-  block.shared_bytes = shared_bytes;
-  block.shared = static_cast<uint8_t*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024 + 1024));
-  const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
-  // Blocks of a grid run in no particular order.
-  const uint64_t first = blocks == 0 ? 0 : emulator::next_random() % blocks;
-  for (uint64_t i = 0; i < blocks; i++) {
-    const uint64_t index = (first + i) % blocks;
-    blockIdx = {unsigned(index % grid[0]), unsigned(index / grid[0] % grid[1]), unsigned(index / grid[0] / grid[1])};
-    emulator::run_block();
+  if (grid[0] % k.cluster != 0) emulator::fail("the grid is not made of whole clusters");
+  cluster.body = k.body;
+  cluster.params = params;
+  cluster.threads = threads;
+  cluster.shared_bytes = shared_bytes;
+  cluster.blocks.assign(k.cluster, {});
+  for (auto& state : cluster.blocks) {
+    state.shared = static_cast<uint8_t*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024 + 1024));
   }
-  std::free(block.shared);
-  block.shared = nullptr;
-  block.fibers.clear();
+  const unsigned width = grid[0] / k.cluster;
+  const uint64_t clusters = uint64_t(width) * grid[1] * grid[2];
+  // Blocks of a grid run in no particular order.
+  const uint64_t first = clusters == 0 ? 0 : emulator::next_random() % clusters;
+  for (uint64_t i = 0; i < clusters; i++) {
+    const uint64_t index = (first + i) % clusters;
+    blockIdx = {unsigned(index % width) * k.cluster, unsigned(index / width % grid[1]), unsigned(index / width / grid[1])};
+    emulator::run_cluster();
+  }
+  for (auto& state : cluster.blocks) std::free(state.shared);
+  cluster.blocks.clear();
+  cluster.fibers.clear();
 }
 
 }  // extern "C"

@@ -1,4 +1,5 @@
-// Runs the kernels of this project on the CPU: each CUDA thread is a fiber, the blocks of a grid run one after another.
+// Runs the kernels of this project on the CPU: each CUDA thread is a fiber, the blocks of a grid (or its clusters of blocks)
+// run one after another.
 //
 // It is for tests: it proves arithmetic, indexing, barriers and layouts, not speed. Asynchronous work is truly late here:
 // a bulk copy lands at some later switch of fibers, a wgmma when its group is waited for, so that a kernel that forgets
@@ -77,6 +78,13 @@ uint8_t* shared_memory();
 uint32_t shared_address(const void* p);
 uint8_t* shared_pointer(uint32_t address, size_t bytes);
 
+/// The calling thread's block among those of its cluster, and how many they are.
+unsigned cluster_rank();
+unsigned cluster_size();
+void cluster_barrier();
+/// Shared memory of block `rank` of the cluster, which must not have ended.
+uint8_t* shared_pointer_of(unsigned rank, uint32_t address, size_t bytes);
+
 /// Runs at some later switch of fibers.
 void later(std::function<void()> work);
 
@@ -91,7 +99,7 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 
 struct Registration {
-  Registration(const char* name, size_t params_bytes, unsigned threads, void (*body)(const void*));
+  Registration(const char* name, size_t params_bytes, unsigned threads, void (*body)(const void*), unsigned cluster = 1);
 };
 
 template <class T>
