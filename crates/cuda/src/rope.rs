@@ -135,7 +135,7 @@ mod tests {
         let mut batch = sequence(&[0; TOKENS]);
         batch.positions = vec![0, 1, 17, 4095, 8191];
         batch.slot_mapping = vec![63, 0, 16, 31, 5];
-        step.begin(&mut *device, &batch).expect("the step is small");
+        step.run(&mut *device, &batch).expect("the step is small");
 
         let heads = num_heads + 2 * num_kv_heads;
         let cols = heads * head_dim;

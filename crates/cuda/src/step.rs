@@ -68,7 +68,7 @@ pub(crate) struct StepBuffers {
     /// Of the largest step.
     max_lengths: [usize; SECTIONS],
     max_samples: usize,
-    /// Of the step begun last: which half of the sampled tokens it writes.
+    /// Of the step finished last: which half of the sampled tokens it wrote.
     parity: usize,
 }
 
@@ -149,30 +149,45 @@ impl StepBuffers {
         self.sampled_tokens().offset(4 * self.parity * self.max_samples)
     }
 
-    /// Uploads a step and puts it in place. It takes the tokens it is fed from the step begun before, and the next one
-    /// takes them from it.
+    /// Uploads a step; [`StepBuffers::begin`] puts it in place. It takes the tokens it is fed from the step begun before,
+    /// and the next one takes them from it.
     ///
     /// # Errors
     /// A batch beyond the limits, or the device failed.
-    pub(crate) fn begin(&mut self, device: &mut dyn Device, batch: &Batch) -> Result<(), BackendError> {
-        let counts = [
-            batch.num_tokens(),
-            batch.num_seqs(),
-            batch.block_ids.len(),
-            batch.samples.len(),
-        ];
-        let [tokens, seqs, blocks, samples] = counts;
-        let lengths = section_lengths(tokens, seqs, blocks, samples);
-        if lengths.iter().zip(&self.max_lengths).any(|(len, max)| len > max) {
-            let what = format!("a step of {tokens} tokens, {seqs} sequences, {blocks} blocks and {samples} samples");
-            return Err(BackendError::Unsupported(what));
-        }
+    pub(crate) fn upload(&mut self, device: &mut dyn Device, batch: &Batch) -> Result<(), BackendError> {
         let parity = 1 - self.parity;
         pack(batch, parity, &mut self.packed);
-        device.upload(self.params.packed, bytes_of(&self.packed))?;
-        let blocks = (self.packed.len() / WORD_MULTIPLE).div_ceil(THREADS).min(MAX_BLOCKS);
-        launch(device, &self.kernel, Grid::line(blocks), &self.params)?;
-        self.parity = parity;
+        if self.packed.len() > self.capacity || batch.samples.len() > self.max_samples {
+            return Err(BackendError::Unsupported(format!(
+                "a step of {} tokens, {} blocks and {} samples",
+                batch.num_tokens(),
+                batch.block_ids.len(),
+                batch.samples.len()
+            )));
+        }
+        device.upload(self.params.packed, bytes_of(&self.packed))
+    }
+
+    /// Launches what puts the uploaded step in place; the launch is the same for every step.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(crate) fn begin(&self, device: &mut dyn Device) -> Result<(), BackendError> {
+        let blocks = (self.capacity / WORD_MULTIPLE).div_ceil(THREADS).min(MAX_BLOCKS);
+        launch(device, &self.kernel, Grid::line(blocks), &self.params)
+    }
+
+    /// The step begun has chosen its tokens: the next one is fed from it. One that failed before is as if it had not been.
+    pub(crate) fn finish(&mut self) {
+        self.parity = 1 - self.parity;
+    }
+
+    /// A whole step that only puts its inputs in place.
+    #[cfg(all(test, feature = "emulator"))]
+    pub(crate) fn run(&mut self, device: &mut dyn Device, batch: &Batch) -> Result<(), BackendError> {
+        self.upload(device, batch)?;
+        self.begin(device)?;
+        self.finish();
         Ok(())
     }
 }
@@ -342,7 +357,7 @@ pub(crate) mod tests {
         let many: Vec<u32> = (0..120).map(|i| 1 + i % 9).collect();
         for lens in [&[1][..], &[17], &[1, 1, 1, 1], &[3, 129, 1, 4], &many] {
             let batch = batch(lens);
-            step.begin(&mut *device, &batch).expect("the step is within its limits");
+            step.run(&mut *device, &batch).expect("the step is within its limits");
             check(&mut *device, &step, &batch, &batch.token_ids);
         }
     }
@@ -352,13 +367,13 @@ pub(crate) mod tests {
         let mut device = device();
         let mut step = buffers(&mut *device, 16);
         let first = batch(&[2, 3, 1]);
-        step.begin(&mut *device, &first).expect("the step is small");
+        step.run(&mut *device, &first).expect("the step is small");
         device
             .upload(step.current_tokens(), bytes_of(&[11_u32, 22, 33]))
             .expect("uploads work");
         let mut second = batch(&[1, 4, 1]);
         second.fed = vec![FedToken { row: 0, prev_sample: 2 }, FedToken { row: 5, prev_sample: 0 }];
-        step.begin(&mut *device, &second).expect("the step is small");
+        step.run(&mut *device, &second).expect("the step is small");
         let mut want = second.token_ids.clone();
         (want[0], want[5]) = (33, 11);
         check(&mut *device, &step, &second, &want);
@@ -366,7 +381,7 @@ pub(crate) mod tests {
             .upload(step.current_tokens(), bytes_of(&[44_u32, 55, 66]))
             .expect("uploads work");
         second.fed = vec![FedToken { row: 1, prev_sample: 1 }];
-        step.begin(&mut *device, &second).expect("the step is small");
+        step.run(&mut *device, &second).expect("the step is small");
         want.clone_from(&second.token_ids);
         want[1] = 55;
         check(&mut *device, &step, &second, &want);
@@ -376,6 +391,6 @@ pub(crate) mod tests {
     fn a_step_beyond_the_limits_is_refused() {
         let mut device = device();
         let mut step = buffers(&mut *device, 4);
-        assert!(step.begin(&mut *device, &batch(&[1; 40])).is_err());
+        assert!(step.run(&mut *device, &batch(&[1; 40])).is_err());
     }
 }

@@ -323,7 +323,7 @@ fn last_norms_are_of_the_sampled_rows_alone() {
             history: None,
         })
         .into();
-    step.begin(&mut *bench.device, &batch).expect("the step is small");
+    step.run(&mut *bench.device, &batch).expect("the step is small");
     for cols in [1, 64, 65, 2304, 4608] {
         let (values, x) = bench.tensor(cols, 2.0, false);
         let (old, residual) = bench.tensor(cols, 5.0, true);
@@ -402,7 +402,7 @@ fn tokens_become_scaled_rows_of_the_table() {
         let panels = upload(&mut *bench.device, "test data", &[host], Element::Bf16).expect("tables are small");
         let mut step = buffers(&mut *bench.device, GRID);
         let tokens = [69, 0, 7];
-        step.begin(&mut *bench.device, &sequence(&tokens))
+        step.run(&mut *bench.device, &sequence(&tokens))
             .expect("the step is small");
         for is_wide in [true, false] {
             let (old, out) = bench.tensor(cols, 1.0, is_wide);

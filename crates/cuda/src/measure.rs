@@ -1,0 +1,305 @@
+//! Times the kernels one by one on a GPU, for `benches/kernels.rs`: cold weights, graph replays, medians.
+
+use std::fmt;
+
+use lapidary_model::{AttentionConfig, BackendError, StepLimits};
+
+use crate::attention::{Attention, AttentionInputs};
+use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
+use crate::matmul::{Matmul, Product};
+use crate::pack::{Element, PANEL_BYTES, Panels, ROW_MULTIPLE};
+use crate::tensor::{Activation, Tensor};
+
+/// Weights rotate through more memory than any L2 cache holds.
+const ROTATION_BYTES: usize = 600 << 20;
+const MAX_COPIES: usize = 64;
+/// Replays of which the median counts.
+const REPEATS: usize = 9;
+
+/// A model's matrices, `[outputs, inputs]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrices {
+    /// As in the table.
+    pub model: &'static str,
+    /// qkv, o, gate_up, down.
+    pub linears: [(usize, usize); 4],
+    /// The output projection.
+    pub output: (usize, usize),
+}
+
+/// Of the three sizes of Gemma-2.
+pub const MODELS: [Matrices; 3] = [
+    Matrices {
+        model: "2b",
+        linears: [(4096, 2304), (2304, 2048), (18432, 2304), (2304, 9216)],
+        output: (256_000, 2304),
+    },
+    Matrices {
+        model: "9b",
+        linears: [(8192, 3584), (3584, 4096), (28672, 3584), (3584, 14336)],
+        output: (256_000, 3584),
+    },
+    Matrices {
+        model: "27b",
+        linears: [(8192, 4608), (4608, 4096), (73728, 4608), (4608, 36864)],
+        output: (256_000, 4608),
+    },
+];
+
+/// One line of the table.
+#[derive(Debug, Clone)]
+pub struct Timing {
+    /// Which kernel, at which shape.
+    pub what: String,
+    /// Of one launch.
+    pub microseconds: f64,
+    /// Bytes it has to read at least.
+    pub bytes: f64,
+    /// Additions and multiplications.
+    pub flops: f64,
+}
+
+impl fmt::Display for Timing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (gigabytes, teraflops) = (self.bytes / self.microseconds / 1e3, self.flops / self.microseconds / 1e6);
+        write!(f, "{:34} {:9.2} us {gigabytes:6.0} GB/s {teraflops:6.0} TFLOP/s", self.what, self.microseconds)
+    }
+}
+
+/// The bench.
+#[derive(Debug)]
+pub struct Bench {
+    device: Driver,
+    matmul: Matmul,
+}
+
+impl Bench {
+    /// # Errors
+    /// The driver refused.
+    pub fn new(device: DeviceInfo) -> Result<Self, BackendError> {
+        let mut device = Driver::open(device)?;
+        let matmul = Matmul::load(&mut device)?;
+        Ok(Self { device, matmul })
+    }
+
+    /// A product of random e4m3 (or bf16, `is_output`: with f32 results and soft-cap) operands at several numbers of tokens.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn matmul(&mut self, (n, k): (usize, usize), tokens: &[usize], is_output: bool) -> Result<Vec<Timing>, BackendError> {
+        let element = if is_output { Element::Bf16 } else { Element::E4m3 };
+        let max_tokens = tokens.iter().copied().max().unwrap_or(1);
+        let device = &mut self.device;
+        let memory = device.mark();
+        let bytes = element.panels(k) * PANEL_BYTES * n.next_multiple_of(ROW_MULTIPLE);
+        let copies = (ROTATION_BYTES / bytes).clamp(2, MAX_COPIES);
+        let weights = (0..copies as u64)
+            .map(|copy| random_panels(device, element, [n, k], copy))
+            .collect::<Result<Vec<_>, _>>()?;
+        let scales = random_floats(device, n.next_multiple_of(ROW_MULTIPLE))?;
+        let mut x = Activation::alloc(device, max_tokens, k)?;
+        random_activation(device, &mut x, element, max_tokens)?;
+        let out = Tensor::alloc(device, "output", [max_tokens, n], is_output)?;
+        let num_rows = device.alloc("count", 4)?;
+        let mut timings = Vec::new();
+        for &count in tokens {
+            device.upload(num_rows, &(count as i32).to_le_bytes())?;
+            let matmul = &self.matmul;
+            let launches = copies * if count <= 64 { 4 } else { 1 };
+            let microseconds = device.time(REPEATS, &mut |device| {
+                for launch in 0..launches {
+                    let product = Product {
+                        x: &x.params(),
+                        w: &weights[launch % copies],
+                        w_scales: if is_output { DevicePtr::NULL } else { scales },
+                        out: &out,
+                        softcap: is_output.then_some(30.0),
+                        num_rows,
+                        max_rows: count,
+                    };
+                    matmul.run(device, &product)?;
+                }
+                Ok(())
+            })? / launches as f64;
+            timings.push(Timing {
+                what: format!("{} {n}x{k} M {count}", if is_output { "output" } else { "fp8" }),
+                microseconds,
+                bytes: bytes as f64,
+                flops: 2.0 * (n * k * count) as f64,
+            });
+        }
+        device.release(memory)?;
+        Ok(timings)
+    }
+
+    /// Attention of `batch` sequences with `context` tokens each, one of them new.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn decode_attention(
+        &mut self,
+        config: AttentionConfig,
+        [batch, context]: [usize; 2],
+        window: Option<usize>,
+    ) -> Result<Timing, BackendError> {
+        const BLOCK: usize = 16;
+        let device = &mut self.device;
+        let memory = device.mark();
+        let limits = StepLimits {
+            max_tokens: batch,
+            max_seqs: batch,
+            max_model_len: context,
+        };
+        let attention = Attention::new(device, config, limits)?;
+        let blocks_each = context.div_ceil(BLOCK);
+        let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
+        let batch_step = decode_batch(batch, context, BLOCK);
+        step.upload(device, &batch_step)?;
+        step.begin(device)?;
+        let layer_bytes = 2 * batch * blocks_each * BLOCK * config.num_kv_heads * config.head_dim * 2;
+        let copies = (ROTATION_BYTES / layer_bytes).clamp(2, MAX_COPIES);
+        let layers = (0..copies as u64)
+            .map(|copy| random_bf16(device, layer_bytes / 2, copy))
+            .collect::<Result<Vec<_>, _>>()?;
+        let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+        let qkv = random_bf16(device, batch * width, 99)?;
+        let mut out = Activation::alloc(device, batch, config.num_heads * config.head_dim)?;
+        let scheme = lapidary_model::ActivationScheme::Fp8Static { scale: 0.01 };
+        let out = out.write(device, scheme)?;
+        let plan = attention.plan(device, &batch_step)?;
+        let pointers = *step.pointers();
+        let launches = copies * 2;
+        let microseconds = device.time(REPEATS, &mut |device| {
+            for launch in 0..launches {
+                let inputs = AttentionInputs {
+                    step: pointers,
+                    qkv,
+                    kv: layers[launch % copies],
+                    block_size: BLOCK,
+                    window,
+                    out,
+                    rows: DevicePtr::NULL,
+                };
+                attention.run(device, plan, &inputs)?;
+            }
+            Ok(())
+        })? / launches as f64;
+        device.release(memory)?;
+        let read = window.unwrap_or(context).min(context);
+        Ok(Timing {
+            what: format!("decode attention B {batch} ctx {context}{}", if window.is_some() { " window" } else { "" }),
+            microseconds,
+            bytes: (2 * batch * read * config.num_kv_heads * config.head_dim * 2) as f64,
+            flops: (4 * batch * read * config.num_heads * config.head_dim) as f64,
+        })
+    }
+}
+
+/// Every sequence owns blocks spread over the whole cache.
+fn decode_batch(batch: usize, context: usize, block_size: usize) -> lapidary_engine::Batch {
+    use lapidary_engine::{BlockId, RequestId};
+    let blocks_each = context.div_ceil(block_size);
+    let block = |seq: usize, index: usize| (index * batch + seq) as u32;
+    let last = context - 1;
+    lapidary_engine::Batch {
+        step: 0,
+        request_ids: (0..batch as u64).map(RequestId).collect(),
+        token_ids: vec![0; batch],
+        fed: Vec::new(),
+        positions: vec![last as u32; batch],
+        slot_mapping: (0..batch)
+            .map(|seq| block(seq, last / block_size) * block_size as u32 + (last % block_size) as u32)
+            .collect(),
+        query_start: (0..=batch as u32).collect(),
+        context_lens: vec![context as u32; batch],
+        block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
+        block_ids: (0..batch).flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index)))).collect(),
+        samples: Vec::new(),
+    }
+}
+
+/// Fills memory with bytes made by `make` of a running number, the same on every machine.
+fn random(
+    device: &mut Driver,
+    what: &'static str,
+    bytes: usize,
+    seed: u64,
+    make: impl Fn(u64) -> [u8; 8] + Sync,
+) -> Result<DevicePtr, BackendError> {
+    let to = device.alloc(what, bytes.next_multiple_of(8))?;
+    device.upload_with(to, bytes.next_multiple_of(8), 8, &|offset, memory| {
+        for (index, word) in memory.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            *word = make(mix(seed << 40 | (offset / 8 + index) as u64));
+        }
+    })?;
+    Ok(to)
+}
+
+/// splitmix64's finaliser.
+fn mix(seed: u64) -> u64 {
+    let mut mixed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
+/// e4m3 codes of every sign and of exponents around 1: numbers that real weights consist of.
+fn e4m3_codes(word: u64) -> [u8; 8] {
+    word.to_le_bytes().map(|byte| (byte & 0x80) | (0x20 + (byte & 0x1f)))
+}
+
+/// Four bf16 values between 1/4 and 4 in size.
+fn bf16_values(word: u64) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    for (index, value) in bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let bits = (word >> (16 * index)) as u16;
+        *value = ((bits & 0x8000) | (0x3e80 + (bits & 0x1ff))).to_le_bytes();
+    }
+    bytes
+}
+
+fn random_panels(device: &mut Driver, element: Element, [n, k]: [usize; 2], seed: u64) -> Result<Panels, BackendError> {
+    let (panels, padded_rows) = (element.panels(k), n.next_multiple_of(ROW_MULTIPLE));
+    let bytes = panels * padded_rows * PANEL_BYTES;
+    let data = match element {
+        Element::E4m3 => random(device, "weights", bytes, seed, e4m3_codes)?,
+        Element::Bf16 => random(device, "weights", bytes, seed, bf16_values)?,
+    };
+    Ok(Panels {
+        data,
+        element,
+        rows: n,
+        padded_rows,
+        cols: k,
+        panels,
+    })
+}
+
+fn random_activation(device: &mut Driver, x: &mut Activation, element: Element, rows: usize) -> Result<(), BackendError> {
+    let scheme = match element {
+        Element::E4m3 => lapidary_model::ActivationScheme::Fp8Token,
+        Element::Bf16 => lapidary_model::ActivationScheme::None,
+    };
+    let params = x.write(device, scheme)?;
+    let bytes = element.panels(x.cols) * params.row_stride as usize * PANEL_BYTES;
+    device.upload_with(params.panels, bytes, 8, &|offset, memory| {
+        for (index, word) in memory.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let noise = mix(7 << 40 | (offset / 8 + index) as u64);
+            *word = if element == Element::E4m3 { e4m3_codes(noise) } else { bf16_values(noise) };
+        }
+    })?;
+    let scales = vec![0.01_f32; rows];
+    device.upload(params.scales, crate::device::bytes_of(&scales))
+}
+
+fn random_floats(device: &mut Driver, count: usize) -> Result<DevicePtr, BackendError> {
+    random(device, "scales", 4 * count, 3, |word| {
+        let value = |bits: u64| (0.005 + (bits & 0xffff) as f32 * 1e-7).to_le_bytes();
+        let (low, high) = (value(word), value(word >> 32));
+        [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
+    })
+}
+
+fn random_bf16(device: &mut Driver, count: usize, seed: u64) -> Result<DevicePtr, BackendError> {
+    random(device, "values", 2 * count, seed, bf16_values)
+}
