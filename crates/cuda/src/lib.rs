@@ -3,6 +3,7 @@
 //! | module | hides |
 //! |---|---|
 //! | `device` | the CUDA driver, or the emulator that runs the same kernels on a CPU |
+//! | `gemm` | which kernel multiplies many tokens with weights, and with what tiles |
 //! | `pack`, `tensor` | how weights and activations lie in device memory |
 //! | `step` | how a step's inputs get to the device |
 //! | `slab_gemm` | matrix products of few tokens: linear layers and logits of a decode step |
@@ -14,6 +15,7 @@
 
 mod attention;
 mod device;
+mod gemm;
 mod pack;
 mod rope;
 mod rows;

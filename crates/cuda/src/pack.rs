@@ -179,6 +179,7 @@ fn widen<const BYTES: usize>(from: &[u8], to: &mut [u8], parse: impl Fn([u8; BYT
     }
 }
 
+/// What an e4m3 code stands for.
 pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 0xf), f32::from(code & 7));
     let magnitude = match (exponent, code & 0x7f) {

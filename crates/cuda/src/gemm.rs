@@ -1,0 +1,321 @@
+//! Products of activations and weights: of many tokens on Hopper (`kernels/gemm.sm90a.cu`), of any number elsewhere
+//! (`kernels/gemm_portable.cu`). All tilings of a family give a row the same bits, so the choice is one of speed.
+
+use lapidary_model::BackendError;
+
+use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
+use crate::pack::{Element, PANEL_BYTES, Panels};
+use crate::tensor::{Activation, Tensor};
+
+/// The kernels' `GemmParams` (`kernels/common/gemm.cuh`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct GemmParams {
+    x: DevicePtr,
+    x_scales: DevicePtr,
+    w: DevicePtr,
+    w_scales: DevicePtr,
+    out: DevicePtr,
+    num_rows: DevicePtr,
+    x_stride: i32,
+    w_rows: i32,
+    columns: i32,
+    panels: i32,
+    out_stride: i32,
+    soft_cap: f32,
+}
+kernel_params!(GemmParams);
+
+/// `out[row, n] = (sum over k of x[row, k] * weights[n, k]) * x's scale[row] * scales[n]` for every row of the step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product<'a> {
+    pub(crate) x: &'a Activation,
+    pub(crate) weights: &'a Panels,
+    /// One f32 for each padded row of the weights; null for none.
+    pub(crate) scales: DevicePtr,
+    /// bf16, or f32 if wide; it has as many columns as the weights have rows.
+    pub(crate) out: &'a Tensor,
+    /// For f32: the result is `cap * tanh(result / cap)`; 0 for none.
+    pub(crate) soft_cap: f32,
+    /// An i32 in device memory: how many rows there are.
+    pub(crate) num_rows: DevicePtr,
+    /// No more rows than this, at a launch or any replay of it.
+    pub(crate) max_rows: usize,
+}
+
+/// How a kernel's blocks share the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    /// Blocks that stay and take tile after tile, alone or in clusters of this many; a cluster's tiles lie below each other.
+    Persistent { cluster: usize },
+    /// A block for each tile.
+    BlockPerTile,
+}
+
+/// One instance of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tiling {
+    name: &'static str,
+    work: Work,
+    element: Element,
+    is_wide: bool,
+    /// Of a block's tile.
+    rows: usize,
+    columns: usize,
+    /// Panels in shared memory.
+    stages: usize,
+    threads: u32,
+}
+
+/// Rows of a tile of the Hopper kernel, and tiles whose scales it holds.
+const HOPPER_ROWS: usize = 128;
+const HOPPER_JOBS: usize = 2;
+
+const fn hopper(
+    name: &'static str,
+    (element, is_wide): Format,
+    columns: usize,
+    stages: usize,
+    cluster: usize,
+) -> Tiling {
+    Tiling {
+        name,
+        work: Work::Persistent { cluster },
+        element,
+        is_wide,
+        rows: HOPPER_ROWS,
+        columns,
+        stages,
+        threads: 384,
+    }
+}
+
+const fn portable(
+    name: &'static str,
+    (element, is_wide): Format,
+    tile: [usize; 2],
+    stages: usize,
+    threads: u32,
+) -> Tiling {
+    Tiling {
+        name,
+        work: Work::BlockPerTile,
+        element,
+        is_wide,
+        rows: tile[0],
+        columns: tile[1],
+        stages,
+        threads,
+    }
+}
+
+/// Elements of the operands, and whether the output is f32.
+type Format = (Element, bool);
+const E4M3: Format = (Element::E4m3, false);
+const BF16: Format = (Element::Bf16, false);
+const E4M3_WIDE: Format = (Element::E4m3, true);
+const BF16_WIDE: Format = (Element::Bf16, true);
+
+/// The instances at the end of `kernels/gemm.sm90a.cu`.
+const HOPPER: &[Tiling] = &[
+    hopper("gemm_e4m3_n64", E4M3, 64, 8, 1),
+    hopper("gemm_e4m3_n96", E4M3, 96, 7, 1),
+    hopper("gemm_e4m3_n112", E4M3, 112, 7, 1),
+    hopper("gemm_e4m3_n128", E4M3, 128, 6, 1),
+    hopper("gemm_e4m3_n160", E4M3, 160, 6, 1),
+    hopper("gemm_e4m3_n192", E4M3, 192, 5, 1),
+    hopper("gemm_e4m3_n224", E4M3, 224, 5, 1),
+    hopper("gemm_pair_e4m3_n112", E4M3, 112, 7, 2),
+    hopper("gemm_pair_e4m3_n128", E4M3, 128, 6, 2),
+    hopper("gemm_pair_e4m3_n160", E4M3, 160, 6, 2),
+    hopper("gemm_pair_e4m3_n192", E4M3, 192, 5, 2),
+    hopper("gemm_pair_e4m3_n224", E4M3, 224, 5, 2),
+    hopper("gemm_e4m3_f32_n128", E4M3_WIDE, 128, 6, 1),
+    hopper("gemm_e4m3_f32_n192", E4M3_WIDE, 192, 5, 1),
+    hopper("gemm_bf16_n64", BF16, 64, 8, 1),
+    hopper("gemm_bf16_n128", BF16, 128, 6, 1),
+    hopper("gemm_bf16_n192", BF16, 192, 5, 1),
+    hopper("gemm_bf16_n256", BF16, 256, 4, 1),
+    hopper("gemm_pair_bf16_n128", BF16, 128, 6, 2),
+    hopper("gemm_pair_bf16_n192", BF16, 192, 5, 2),
+    hopper("gemm_pair_bf16_n256", BF16, 256, 4, 2),
+    hopper("gemm_bf16_f32_n128", BF16_WIDE, 128, 6, 1),
+    hopper("gemm_bf16_f32_n256", BF16_WIDE, 256, 4, 1),
+];
+
+/// The instances at the end of `kernels/gemm_portable.cu`; of each format those of fewer rows first.
+const PORTABLE: &[Tiling] = &[
+    portable("gemm_portable_e4m3_m16", E4M3, [16, 32], 8, 128),
+    portable("gemm_portable_e4m3_m64", E4M3, [64, 64], 4, 128),
+    portable("gemm_portable_e4m3_m128", E4M3, [128, 128], 3, 256),
+    portable("gemm_portable_e4m3_f32_m16", E4M3_WIDE, [16, 64], 8, 128),
+    portable("gemm_portable_e4m3_f32_m128", E4M3_WIDE, [128, 128], 3, 256),
+    portable("gemm_portable_bf16_m16", BF16, [16, 32], 8, 128),
+    portable("gemm_portable_bf16_m64", BF16, [64, 64], 4, 128),
+    portable("gemm_portable_bf16_m128", BF16, [128, 128], 3, 256),
+    portable("gemm_portable_bf16_f32_m16", BF16_WIDE, [16, 64], 8, 128),
+    portable("gemm_portable_bf16_f32_m128", BF16_WIDE, [128, 128], 3, 256),
+];
+
+/// Bytes that an SM gets from L2 in a clock when all SMs ask.
+const L2_BYTES_PER_CLOCK: usize = 40;
+/// Bytes that an SM's shared memory gives or takes in a clock.
+const SHARED_BYTES_PER_CLOCK: usize = 128;
+/// Tensor cores take this long for one panel of 128 rows and a column: e4m3 has twice the elements of bf16 in a panel, at twice the pace.
+const CLOCKS_PER_COLUMN: usize = 4;
+/// What a tile's output takes: so much, and so much for each column.
+const STORE_CLOCKS: usize = 500;
+const STORE_CLOCKS_PER_COLUMN: usize = 6;
+
+impl Tiling {
+    fn fits(&self, format: Format) -> bool {
+        (self.element, self.is_wide) == format
+    }
+
+    fn cluster(&self) -> usize {
+        match self.work {
+            Work::Persistent { cluster } => cluster,
+            Work::BlockPerTile => 1,
+        }
+    }
+
+    /// Dynamic shared memory of a block: its stages, and on Hopper the tiles' scales and the barriers.
+    fn shared_bytes(&self) -> usize {
+        let stages = self.stages * (self.rows + self.columns) * PANEL_BYTES;
+        match self.work {
+            Work::Persistent { .. } => {
+                let job = (self.rows + self.columns + 4) * 4;
+                stages + HOPPER_JOBS * job + (self.stages + HOPPER_JOBS) * 2 * 8
+            }
+            Work::BlockPerTile => stages,
+        }
+    }
+
+    /// Row tiles, those of a cluster counted as one, and column tiles.
+    fn tiles(&self, rows: usize, columns: usize) -> [usize; 2] {
+        [
+            rows.div_ceil(self.rows * self.cluster()),
+            columns.div_ceil(self.columns),
+        ]
+    }
+
+    fn grid(&self, rows: usize, columns: usize, multiprocessors: usize) -> Grid {
+        let [row_tiles, column_tiles] = self.tiles(rows, columns);
+        let blocks = match self.work {
+            Work::Persistent { cluster } => {
+                let clusters = (multiprocessors / cluster).clamp(1, (row_tiles * column_tiles).max(1));
+                [(clusters * cluster) as u32, 1, 1]
+            }
+            Work::BlockPerTile => [row_tiles.max(1) as u32, column_tiles as u32, 1],
+        };
+        Grid {
+            blocks,
+            shared_bytes: self.shared_bytes() as u32,
+        }
+    }
+
+    /// About how long a product takes if all blocks run at the pace of the slowest resource: tensor cores, shared memory
+    /// (each warpgroup reads its rows and all columns, and the copies write both) or L2.
+    fn clocks(&self, rows: usize, columns: usize, panels: usize, multiprocessors: usize) -> usize {
+        let [row_tiles, column_tiles] = self.tiles(rows, columns);
+        let rounds = (row_tiles * column_tiles).div_ceil((multiprocessors / self.cluster()).max(1));
+        let copied = (self.rows + self.columns) * PANEL_BYTES;
+        let read = (self.rows + 2 * self.columns) * PANEL_BYTES;
+        let from_l2 = (self.rows + self.columns / self.cluster()) * PANEL_BYTES;
+        let panel = (CLOCKS_PER_COLUMN * self.columns)
+            .max((copied + read) / SHARED_BYTES_PER_CLOCK)
+            .max(from_l2 / L2_BYTES_PER_CLOCK);
+        rounds * (panels * panel + STORE_CLOCKS + STORE_CLOCKS_PER_COLUMN * self.columns)
+    }
+}
+
+/// The loaded kernels of the family that fits the device.
+#[derive(Debug)]
+pub(crate) struct Gemm {
+    kernels: Vec<(Tiling, Kernel)>,
+    multiprocessors: usize,
+}
+
+impl Gemm {
+    /// Loads the Hopper kernels on 9.0, the portable ones elsewhere.
+    pub(crate) fn load(device: &mut dyn Device) -> Result<Self, BackendError> {
+        let is_hopper = device.compute_capability() == 90;
+        Self::load_family(device, if is_hopper { HOPPER } else { PORTABLE })
+    }
+
+    fn load_family(device: &mut dyn Device, family: &[Tiling]) -> Result<Self, BackendError> {
+        let load = |tiling: &Tiling| Ok((*tiling, device.kernel(tiling.name, tiling.threads)?));
+        Ok(Self {
+            kernels: family.iter().map(load).collect::<Result<_, BackendError>>()?,
+            multiprocessors: device.multiprocessors(),
+        })
+    }
+
+    /// Launches the fastest kernel for the product's shape.
+    ///
+    /// # Errors
+    /// The operands are not of one format, the output's columns are not as many as the weights' rows or, for bf16, no
+    /// multiple of 8, or the launch fails.
+    pub(crate) fn multiply(&self, device: &mut dyn Device, product: &Product<'_>) -> Result<(), BackendError> {
+        let (tiling, kernel) = self.choose(product)?;
+        let grid = tiling.grid(product.max_rows, product.weights.rows, self.multiprocessors);
+        launch(device, kernel, grid, &product.params()?)
+    }
+
+    fn choose(&self, product: &Product<'_>) -> Result<&(Tiling, Kernel), BackendError> {
+        let (rows, weights) = (product.max_rows, product.weights);
+        let fitting = || {
+            let format = (weights.element, product.out.is_wide);
+            self.kernels.iter().filter(move |(tiling, _)| tiling.fits(format))
+        };
+        let clocks = |tiling: &Tiling| tiling.clocks(rows, weights.rows, weights.panels, self.multiprocessors);
+        let persistent = fitting()
+            .filter(|(tiling, _)| tiling.work != Work::BlockPerTile)
+            .min_by_key(|(tiling, _)| clocks(tiling));
+        // The lowest tile that holds all rows reads weights once and multiplies little for nothing.
+        persistent
+            .or_else(|| fitting().find(|(tiling, _)| tiling.rows >= rows))
+            .or_else(|| fitting().last())
+            .ok_or_else(|| BackendError::Unsupported(format!("no product of {:?}", weights.element)))
+    }
+}
+
+impl Product<'_> {
+    fn params(&self) -> Result<GemmParams, BackendError> {
+        let x = self.x.params();
+        let element = Element::of_input(self.x.scheme);
+        let columns = self.weights.rows;
+        let fits = element == self.weights.element
+            && element.panels(self.x.cols) == self.weights.panels
+            && self.out.cols == columns
+            && self.max_rows <= self.out.rows.min(x.row_stride as usize)
+            && (self.out.is_wide || columns.is_multiple_of(8));
+        if !fits {
+            return Err(BackendError::Unsupported(format!(
+                "a product of {element:?} [{}, {}] and {:?} [{columns}, {}] as [{}, {}]",
+                self.max_rows, self.x.cols, self.weights.element, self.weights.cols, self.out.rows, self.out.cols
+            )));
+        }
+        Ok(GemmParams {
+            x: x.panels,
+            x_scales: if element == Element::E4m3 {
+                x.scales
+            } else {
+                DevicePtr::NULL
+            },
+            w: self.weights.data,
+            w_scales: self.scales,
+            out: self.out.data,
+            num_rows: self.num_rows,
+            x_stride: x.row_stride,
+            w_rows: self.weights.padded_rows as i32,
+            columns: columns as i32,
+            panels: self.weights.panels as i32,
+            out_stride: self.out.cols as i32,
+            soft_cap: self.soft_cap,
+        })
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests;

@@ -1,0 +1,488 @@
+use std::sync::LazyLock;
+
+use half::bf16;
+use lapidary_model::{ActivationScheme, DType, HostTensor};
+
+use super::*;
+use crate::device::{bytes_of, on_device, read_back};
+use crate::pack::{e4m3_to_f32, upload};
+use crate::testing;
+
+/// Five panels of e4m3, the last one not full: one promotion after four, one at the end; ten of bf16.
+const K: usize = 600;
+/// A wide tile and part of another; the padding is not a multiple of any tile.
+const COLUMNS: usize = 296;
+/// Two row tiles and part of a third, so that a pair of blocks has one without rows.
+const ROWS: usize = 270;
+const ROW_STRIDE: usize = 384;
+/// A persistent block has at least three tiles, a pair two.
+const FEW_MULTIPROCESSORS: usize = 2;
+const SENTINEL: u16 = 0x1234;
+
+/// Operands as bytes of a checkpoint, and their product.
+struct Fixture {
+    element: Element,
+    x: Vec<u8>,
+    w: Vec<u8>,
+    x_scales: Vec<f32>,
+    w_scales: Vec<f32>,
+    /// Sums of products and of their magnitudes, without scales.
+    sums: Vec<[f64; 2]>,
+}
+
+static E4M3_RANDOM: LazyLock<Fixture> = LazyLock::new(|| Fixture::random(Element::E4m3));
+static BF16_RANDOM: LazyLock<Fixture> = LazyLock::new(|| Fixture::random(Element::Bf16));
+
+fn random(element: Element) -> &'static Fixture {
+    match element {
+        Element::E4m3 => &E4M3_RANDOM,
+        Element::Bf16 => &BF16_RANDOM,
+    }
+}
+
+fn values(element: Element, bytes: &[u8]) -> Vec<f32> {
+    match element {
+        Element::E4m3 => bytes.iter().map(|code| e4m3_to_f32(*code)).collect(),
+        Element::Bf16 => {
+            let pairs = bytes.as_chunks::<2>().0.iter();
+            pairs.map(|pair| bf16::from_le_bytes(*pair).to_f32()).collect()
+        }
+    }
+}
+
+/// Numbers without order, the same in every run.
+fn noise(count: usize, mut state: u64) -> Vec<u32> {
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Elements between 1/8 and 4 in magnitude, of either sign.
+fn noisy_elements(element: Element, count: usize, seed: u64) -> Vec<u8> {
+    let noise = noise(count, seed);
+    match element {
+        Element::E4m3 => noise
+            .iter()
+            .map(|n| (n % 40 + 32) as u8 | (n >> 8 & 0x80) as u8)
+            .collect(),
+        Element::Bf16 => {
+            let value = |n: &u32| (f32::from(*n as u16) / 16384.0 - 2.0) * if n >> 20 & 1 == 0 { 1.0 } else { 0.3 };
+            noise
+                .iter()
+                .flat_map(|n| bf16::from_f32(value(n)).to_le_bytes())
+                .collect()
+        }
+    }
+}
+
+impl Fixture {
+    fn random(element: Element) -> Self {
+        let x = noisy_elements(element, ROWS * K, 1);
+        let w = noisy_elements(element, COLUMNS * K, 2);
+        Self::new(element, x, w)
+    }
+
+    fn new(element: Element, x: Vec<u8>, w: Vec<u8>) -> Self {
+        let (x_values, w_values) = (values(element, &x), values(element, &w));
+        let mut sums = Vec::with_capacity(ROWS * COLUMNS);
+        for x_row in x_values.chunks(K) {
+            for w_row in w_values.chunks(K) {
+                let products = || x_row.iter().zip(w_row).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                sums.push([products().sum(), products().map(f64::abs).sum()]);
+            }
+        }
+        Self {
+            element,
+            x,
+            w,
+            x_scales: (0..ROWS).map(|row| 0.5 + 0.01 * row as f32).collect(),
+            w_scales: (0..COLUMNS).map(|column| 1.5 - 0.003 * column as f32).collect(),
+            sums,
+        }
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.x.len() / ROWS
+    }
+
+    /// `[sum, sum of magnitudes]` with scales.
+    fn want(&self, row: usize, column: usize) -> [f64; 2] {
+        let x_scale = match self.element {
+            Element::E4m3 => f64::from(self.x_scales[row]),
+            Element::Bf16 => 1.0,
+        };
+        self.sums[row * COLUMNS + column].map(|sum| sum * x_scale * f64::from(self.w_scales[column]))
+    }
+}
+
+/// A fixture in device memory.
+struct Loaded {
+    device: Box<dyn Device>,
+    weights: Panels,
+    scales: DevicePtr,
+}
+
+impl Loaded {
+    fn new(fixture: &Fixture) -> Self {
+        let mut device = testing::device();
+        let dtype = match fixture.element {
+            Element::E4m3 => DType::F8E4M3,
+            Element::Bf16 => DType::Bf16,
+        };
+        let shape = [COLUMNS, K];
+        let part = HostTensor {
+            data: &fixture.w,
+            dtype,
+            shape: &shape,
+        };
+        let weights = upload(&mut *device, "weights", &[part], fixture.element).expect("weights fit");
+        let mut padded = fixture.w_scales.clone();
+        padded.resize(weights.padded_rows, 0.0);
+        let scales = on_device(&mut *device, &padded);
+        Self {
+            device,
+            weights,
+            scales,
+        }
+    }
+
+    /// The given rows of the fixture's activations. Rows after them are no numbers.
+    fn activation(&mut self, fixture: &Fixture, rows: &[usize]) -> Activation {
+        let scheme = match fixture.element {
+            Element::E4m3 => ActivationScheme::Fp8Token,
+            Element::Bf16 => ActivationScheme::None,
+        };
+        let mut x = Activation::alloc(&mut *self.device, ROWS, K).expect("it fits");
+        let params = x.write(&mut *self.device, scheme).expect("it can be written");
+        let panels = fixture.element.panels(K);
+        let mut bytes = vec![0xff; panels * ROW_STRIDE * PANEL_BYTES];
+        for (to, from) in rows.iter().enumerate() {
+            let row = &fixture.x[from * fixture.row_bytes()..][..fixture.row_bytes()];
+            for k in 0..panels * PANEL_BYTES {
+                let line = k / PANEL_BYTES * ROW_STRIDE + to;
+                let at = line * PANEL_BYTES + ((k % PANEL_BYTES / 16) ^ (to & 7)) * 16 + k % 16;
+                bytes[at] = row.get(k).copied().unwrap_or(0);
+            }
+        }
+        self.device.upload(params.panels, &bytes).expect("it fits");
+        let mut scales = vec![f32::NAN; ROW_STRIDE];
+        for (to, from) in rows.iter().enumerate() {
+            scales[to] = fixture.x_scales[*from];
+        }
+        self.device.upload(params.scales, bytes_of(&scales)).expect("it fits");
+        x
+    }
+
+    /// The product by one kernel: bf16 bits, or f32 for wide ones, `[ROWS, COLUMNS]`.
+    fn multiply(&mut self, fixture: &Fixture, tiling: &Tiling, rows: &[usize], soft_cap: f32) -> Vec<f32> {
+        let x = self.activation(fixture, rows);
+        let device = &mut *self.device;
+        let mut gemm = Gemm::load_family(device, std::slice::from_ref(tiling)).expect("the kernel exists");
+        gemm.multiprocessors = FEW_MULTIPROCESSORS;
+        let out = Tensor::alloc(device, "output", [ROWS, COLUMNS], tiling.is_wide).expect("it fits");
+        let count = ROWS * COLUMNS * if tiling.is_wide { 2 } else { 1 };
+        device
+            .upload(out.data, bytes_of(&vec![SENTINEL; count]))
+            .expect("it fits");
+        let product = Product {
+            x: &x,
+            weights: &self.weights,
+            scales: self.scales,
+            out: &out,
+            soft_cap,
+            num_rows: on_device(device, &[rows.len() as i32]),
+            max_rows: ROWS,
+        };
+        gemm.multiply(device, &product).expect("the product is possible");
+        let words: Vec<u16> = read_back(device, out.data, count);
+        assert!(
+            words[rows.len() * count / ROWS..].iter().all(|word| *word == SENTINEL),
+            "{} stores no row beyond the last",
+            tiling.name
+        );
+        let wide = |pair: &[u16; 2]| f32::from_bits(u32::from(pair[1]) << 16 | u32::from(pair[0]));
+        let mut values: Vec<f32> = if tiling.is_wide {
+            words.as_chunks::<2>().0.iter().map(wide).collect()
+        } else {
+            words.iter().map(|word| bf16::from_bits(*word).to_f32()).collect()
+        };
+        values.truncate(rows.len() * COLUMNS);
+        values
+    }
+}
+
+/// The kernels this device runs.
+fn tilings(device: &dyn Device) -> Vec<Tiling> {
+    let hopper = if device.compute_capability() == 90 { HOPPER } else { &[] };
+    hopper.iter().chain(PORTABLE).copied().collect()
+}
+
+fn first_rows(count: usize) -> Vec<usize> {
+    (0..count).collect()
+}
+
+fn assert_close(fixture: &Fixture, tiling: &Tiling, got: &[f32], finish: impl Fn(f64) -> f64) {
+    let rounding = if tiling.is_wide { 1e-6 } else { 1.0 / 256.0 };
+    for (index, got) in got.iter().enumerate() {
+        let (row, column) = (index / COLUMNS, index % COLUMNS);
+        let [sum, magnitude] = fixture.want(row, column);
+        let want = finish(sum);
+        let tolerance = want.abs() * rounding + magnitude * 1e-5;
+        assert!(
+            (f64::from(*got) - want).abs() <= tolerance,
+            "{} row {row} column {column}: {got} is not {want}",
+            tiling.name
+        );
+    }
+}
+
+fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len());
+    for (index, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(
+            got.to_bits(),
+            want.to_bits(),
+            "{what} row {} column {}: {got} is not {want}",
+            index / COLUMNS,
+            index % COLUMNS
+        );
+    }
+}
+
+/// On a GPU mma.sync and wgmma may sum the products of one instruction in different orders.
+fn share_bits(a: &Tiling, b: &Tiling) -> bool {
+    let on_gpu = std::env::var("LAPIDARY_TEST_DEVICE").is_ok_and(|device| device == "gpu");
+    a.work == b.work
+        || !on_gpu
+        || (a.cluster() > 1) == (b.cluster() > 1)
+        || a.work != Work::BlockPerTile && b.work != Work::BlockPerTile
+}
+
+fn every_tiling_agrees(format: Format) {
+    let fixture = random(format.0);
+    let mut loaded = Loaded::new(fixture);
+    let mut first: Option<(Tiling, Vec<f32>)> = None;
+    for tiling in tilings(&*loaded.device).iter().filter(|tiling| tiling.fits(format)) {
+        let got = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
+        assert_close(fixture, tiling, &got, |sum| sum);
+        match &first {
+            Some((reference, want)) if share_bits(tiling, reference) => assert_same_bits(tiling.name, &got, want),
+            _ => first = Some((*tiling, got)),
+        }
+    }
+    assert!(first.is_some(), "there are kernels of {format:?}");
+}
+
+#[test]
+fn every_tiling_of_e4m3_gives_the_product_and_the_same_bits() {
+    every_tiling_agrees(E4M3);
+}
+
+#[test]
+fn every_tiling_of_bf16_gives_the_product_and_the_same_bits() {
+    every_tiling_agrees(BF16);
+}
+
+#[test]
+fn every_tiling_with_f32_output_gives_the_product_and_the_same_bits() {
+    every_tiling_agrees(E4M3_WIDE);
+    every_tiling_agrees(BF16_WIDE);
+}
+
+/// One of each kind, for tests of many sizes.
+const CHOSEN: [&str; 5] = [
+    "gemm_e4m3_n192",
+    "gemm_pair_e4m3_n224",
+    "gemm_portable_e4m3_m16",
+    "gemm_portable_e4m3_m64",
+    "gemm_portable_e4m3_m128",
+];
+
+#[test]
+fn a_rows_bits_do_not_depend_on_how_many_rows_there_are() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    for tiling in tilings(&*loaded.device)
+        .iter()
+        .filter(|tiling| CHOSEN.contains(&tiling.name))
+    {
+        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
+        for rows in [1, 63, 64, 65, 127, 128, 129, 200] {
+            let some = loaded.multiply(fixture, tiling, &first_rows(rows), 0.0);
+            assert_same_bits(tiling.name, &some, &all[..rows * COLUMNS]);
+        }
+    }
+}
+
+#[test]
+fn a_rows_bits_do_not_depend_on_its_place() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    let places: Vec<usize> = (0..ROWS).map(|row| (row * 7 + 37) % ROWS).collect();
+    for tiling in tilings(&*loaded.device)
+        .iter()
+        .filter(|tiling| CHOSEN.contains(&tiling.name))
+    {
+        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
+        let moved = loaded.multiply(fixture, tiling, &places, 0.0);
+        for (row, from) in places.iter().enumerate() {
+            let [moved, all] = [(&moved, row), (&all, *from)].map(|(values, row)| &values[row * COLUMNS..][..COLUMNS]);
+            assert_same_bits(tiling.name, moved, all);
+        }
+    }
+}
+
+/// Weights that choose one element of a row each, and rows whose elements are all different in their first 29.
+#[test]
+fn one_hot_weights_pick_elements() {
+    for element in [Element::E4m3, Element::Bf16] {
+        let encode = |value: i32| match element {
+            // Whole numbers from 0 to 15 in e4m3.
+            Element::E4m3 => vec![[0, 56, 64, 68, 72, 74, 76, 78, 80, 81, 82, 83, 84, 85, 86, 87][value as usize]],
+            Element::Bf16 => bf16::from_f32(value as f32).to_le_bytes().to_vec(),
+        };
+        let x = (0..ROWS * K)
+            .flat_map(|i| encode(((i / K * 7 + i % K) % 13) as i32))
+            .collect();
+        let w = (0..COLUMNS * K)
+            .flat_map(|i| encode(i32::from(i % K == (i / K * 5 + 3) % K)))
+            .collect();
+        let mut fixture = Fixture::new(element, x, w);
+        fixture.x_scales.fill(0.5);
+        fixture.w_scales.fill(4.0);
+        let factor = if element == Element::E4m3 { 2.0 } else { 4.0 };
+        let mut loaded = Loaded::new(&fixture);
+        for tiling in tilings(&*loaded.device)
+            .iter()
+            .filter(|tiling| tiling.element == element)
+        {
+            let got = loaded.multiply(&fixture, tiling, &first_rows(200), 0.0);
+            for (index, got) in got.iter().enumerate() {
+                let (row, column) = (index / COLUMNS, index % COLUMNS);
+                let want = ((row * 7 + (column * 5 + 3) % K) % 13) as f32 * factor;
+                assert_eq!(*got, want, "{} row {row} column {column}", tiling.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn f32_output_is_soft_capped() {
+    let fixture = random(Element::Bf16);
+    let mut loaded = Loaded::new(fixture);
+    for tiling in tilings(&*loaded.device).iter().filter(|tiling| tiling.fits(BF16_WIDE)) {
+        let got = loaded.multiply(fixture, tiling, &first_rows(70), 30.0);
+        assert_close(fixture, tiling, &got, |sum| 30.0 * (sum / 30.0).tanh());
+        assert!(got.iter().any(|value| value.abs() > 20.0), "the cap bites");
+    }
+}
+
+#[test]
+fn no_rows_are_no_work() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    for tiling in tilings(&*loaded.device)
+        .iter()
+        .filter(|tiling| CHOSEN.contains(&tiling.name))
+    {
+        assert!(loaded.multiply(fixture, tiling, &[], 0.0).is_empty());
+    }
+}
+
+#[test]
+fn operands_that_do_not_fit_are_refused() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    let x = loaded.activation(fixture, &[0]);
+    let device = &mut *loaded.device;
+    let gemm = Gemm::load(device).expect("the kernels exist");
+    let out = Tensor::alloc(device, "output", [ROWS, COLUMNS], false).expect("it fits");
+    let narrow = Tensor::alloc(device, "output", [ROWS, COLUMNS - 8], false).expect("it fits");
+    let odd = Tensor::alloc(device, "output", [ROWS, COLUMNS - 1], false).expect("it fits");
+    let odd_weights = Panels {
+        rows: COLUMNS - 1,
+        ..loaded.weights
+    };
+    let other_format = Panels {
+        element: Element::Bf16,
+        ..loaded.weights
+    };
+    let product = Product {
+        x: &x,
+        weights: &loaded.weights,
+        scales: loaded.scales,
+        out: &out,
+        soft_cap: 0.0,
+        num_rows: on_device(device, &[1]),
+        max_rows: 1,
+    };
+    assert!(gemm.multiply(device, &product).is_ok());
+    for refused in [
+        Product {
+            out: &narrow,
+            ..product
+        },
+        Product {
+            out: &odd,
+            weights: &odd_weights,
+            ..product
+        },
+        Product {
+            weights: &other_format,
+            ..product
+        },
+        Product {
+            max_rows: ROWS + 1,
+            ..product
+        },
+    ] {
+        assert!(gemm.multiply(device, &refused).is_err(), "{refused:?}");
+    }
+}
+
+#[test]
+fn shared_memory_and_grids_are_what_devices_have() {
+    for tiling in HOPPER {
+        assert!(tiling.shared_bytes() <= 227 << 10, "{}", tiling.name);
+        for rows in [1, 128, 129, 300, 8192] {
+            let blocks = tiling.grid(rows, 3584, 132).blocks;
+            assert!(
+                blocks[0] <= 132 && blocks[0] as usize % tiling.cluster() == 0,
+                "{} {blocks:?}",
+                tiling.name
+            );
+        }
+    }
+    for tiling in PORTABLE {
+        assert!(tiling.shared_bytes() <= 99 << 10, "{}", tiling.name);
+        let blocks = tiling.grid(300, 1000, 132).blocks;
+        assert_eq!(
+            blocks,
+            [
+                300_usize.div_ceil(tiling.rows) as u32,
+                1000_usize.div_ceil(tiling.columns) as u32,
+                1
+            ]
+        );
+    }
+}
+
+#[test]
+fn tiles_fill_the_device() {
+    let chosen = |rows, columns, k| {
+        let e4m3 = HOPPER.iter().filter(|tiling| tiling.fits(E4M3));
+        let panels = Element::E4m3.panels(k);
+        e4m3.min_by_key(|tiling| tiling.clocks(rows, columns, panels, 132))
+            .expect("there are some")
+    };
+    // 16 column tiles in 8 pairs of row tiles: 1.94 waves.
+    assert_eq!(chosen(2048, 3584, 14336).name, "gemm_pair_e4m3_n224");
+    // With wide tiles half of the device would idle.
+    assert!(chosen(512, 3584, 4096).columns <= 112);
+    assert_eq!(chosen(8192, 28672, 3584).cluster(), 2, "many tiles share weights");
+    assert_eq!(chosen(100, 28672, 3584).cluster(), 1, "one row tile has no neighbour");
+}
