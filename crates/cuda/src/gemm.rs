@@ -4,8 +4,8 @@
 use lapidary_model::BackendError;
 
 use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
-use crate::pack::{Element, PANEL_BYTES, Panels};
-use crate::tensor::{Activation, Tensor};
+use crate::matmul::Product;
+use crate::pack::{Element, PANEL_BYTES};
 
 /// The kernels' `GemmParams` (`kernels/common/gemm.cuh`).
 #[derive(Debug, Clone, Copy)]
@@ -25,23 +25,6 @@ struct GemmParams {
     soft_cap: f32,
 }
 kernel_params!(GemmParams);
-
-/// `out[row, n] = (sum over k of x[row, k] * weights[n, k]) * x's scale[row] * scales[n]` for every row of the step.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Product<'a> {
-    pub(crate) x: &'a Activation,
-    pub(crate) weights: &'a Panels,
-    /// One f32 for each padded row of the weights; null for none.
-    pub(crate) scales: DevicePtr,
-    /// bf16, or f32 if wide; it has as many columns as the weights have rows.
-    pub(crate) out: &'a Tensor,
-    /// For f32: the result is `cap * tanh(result / cap)`; 0 for none.
-    pub(crate) soft_cap: f32,
-    /// An i32 in device memory: how many rows there are.
-    pub(crate) num_rows: DevicePtr,
-    /// No more rows than this, at a launch or any replay of it.
-    pub(crate) max_rows: usize,
-}
 
 /// How a kernel's blocks share the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,16 +237,15 @@ impl Gemm {
     /// Launches the fastest kernel for the product's shape.
     ///
     /// # Errors
-    /// The operands are not of one format, the output's columns are not as many as the weights' rows or, for bf16, no
-    /// multiple of 8, or the launch fails.
+    /// No kernel for the format, or the launch failed.
     pub(crate) fn multiply(&self, device: &mut dyn Device, product: &Product<'_>) -> Result<(), BackendError> {
         let (tiling, kernel) = self.choose(product)?;
-        let grid = tiling.grid(product.max_rows, product.weights.rows, self.multiprocessors);
-        launch(device, kernel, grid, &product.params()?)
+        let grid = tiling.grid(product.max_rows, product.w.rows, self.multiprocessors);
+        launch(device, kernel, grid, &GemmParams::new(product))
     }
 
     fn choose(&self, product: &Product<'_>) -> Result<&(Tiling, Kernel), BackendError> {
-        let (rows, weights) = (product.max_rows, product.weights);
+        let (rows, weights) = (product.max_rows, product.w);
         let fitting = || {
             let format = (weights.element, product.out.is_wide);
             self.kernels.iter().filter(move |(tiling, _)| tiling.fits(format))
@@ -280,40 +262,23 @@ impl Gemm {
     }
 }
 
-impl Product<'_> {
-    fn params(&self) -> Result<GemmParams, BackendError> {
-        let x = self.x.params();
-        let element = Element::of_input(self.x.scheme);
-        let columns = self.weights.rows;
-        let fits = element == self.weights.element
-            && element.panels(self.x.cols) == self.weights.panels
-            && self.out.cols == columns
-            && self.max_rows <= self.out.rows.min(x.row_stride as usize)
-            && (self.out.is_wide || columns.is_multiple_of(8));
-        if !fits {
-            return Err(BackendError::Unsupported(format!(
-                "a product of {element:?} [{}, {}] and {:?} [{columns}, {}] as [{}, {}]",
-                self.max_rows, self.x.cols, self.weights.element, self.weights.cols, self.out.rows, self.out.cols
-            )));
-        }
-        Ok(GemmParams {
+impl GemmParams {
+    fn new(product: &Product<'_>) -> Self {
+        let Product { x, w, out, .. } = *product;
+        Self {
             x: x.panels,
-            x_scales: if element == Element::E4m3 {
-                x.scales
-            } else {
-                DevicePtr::NULL
-            },
-            w: self.weights.data,
-            w_scales: self.scales,
-            out: self.out.data,
-            num_rows: self.num_rows,
+            x_scales: product.x_scales(),
+            w: w.data,
+            w_scales: product.w_scales,
+            out: out.data,
+            num_rows: product.num_rows,
             x_stride: x.row_stride,
-            w_rows: self.weights.padded_rows as i32,
-            columns: columns as i32,
-            panels: self.weights.panels as i32,
-            out_stride: self.out.cols as i32,
-            soft_cap: self.soft_cap,
-        })
+            w_rows: w.padded_rows as i32,
+            columns: w.rows as i32,
+            panels: w.panels as i32,
+            out_stride: out.cols as i32,
+            soft_cap: product.softcap.unwrap_or(0.0),
+        }
     }
 }
 

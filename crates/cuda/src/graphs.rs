@@ -51,18 +51,29 @@ impl Graphs {
         below.chain(SIZES.contains(&max_size).then_some(max_size)).collect()
     }
 
+    /// Throws away what a step that failed half-way has recorded.
+    pub(crate) fn abandon(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
+        match std::mem::replace(&mut self.mode, Mode::Eager) {
+            Mode::Record(_) => device.end_capture(false).map(drop),
+            Mode::Eager | Mode::Replay(_) => Ok(()),
+        }
+    }
+
     /// Decides how a step runs, and gives the rows its kernels are launched for. `is_simple`: it needs nothing that a
     /// recorded step has not.
-    pub(crate) fn begin(&mut self, device: &mut dyn Device, batch: &Batch, is_simple: bool) -> Result<usize, BackendError> {
-        if matches!(self.mode, Mode::Record(_)) {
-            // The step before failed half-way.
-            self.mode = Mode::Eager;
-            device.end_capture(false)?;
-        }
+    pub(crate) fn begin(
+        &mut self,
+        device: &mut dyn Device,
+        batch: &Batch,
+        is_simple: bool,
+    ) -> Result<usize, BackendError> {
         let num_tokens = batch.num_tokens();
-        self.mode = Mode::Eager;
         let is_decode = num_tokens > 0 && num_tokens == batch.num_seqs() && !batch.samples.is_empty();
-        let size = SIZES.iter().copied().find(|size| *size >= num_tokens).filter(|size| *size <= self.max_size);
+        let size = SIZES
+            .iter()
+            .copied()
+            .find(|size| *size >= num_tokens)
+            .filter(|size| *size <= self.max_size);
         let Some(size) = size.filter(|_| self.enabled && is_decode && is_simple) else {
             return Ok(num_tokens);
         };

@@ -6,7 +6,7 @@
 //! | `gemm` | which kernel multiplies many tokens with weights, and with what tiles |
 //! | `pack`, `tensor` | how weights and activations lie in device memory |
 //! | `step` | how a step's inputs get to the device |
-//! | `slab_gemm` | matrix products of few tokens: linear layers and logits of a decode step |
+//! | `matmul` | which kernel takes which matrix product: `slab_gemm` for few tokens on Hopper, `gemm` for all others |
 //! | `rows`, `rope` | norms, gating, quantisation; rotation, and where keys and values go |
 //! | `attention` | how a step's attention is split between two kernels |
 //!
@@ -16,6 +16,8 @@
 mod attention;
 mod device;
 mod gemm;
+mod graphs;
+mod matmul;
 mod pack;
 mod rope;
 mod rows;

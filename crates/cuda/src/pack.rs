@@ -172,6 +172,19 @@ impl<'a> Source<'a> {
     }
 }
 
+/// The values of a tensor that is never quantised.
+pub(crate) fn to_f32(tensor: HostTensor<'_>) -> Result<Vec<f32>, BackendError> {
+    fn parse<const BYTES: usize>(data: &[u8], parse: impl Fn([u8; BYTES]) -> f32) -> Vec<f32> {
+        data.as_chunks::<BYTES>().0.iter().map(|bytes| parse(*bytes)).collect()
+    }
+    match tensor.dtype {
+        DType::F32 => Ok(parse(tensor.data, f32::from_le_bytes)),
+        DType::Bf16 => Ok(parse(tensor.data, |bytes| bf16::from_le_bytes(bytes).to_f32())),
+        DType::F16 => Ok(parse(tensor.data, |bytes| f16::from_le_bytes(bytes).to_f32())),
+        DType::F8E4M3 => Err(BackendError::Unsupported("an e4m3 norm".to_owned())),
+    }
+}
+
 /// To bf16: exact from e4m3 and bf16, rounded to nearest from fp16 and f32.
 fn widen<const BYTES: usize>(from: &[u8], to: &mut [u8], parse: impl Fn([u8; BYTES]) -> f32) {
     for (to, from) in to.as_chunks_mut::<2>().0.iter_mut().zip(from.as_chunks::<BYTES>().0) {

@@ -3,7 +3,8 @@
 use lapidary_model::BackendError;
 
 use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
-use crate::pack::{Element, Panels};
+use crate::matmul::Product;
+use crate::pack::PANEL_BYTES;
 use crate::slab_gemm::plan::{Plan, Shape, Tuning, VARIANTS};
 use crate::tensor::{ActivationParams, Tensor};
 
@@ -14,25 +15,6 @@ mod tests;
 /// Tokens of a launch.
 pub(crate) const MAX_TOKENS: usize = 64;
 const THREADS: u32 = 192;
-
-/// `out[m][n] = x[m] . w[n]`, times the scales of both, soft-capped if asked.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Product<'a> {
-    /// `[rows, K]`, of the weights' element.
-    pub(crate) x: &'a ActivationParams,
-    /// `[N, K]`.
-    pub(crate) w: &'a Panels,
-    /// One f32 for each row of `w`, or null.
-    pub(crate) w_scales: DevicePtr,
-    /// `[rows, at least N]`.
-    pub(crate) out: &'a Tensor,
-    /// `c`: results become `c * tanh(result / c)`.
-    pub(crate) softcap: Option<f32>,
-    /// The number of rows the step has, an i32 on the device: rows from there on are not written.
-    pub(crate) num_rows: DevicePtr,
-    /// The most it can be; more than [`MAX_TOKENS`] read the weights several times.
-    pub(crate) max_rows: usize,
-}
 
 /// The kernels' `SlabGemmParams`.
 #[derive(Debug, Clone, Copy)]
@@ -111,39 +93,32 @@ impl SlabGemm {
             .find_map(|(variant, kernel)| (*variant == *plan.variant).then_some(kernel))
             .expect("a kernel was loaded for every variant");
         let grid = Grid::line(plan.blocks).shared(plan.shared_bytes);
-        launch(device, kernel, grid, &product.params(first_row, plan))
+        launch(device, kernel, grid, &SlabGemmParams::new(product, first_row, plan))
     }
 }
 
-impl Product<'_> {
-    fn params(&self, first_row: usize, plan: &Plan) -> SlabGemmParams {
-        let Self { x, w, out, .. } = *self;
-        let is_fp8 = w.element == Element::E4m3;
-        assert_eq!(is_fp8, x.scheme != 0, "tokens and weights have the same element");
-        assert!(
-            out.cols >= w.rows,
-            "the output has a column for each row of the weights"
-        );
-        assert!(first_row % 8 == 0, "the swizzle repeats every 8 rows");
+impl SlabGemmParams {
+    fn new(product: &Product<'_>, first_row: usize, plan: &Plan) -> Self {
+        let Product { x, w, out, .. } = *product;
+        assert!(first_row.is_multiple_of(8), "the swizzle repeats every 8 rows");
         let out_bytes = Tensor::bytes(first_row, out.cols, out.is_wide);
-        SlabGemmParams {
-            x: x.panels.offset(first_row * crate::pack::PANEL_BYTES),
-            x_scales: if is_fp8 {
-                x.scales.offset(4 * first_row)
-            } else {
-                DevicePtr::NULL
+        Self {
+            x: x.panels.offset(first_row * PANEL_BYTES),
+            x_scales: match product.x_scales() {
+                DevicePtr::NULL => DevicePtr::NULL,
+                scales => scales.offset(4 * first_row),
             },
             w: w.data,
-            w_scales: self.w_scales,
+            w_scales: product.w_scales,
             out: out.data.offset(out_bytes),
-            num_rows: self.num_rows,
+            num_rows: product.num_rows,
             first_row: first_row as i32,
             x_rows: x.row_stride,
             w_rows: w.padded_rows as i32,
             k_panels: w.panels as i32,
             out_stride: out.cols as i32,
             out_is_f32: i32::from(out.is_wide),
-            softcap: self.softcap.unwrap_or(0.0),
+            softcap: product.softcap.unwrap_or(0.0),
             slab_rows: plan.slab_rows as i32,
             long_slabs: plan.long_slabs as i32,
             pass_rows: plan.pass_rows as i32,

@@ -12,8 +12,8 @@ const SECTIONS: usize = 9;
 /// The kernels move 4 words at a time.
 const WORD_MULTIPLE: usize = 4;
 const THREADS: usize = 256;
-/// More blocks than this do not copy faster.
-const MAX_BLOCKS: usize = 32;
+/// Enough for the longest block tables, and not many for a step that one of them could copy.
+const BLOCKS: usize = 16;
 /// Bytes of the kernels' `StepCounts`.
 const COUNTS_BYTES: usize = 16;
 
@@ -155,16 +155,19 @@ impl StepBuffers {
     /// # Errors
     /// A batch beyond the limits, or the device failed.
     pub(crate) fn upload(&mut self, device: &mut dyn Device, batch: &Batch) -> Result<(), BackendError> {
-        let parity = 1 - self.parity;
-        pack(batch, parity, &mut self.packed);
-        if self.packed.len() > self.capacity || batch.samples.len() > self.max_samples {
-            return Err(BackendError::Unsupported(format!(
-                "a step of {} tokens, {} blocks and {} samples",
-                batch.num_tokens(),
-                batch.block_ids.len(),
-                batch.samples.len()
-            )));
+        let counts = [
+            batch.num_tokens(),
+            batch.num_seqs(),
+            batch.block_ids.len(),
+            batch.samples.len(),
+        ];
+        let [tokens, seqs, blocks, samples] = counts;
+        let lengths = section_lengths(tokens, seqs, blocks, samples);
+        if lengths.iter().zip(&self.max_lengths).any(|(len, max)| len > max) {
+            let what = format!("a step of {tokens} tokens, {seqs} sequences, {blocks} blocks and {samples} samples");
+            return Err(BackendError::Unsupported(what));
         }
+        pack(batch, 1 - self.parity, &mut self.packed);
         device.upload(self.params.packed, bytes_of(&self.packed))
     }
 
@@ -173,8 +176,7 @@ impl StepBuffers {
     /// # Errors
     /// The device failed.
     pub(crate) fn begin(&self, device: &mut dyn Device) -> Result<(), BackendError> {
-        let blocks = (self.capacity / WORD_MULTIPLE).div_ceil(THREADS).min(MAX_BLOCKS);
-        launch(device, &self.kernel, Grid::line(blocks), &self.params)
+        launch(device, &self.kernel, Grid::line(BLOCKS), &self.params)
     }
 
     /// The step begun has chosen its tokens: the next one is fed from it. One that failed before is as if it had not been.

@@ -262,6 +262,52 @@ impl Driver {
         &self.info
     }
 
+    /// Memory reserved from here on is given back by [`Driver::release`].
+    pub(crate) fn mark(&self) -> usize {
+        self.allocations.len()
+    }
+
+    /// Frees what was reserved since the mark.
+    pub(crate) fn release(&mut self, mark: usize) -> Result<(), BackendError> {
+        self.synchronize()?;
+        for pointer in self.allocations.drain(mark..) {
+            // SAFETY: owned, and nothing runs any more.
+            unsafe { result::free_sync(pointer) }.map_err(device_error)?;
+        }
+        Ok(())
+    }
+
+    /// Records what `work` launches and replays it: the median of `repeats` replays, in microseconds.
+    pub(crate) fn time(
+        &mut self,
+        repeats: usize,
+        work: &mut dyn FnMut(&mut dyn Device) -> Result<(), BackendError>,
+    ) -> Result<f64, BackendError> {
+        self.begin_capture()?;
+        let outcome = work(self);
+        let graph = self.end_capture(outcome.is_ok())?;
+        outcome?;
+        let graph = graph.expect("a kept capture is a graph");
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(device_error);
+        let (start, end) = (event()?, event()?);
+        let mut times = Vec::new();
+        // The first replay warms up.
+        for _ in 0..=repeats {
+            // SAFETY: event and stream are ours.
+            unsafe { result::event::record(start, self.stream) }.map_err(device_error)?;
+            self.replay(graph)?;
+            // SAFETY: as above.
+            unsafe { result::event::record(end, self.stream) }.map_err(device_error)?;
+            self.synchronize()?;
+            // SAFETY: both were recorded and have passed.
+            let milliseconds = unsafe { result::event::elapsed(start, end) }.map_err(device_error)?;
+            times.push(f64::from(milliseconds) * 1e3);
+        }
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+
     fn find_function(&self, name: &'static str) -> Result<sys::CUfunction, BackendError> {
         let c_name = CString::new(name).map_err(|error| BackendError::Device(Box::new(error)))?;
         for module in &self.modules {

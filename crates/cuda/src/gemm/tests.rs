@@ -5,7 +5,10 @@ use lapidary_model::{ActivationScheme, DType, HostTensor};
 
 use super::*;
 use crate::device::{bytes_of, on_device, read_back};
+use crate::matmul::Matmul;
+use crate::pack::Panels;
 use crate::pack::{e4m3_to_f32, upload};
+use crate::tensor::{Activation, Tensor};
 use crate::testing;
 
 /// Five panels of e4m3, the last one not full: one promotion after four, one at the end; ten of bf16.
@@ -189,11 +192,11 @@ impl Loaded {
             .upload(out.data, bytes_of(&vec![SENTINEL; count]))
             .expect("it fits");
         let product = Product {
-            x: &x,
-            weights: &self.weights,
-            scales: self.scales,
+            x: &x.params(),
+            w: &self.weights,
+            w_scales: self.scales,
             out: &out,
-            soft_cap,
+            softcap: (soft_cap > 0.0).then_some(soft_cap),
             num_rows: on_device(device, &[rows.len() as i32]),
             max_rows: ROWS,
         };
@@ -399,7 +402,7 @@ fn operands_that_do_not_fit_are_refused() {
     let mut loaded = Loaded::new(fixture);
     let x = loaded.activation(fixture, &[0]);
     let device = &mut *loaded.device;
-    let gemm = Gemm::load(device).expect("the kernels exist");
+    let matmul = Matmul::load(device).expect("the kernels exist");
     let out = Tensor::alloc(device, "output", [ROWS, COLUMNS], false).expect("it fits");
     let narrow = Tensor::alloc(device, "output", [ROWS, COLUMNS - 8], false).expect("it fits");
     let odd = Tensor::alloc(device, "output", [ROWS, COLUMNS - 1], false).expect("it fits");
@@ -412,15 +415,15 @@ fn operands_that_do_not_fit_are_refused() {
         ..loaded.weights
     };
     let product = Product {
-        x: &x,
-        weights: &loaded.weights,
-        scales: loaded.scales,
+        x: &x.params(),
+        w: &loaded.weights,
+        w_scales: loaded.scales,
         out: &out,
-        soft_cap: 0.0,
+        softcap: None,
         num_rows: on_device(device, &[1]),
         max_rows: 1,
     };
-    assert!(gemm.multiply(device, &product).is_ok());
+    assert!(matmul.run(device, &product).is_ok());
     for refused in [
         Product {
             out: &narrow,
@@ -428,11 +431,11 @@ fn operands_that_do_not_fit_are_refused() {
         },
         Product {
             out: &odd,
-            weights: &odd_weights,
+            w: &odd_weights,
             ..product
         },
         Product {
-            weights: &other_format,
+            w: &other_format,
             ..product
         },
         Product {
@@ -440,7 +443,7 @@ fn operands_that_do_not_fit_are_refused() {
             ..product
         },
     ] {
-        assert!(gemm.multiply(device, &refused).is_err(), "{refused:?}");
+        assert!(matmul.run(device, &refused).is_err(), "{refused:?}");
     }
 }
 

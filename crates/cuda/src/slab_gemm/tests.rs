@@ -3,8 +3,10 @@ use lapidary_model::{DType, HostTensor};
 
 use super::*;
 use crate::device::{on_device, read_back};
+use crate::pack::{Element, Panels};
 use crate::pack::{e4m3_to_f32, upload};
 use crate::slab_gemm::plan::Variant;
+use crate::tensor::{ActivationParams, Tensor};
 use crate::testing::device;
 
 /// What no kernel writes: a NaN in both types.
