@@ -19,6 +19,7 @@ mod gemm;
 mod pack;
 mod rope;
 mod rows;
+mod sample;
 mod slab_gemm;
 mod step;
 mod tensor;
