@@ -34,12 +34,19 @@ DEVICE float float_from_e4m3(uint8_t code) { return emulator::e4m3_to_float(code
 DEVICE float exp2_approx(float x) { return std::exp2(x); }
 DEVICE float log2_approx(float x) { return std::log2(x); }
 DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
+DEVICE unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
+  return (unsigned long long)(((unsigned __int128)(a) * b) >> 64);
+}
 
 // ---- memory
 DEVICE uint4 load_streaming(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
 DEVICE uint4 load_l2(const uint4* p) { return *p; }
 DEVICE float load_l2(const float* p) { return *p; }
+template <class T>
+DEVICE T load_l2(const T* p) {
+  return *p;
+}
 DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
   emulator::cp_async_issue([=] {
     uint8_t* target = emulator::shared_pointer(to, 16);
@@ -205,6 +212,7 @@ DEVICE float log2_approx(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+DEVICE unsigned long long multiply_high(unsigned long long a, unsigned long long b) { return __umul64hi(a, b); }
 DEVICE float reciprocal_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -238,6 +246,11 @@ DEVICE float load_l2(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
+}
+/// As above, for other types.
+template <class T>
+DEVICE T load_l2(const T* p) {
+  return __ldcg(p);
 }
 /// 16 bytes to shared memory; zeros if not `valid`.
 DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {

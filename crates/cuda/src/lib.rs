@@ -21,6 +21,7 @@ mod matmul;
 mod pack;
 mod rope;
 mod rows;
+mod sample;
 mod slab_gemm;
 mod step;
 mod tensor;

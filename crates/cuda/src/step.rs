@@ -144,6 +144,11 @@ impl StepBuffers {
         self.params.sampled_tokens
     }
 
+    /// Tokens that a half of them has room for.
+    pub(crate) fn max_samples(&self) -> usize {
+        self.max_samples
+    }
+
     /// Where the step begun last writes the tokens it chooses.
     pub(crate) fn current_tokens(&self) -> DevicePtr {
         self.sampled_tokens().offset(4 * self.parity * self.max_samples)
