@@ -40,6 +40,7 @@ DEVICE uint4 load_streaming(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
 DEVICE uint4 load_l2(const uint4* p) { return *p; }
 DEVICE float load_l2(const float* p) { return *p; }
+DEVICE int load_l2(const int* p) { return *p; }
 DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
   emulator::cp_async_issue([=] {
     uint8_t* target = emulator::shared_pointer(to, 16);
@@ -93,6 +94,7 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 DEVICE void fence_mbarrier_init() {}
 DEVICE void fence_proxy_async() {}
 DEVICE void named_barrier_sync(int barrier, int threads) { emulator::arrive_and_wait_named(barrier, threads); }
+DEVICE void named_barrier_arrive(int barrier, int threads) { emulator::arrive_named(barrier, threads); }
 
 namespace emulator {
 inline void bulk_copy_to(unsigned rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -225,7 +227,7 @@ DEVICE unsigned load_acquire(const unsigned* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-/// Reads what other SMs wrote during this kernel: past L1.
+/// Reads what other SMs wrote during this kernel, or what is read before wait_for_previous_kernels(): past L1.
 DEVICE uint4 load_l2(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -237,6 +239,11 @@ DEVICE uint4 load_l2(const uint4* p) {
 DEVICE float load_l2(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+DEVICE int load_l2(const int* p) {
+  int v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 /// 16 bytes to shared memory; zeros if not `valid`.
@@ -252,6 +259,10 @@ DEVICE void cp_async_wait() {
 // ---- barriers
 DEVICE void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+/// Counts as one of the barrier's threads and goes on.
+DEVICE void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // ---- programmatic dependent launch
