@@ -2,10 +2,11 @@
 //
 // Work: a unit is (sequence, kv head, chunk), where a chunk is a fixed number of positions aligned to absolute position,
 // so that what a sequence gets never depends on the batch. Blocks walk the units with the grid's stride; each finds them
-// from the context lengths, so that a captured graph needs no plan. In a unit the four warps take 16-position tiles in
-// turn, each with a ring of stages of its own: no barrier but one at a unit's end, and a warp's loads for the next unit
-// are under way while this one is computed. Whichever block finishes the last chunk of a (sequence, kv head) adds all
-// its partial sums in chunk order and writes the result.
+// from the context lengths, so that a captured graph needs no plan. In a unit four warps take 16-position tiles in turn,
+// each with a ring of stages of its own: nothing but the end of a unit brings them together, and a warp's loads for the
+// next unit are under way while this one is computed. Four more warps add up what those leave in shared memory (in two
+// buffers) and write it out, so that no load ever waits for that. Whichever block finishes the last chunk of a
+// (sequence, kv head) adds all its partial sums in chunk order and writes the result.
 //
 // A tile's products run on tensor cores, for any group of up to 8 query heads at the same cost:
 //   S [heads][16 keys] = Q K^T   Q is the A operand (rows 8-15 are zero), kept in registers; K the B operand;
@@ -24,46 +25,60 @@ struct AttentionDecode {
   int chunk_shift;
   /// Tiles of K and of V a warp has under way: 1 to 8.
   int stages;
-  /// 1 if the step's inputs, token ids excepted, were complete before the previous kernel could start: they are then
-  /// read before it ends.
-  int step_is_settled;
+  int padding;
 };
 
 constexpr int kWarps = 4;
+/// Of either kind: those that compute, those that finish units.
 constexpr int kThreads = kWarps * 32;
 /// Query heads a kv head may have.
 constexpr int kMaxGroup = 8;
 constexpr float kNoScore = -INFINITY;
+/// Named barriers: two buffers are full, two are empty; the finishing warps among themselves.
+constexpr int kFull = 1, kEmpty = 3, kFinishing = 5;
 
-/// Shared memory: rings of the warps, then what a unit's end exchanges.
+/// What a block must know of a sequence.
+struct __align__(16) SeqEntry {
+  int first_unit;  // of the first sequence after the last, the number of units
+  int context;
+  int query_row;
+  int block_start;
+};
+
+/// Shared memory: rings of the computing warps, then what they leave at a unit's end.
 template <int D>
 struct DecodeShared {
-  uint8_t* ring;     // [warps][stages][K, V][16][D] bf16
-  float* outputs;    // [warps][group][D]
-  float* sums;       // [warps][8]
-  float* maxima;     // [warps][8]
-  int* is_last;      // [4], of which the first counts
-  int* first_unit;   // [max_seqs + 1]
+  static constexpr int kTileBytes = kTile * 2 * D;
+  uint8_t* ring;     // [warps][stages]: K [16][D], V [16][D], Q [group][D], bf16
+  float* outputs;    // [2][warps][group][D]
+  float* sums;       // [2][warps][8]
+  float* maxima;     // [2][warps][8]
+  int* scratch;      // [8]
+  SeqEntry* seqs;    // [max_seqs + 1]
+  int stage_bytes;
 
   DEVICE DecodeShared(uint8_t* base, int stages, int group) {
+    stage_bytes = 2 * kTileBytes + group * 2 * D;
     ring = base;
-    outputs = reinterpret_cast<float*>(base + kWarps * stages * (2 * kTile * 2 * D));
-    sums = outputs + kWarps * group * D;
-    maxima = sums + kWarps * kMaxGroup;
-    is_last = reinterpret_cast<int*>(maxima + kWarps * kMaxGroup);
-    first_unit = is_last + 4;
+    outputs = reinterpret_cast<float*>(base + kWarps * stages * stage_bytes);
+    sums = outputs + 2 * kWarps * group * D;
+    maxima = sums + 2 * kWarps * kMaxGroup;
+    scratch = reinterpret_cast<int*>(maxima + 2 * kWarps * kMaxGroup);
+    seqs = reinterpret_cast<SeqEntry*>(scratch + 8);
   }
 };
 
-/// What a unit covers. Without positions: no unit.
+/// What a unit covers: positions [first, end). Without positions: no unit.
 struct Unit {
   int index;
   int seq;
   int head;
   int chunk;   // among the sequence's
   int chunks;  // of the sequence
-  int first;   // positions [first, end)
+  int first;
   int end;
+  int query_row;
+  int block_start;
 };
 
 /// Number of the chunk that the window of a sequence's last token starts in.
@@ -74,18 +89,22 @@ DEVICE int chunks_of(const AttentionDecode& p, int context) {
   return ((context - 1) >> p.chunk_shift) - first_chunk(p, context) + 1;
 }
 
-/// One warp: how many units precede each sequence.
-DEVICE void count_units(const AttentionDecode& p, int* first_unit, int lane) {
+/// All threads, one for each sequence: the table of sequences and how many units precede each. Returns their number.
+DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals) {
   const Step& step = p.attention.step;
-  const int num_seqs = step.counts->num_seqs;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int num_seqs = load_l2(&step.counts->num_seqs);
   int total = 0;
-  for (int base = 0; base < p.max_seqs && (base == 0 || base < num_seqs); base += 32) {
-    const int seq = base + lane;
+  // The first round does not wait for the number of sequences.
+  for (int base = 0; base == 0 || base < num_seqs; base += 2 * kThreads) {
+    const int seq = base + int(threadIdx.x);
+    SeqEntry entry = {0, 1, 0, 0};
     int units = 0;
     if (seq < p.max_seqs) {
-      const int queries = step.query_start[seq + 1] - step.query_start[seq];
-      const int context = step.context_lens[seq];
-      if (seq < num_seqs && queries == 1) units = chunks_of(p, context) * p.attention.num_kv_heads;
+      entry = {0, load_l2(step.context_lens + seq), load_l2(step.query_start + seq), load_l2(step.block_start + seq)};
+      const int next_row = load_l2(step.query_start + seq + 1);
+      const bool is_decode = seq < num_seqs && next_row - entry.query_row == 1;
+      if (is_decode) units = chunks_of(p, entry.context) * p.attention.num_kv_heads;
     }
     int inclusive = units;
 #pragma unroll
@@ -93,39 +112,61 @@ DEVICE void count_units(const AttentionDecode& p, int* first_unit, int lane) {
       const int before = __shfl_up_sync(~0u, inclusive, delta);
       if (lane >= delta) inclusive += before;
     }
-    if (seq < p.max_seqs) first_unit[seq] = total + inclusive - units;
-    total += __shfl_sync(~0u, inclusive, 31);
+    if (lane == 31) warp_totals[warp] = inclusive;
+    __syncthreads();
+    int before = total;
+    for (int other = 0; other < 2 * kWarps; other++) {
+      if (other == warp) entry.first_unit = before + inclusive - units;
+      before += warp_totals[other];
+    }
+    total = before;
+    if (seq < num_seqs) seqs[seq] = entry;
+    __syncthreads();
   }
-  if (lane == 0) first_unit[num_seqs] = total;
+  if (threadIdx.x == 0) seqs[num_seqs] = {total, 0, 0, 0};
+  __syncthreads();
+  return num_seqs;
 }
 
-/// The unit of this number; with `first == end` if there is none.
-DEVICE Unit find_unit(const AttentionDecode& p, const int* first_unit, int num_seqs, int index) {
-  if (index >= first_unit[num_seqs]) return {index, 0, 0, 0, 0, 0, 0};
-  int low = 0, high = num_seqs;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_unit[middle] <= index) low = middle;
-    else high = middle;
+/// The units as every warp sees them.
+struct Units {
+  const AttentionDecode& p;
+  const SeqEntry* seqs;
+  int num_seqs;
+  int count;
+
+  DEVICE Units(const AttentionDecode& params, const SeqEntry* entries, int num_entries)
+      : p(params), seqs(entries), num_seqs(num_entries), count(entries[num_entries].first_unit) {}
+
+  DEVICE Unit find(int index) const {
+    if (index >= count) return {index, 0, 0, 0, 0, 0, 0, 0, 0};
+    int low = 0, high = num_seqs;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (seqs[middle].first_unit <= index) low = middle;
+      else high = middle;
+    }
+    const SeqEntry entry = seqs[low];
+    const int chunks = chunks_of(p, entry.context);
+    const int within = index - entry.first_unit;
+    const int head = within / chunks;
+    const int chunk = within - head * chunks;
+    const int start = (first_chunk(p, entry.context) + chunk) << p.chunk_shift;
+    const int first = max(start, entry.context - p.attention.window);
+    const int end = min(entry.context, start + (1 << p.chunk_shift));
+    return {index, low, head, chunk, chunks, first, end, entry.query_row, entry.block_start};
   }
-  const int context = p.attention.step.context_lens[low];
-  const int chunks = chunks_of(p, context);
-  const int within = index - first_unit[low];
-  const int head = within / chunks;
-  const int chunk = within - head * chunks;
-  const int start = (first_chunk(p, context) + chunk) << p.chunk_shift;
-  const int first = max(start, context - p.attention.window);
-  return {index, low, head, chunk, chunks, max(first, 0), min(context, start + (1 << p.chunk_shift))};
-}
+};
 
 /// Runs ahead of the computation and keeps a warp's ring full.
 template <int D>
 struct Loader {
   const AttentionDecode& p;
-  const int* first_unit;
-  int num_seqs;
+  const Units& units;
   int warp;
   int lane;
+  int group;
+  uint32_t stage_bytes;
   uint32_t ring;
   uint32_t ring_end;
   uint32_t stage;  // where the next tile goes
@@ -134,13 +175,16 @@ struct Loader {
   int position;
   int first, end;
   unsigned tiles;
+  const bf16* queries;  // null once they are loaded
   int next_index;
   int next_first, next_end;
   unsigned next_tiles;
+  const bf16* next_queries;
 
-  DEVICE Loader(const AttentionDecode& params, const DecodeShared<D>& shared, int seqs, int w, int l)
-      : p(params), first_unit(shared.first_unit), num_seqs(seqs), warp(w), lane(l) {
-    const uint32_t bytes = uint32_t(p.stages) * (2 * kTile * 2 * D);
+  DEVICE Loader(const Units& all, const DecodeShared<D>& shared, int w, int l)
+      : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads) {
+    stage_bytes = uint32_t(shared.stage_bytes);
+    const uint32_t bytes = uint32_t(p.stages) * stage_bytes;
     ring = shared_address(shared.ring) + uint32_t(warp) * bytes;
     ring_end = ring + bytes;
     stage = ring;
@@ -149,15 +193,17 @@ struct Loader {
   }
 
   DEVICE void look_up(int index) {
-    const Unit unit = find_unit(p, first_unit, num_seqs, index);
+    const Attention& a = p.attention;
+    const Unit unit = units.find(index);
     next_index = index;
     next_first = unit.first;
     next_end = unit.end;
+    next_queries = a.qkv + size_t(unit.query_row) * size_t(a.num_heads + 2 * a.num_kv_heads) * D +
+                   size_t(unit.head * group) * D;
     const int at = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
     next_tiles = 0;
     if (at + kTile > unit.first && at < unit.end) {
-      const int* blocks = p.attention.step.block_ids + p.attention.step.block_start[unit.seq];
-      next_tiles = key_tile(p.attention, blocks, unit.head, at);
+      next_tiles = key_tile(a, a.step.block_ids + unit.block_start, unit.head, at);
     }
   }
   /// Moves to the next unit that has a tile for this warp; `first == end` if there is none.
@@ -166,6 +212,7 @@ struct Loader {
       first = next_first;
       end = next_end;
       tiles = next_tiles;
+      queries = next_queries;
       if (first == end) return;
       position = first_tile(first, warp);
       look_up(next_index + int(gridDim.x));
@@ -179,21 +226,39 @@ struct Loader {
 
   DEVICE bool done() const { return first == end; }
   DEVICE void load(uint32_t to, unsigned offset) {
+    const int index = (position & ((1 << p.chunk_shift) - 1)) / kTile;
+    const unsigned tile = __shfl_sync(~0u, tiles, index) + offset;
+    load_tile<D>(to, p.attention.kv, tile, lane, first - position, end - position);
+  }
+  /// Keys of the next tile, and the queries that a unit begins with.
+  DEVICE void load_keys() {
     if (!done()) {
-      const int index = (position & ((1 << p.chunk_shift) - 1)) / kTile;
-      const unsigned tile = __shfl_sync(~0u, tiles, index) + offset;
-      load_tile<D>(to, p.attention.kv, tile, lane, first - position, end - position);
+      load(stage, 0);
+      if (queries != nullptr) load_queries();
     }
     cp_async_commit();
   }
-  DEVICE void load_keys() { load(stage, 0); }
+  DEVICE void load_queries() {
+    constexpr int kChunks = D / 8;
+    const uint32_t to = stage + 2 * DecodeShared<D>::kTileBytes;
+    for (int i = lane; i < group * kChunks; i += 32) {
+      cp_async_16(to + swizzled<D>(i / kChunks, i % kChunks), queries + i * 8, true);
+    }
+    queries = nullptr;
+  }
+  /// Values of the same tile.
   DEVICE void load_values() {
-    load(stage + kTile * 2 * D, value_tile_offset(p.attention));
-    stage += 2 * kTile * 2 * D;
-    if (stage == ring_end) stage = ring;
-    if (done()) return;
-    position += kWarps * kTile;
-    if (position >= end) next_unit();
+    if (!done()) {
+      load(stage + DecodeShared<D>::kTileBytes, value_tile_offset(p.attention));
+      advance(stage);
+      position += kWarps * kTile;
+      if (position >= end) next_unit();
+    }
+    cp_async_commit();
+  }
+  DEVICE void advance(uint32_t& at) const {
+    at += stage_bytes;
+    if (at == ring_end) at = ring;
   }
 };
 
@@ -239,16 +304,17 @@ DEVICE void clear(Sums<D>& sums) {
   sums.maximum = kNoScore;
 }
 
-/// Q as A operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4.
+/// Q as A operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4; heads beyond the group repeat the
+/// last, and no one looks at what becomes of them.
 template <int D>
-DEVICE void load_queries(uint32_t (&q)[D / 8], const Attention& p, const Unit& unit, int lane) {
-  const int group = p.num_heads / p.num_kv_heads;
-  const int row = p.step.query_start[unit.seq];
-  const size_t cols = size_t(p.num_heads + 2 * p.num_kv_heads) * D;
-  const bf16* from = p.qkv + size_t(row) * cols + (unit.head * group + lane / 4) * D + lane % 4 * 2;
+DEVICE void read_queries(uint32_t (&q)[D / 8], uint32_t queries, int group, int lane) {
+  const uint32_t from = queries + swizzled<D>(min(lane % 8, group - 1), lane / 8);
 #pragma unroll
-  for (int j = 0; j < D / 8; j++) {
-    q[j] = lane / 4 < group ? *reinterpret_cast<const uint32_t*>(from + 8 * j) : 0u;
+  for (int j = 0; j < D / 32; j++) {
+    uint32_t four[4];
+    ldmatrix_x4(four, from ^ uint32_t(64 * j));
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[4 * j + i] = four[i];
   }
 }
 
@@ -329,45 +395,47 @@ DEVICE void accumulate(Sums<D>& sums, const uint32_t (&probabilities)[2], uint32
 
 /// All of a warp's tiles of one unit.
 template <int D, bool Capped>
-DEVICE void run_unit(Sums<D>& sums, Loader<D>& loader, uint32_t& stage, const AttentionDecode& p, const Unit& unit) {
+DEVICE void run_unit(Sums<D>& sums, Loader<D>& loader, uint32_t& stage, const Unit& unit) {
+  constexpr int kTileBytes = DecodeShared<D>::kTileBytes;
+  const AttentionDecode& p = loader.p;
   const int lane = loader.lane;
   uint32_t q[D / 8];
-  load_queries<D>(q, p.attention, unit, lane);
   // Row and chunk that this lane points ldmatrix at; the chunk's other bits are flipped in by the loops.
   const uint32_t offset = swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  for (int position = Loader<D>::first_tile(unit.first, loader.warp); position < unit.end; position += kWarps * kTile) {
+  const int first = Loader<D>::first_tile(unit.first, loader.warp);
+  for (int position = first; position < unit.end; position += kWarps * kTile) {
     float s[4];
     uint32_t probabilities[2];
     wait_for_oldest(p.stages);
     __syncwarp();
+    if (position == first) read_queries<D>(q, stage + 2 * kTileBytes, loader.group, lane);
     score<D>(s, q, stage + offset);
     __syncwarp();
     loader.load_keys();
     weigh<D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
     wait_for_oldest(p.stages);
     __syncwarp();
-    accumulate<D>(sums, probabilities, stage + kTile * 2 * D + offset);
+    accumulate<D>(sums, probabilities, stage + kTileBytes + offset);
     __syncwarp();
     loader.load_values();
-    stage += 2 * kTile * 2 * D;
-    if (stage == loader.ring_end) stage = loader.ring;
+    loader.advance(stage);
   }
 }
 
-/// Leaves a warp's sums in shared memory.
+/// Leaves a warp's sums in shared memory. `slot` counts warps of both buffers.
 template <int D>
-DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group, int warp, int lane) {
+DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group, int slot, int lane) {
   float sum = sums.sum + __shfl_xor_sync(~0u, sums.sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
   if (lane % 4 == 0) {
-    shared.sums[warp * kMaxGroup + lane / 4] = sum;
-    shared.maxima[warp * kMaxGroup + lane / 4] = sums.maximum;
+    shared.sums[slot * kMaxGroup + lane / 4] = sum;
+    shared.maxima[slot * kMaxGroup + lane / 4] = sums.maximum;
   }
 #pragma unroll
   for (int odd = 0; odd < 2; odd++) {
     const int head = lane % 4 * 2 + odd;
     if (head >= group) continue;
-    float* to = shared.outputs + (warp * group + head) * D + lane / 4;
+    float* to = shared.outputs + (slot * group + head) * D + lane / 4;
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
       to[16 * j] = sums.output[j][odd];
@@ -402,7 +470,7 @@ DEVICE void add(Part& to, const Part& part) {
 /// Columns `4 * quad`, ... of the group's heads, divided and in the form the o projection reads.
 template <int D>
 DEVICE void write_result(const Attention& p, const Unit& unit, int quad, const Part& part) {
-  const int row = p.step.query_start[unit.seq];
+  const int row = unit.query_row;
   const int col = unit.head * (p.num_heads / p.num_kv_heads) * D + quad * 4;
   const float inverse = 1.0f / part.sum;
   const float4 x = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
@@ -425,10 +493,10 @@ DEVICE float4 read_partial(const float* from) {
 
 /// Adds the chunks of a (sequence, kv head) in their order and writes the result.
 template <int D, bool Capped>
-DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group) {
+DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, int thread) {
   const size_t first = size_t(unit.index - unit.chunk);
   const size_t stride = size_t(group) * D;
-  for (int quad = int(threadIdx.x); quad < group * D / 4; quad += kThreads) {
+  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
     Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
     const float* outputs = p.partial_outputs + first * stride + quad * 4;
     const float* sums = p.partial_sums + first * (2 * kMaxGroup) + quad * 4 / D;
@@ -443,32 +511,34 @@ DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group) 
 }
 
 /// Whether this block is the last of the unit's (sequence, kv head) to leave its partial sums.
-template <int D>
-DEVICE bool arrives_last(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
+DEVICE bool arrives_last(const AttentionDecode& p, int* is_last, const Unit& unit, int thread) {
+  named_barrier_sync(kFinishing, kThreads);
+  if (thread == 0) {
     unsigned* arrivals = p.arrivals + unit.seq * p.attention.num_kv_heads + unit.head;
     __threadfence();
     const bool last = atomicAdd(arrivals, 1u) == unsigned(unit.chunks - 1);
-    if (last) *arrivals = 0;
-    __threadfence();
-    *shared.is_last = last;
+    if (last) {
+      *arrivals = 0;
+      __threadfence();
+    }
+    *is_last = last;
   }
-  __syncthreads();
-  return *shared.is_last != 0;
+  named_barrier_sync(kFinishing, kThreads);
+  return *is_last != 0;
 }
 
-/// Adds what the warps left in shared memory. The result is either final or this chunk's part of it.
+/// Adds what the warps left in a buffer of shared memory. The result is either final or this chunk's part of it.
 template <int D, bool Capped>
-DEVICE void finish_unit(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit, int group) {
-  __syncthreads();
-  for (int quad = int(threadIdx.x); quad < group * D / 4; quad += kThreads) {
+DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit, int group, int buffer,
+                      int thread) {
+  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
     const int head = quad * 4 / D;
     Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
 #pragma unroll
     for (int warp = 0; warp < kWarps; warp++) {
-      const float4 output = *reinterpret_cast<const float4*>(shared.outputs + warp * group * D + quad * 4);
-      add<Capped>(total, {output, shared.sums[warp * kMaxGroup + head], shared.maxima[warp * kMaxGroup + head]});
+      const int slot = buffer * kWarps + warp;
+      const float4 output = *reinterpret_cast<const float4*>(shared.outputs + slot * group * D + quad * 4);
+      add<Capped>(total, {output, shared.sums[slot * kMaxGroup + head], shared.maxima[slot * kMaxGroup + head]});
     }
     if (unit.chunks == 1) {
       write_result<D>(p.attention, unit, quad, total);
@@ -482,45 +552,68 @@ DEVICE void finish_unit(const AttentionDecode& p, const DecodeShared<D>& shared,
       sums[kMaxGroup] = total.maximum;
     }
   }
-  if (unit.chunks > 1 && arrives_last<D>(p, shared, unit)) merge_chunks<D, Capped>(p, unit, group);
+}
+
+/// A computing warp's way through the block's units.
+template <int D, bool Capped>
+DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
+  Loader<D> loader(units, shared, warp, lane);
+  wait_for_previous_kernels();
+  for (int i = 0; i < units.p.stages; i++) {
+    loader.load_keys();
+    loader.load_values();
+  }
+  uint32_t stage = loader.ring;
+  int count = 0;
+  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
+    const Unit unit = units.find(index);
+    Sums<D> sums;
+    clear<D>(sums);
+    run_unit<D, Capped>(sums, loader, stage, unit);
+    const int buffer = count % 2;
+    if (count >= 2) named_barrier_sync(kEmpty + buffer, 2 * kThreads);
+    share<D>(sums, shared, loader.group, buffer * kWarps + warp, lane);
+    named_barrier_arrive(kFull + buffer, 2 * kThreads);
+  }
+  cp_async_wait<0>();
+}
+
+/// The finishing warps' way through them.
+template <int D, bool Capped>
+DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int thread) {
+  const AttentionDecode& p = units.p;
+  const int group = p.attention.num_heads / p.attention.num_kv_heads;
+  wait_for_previous_kernels();
+  int count = 0;
+  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
+    const Unit unit = units.find(index);
+    const int buffer = count % 2;
+    named_barrier_sync(kFull + buffer, 2 * kThreads);
+    add_warps<D, Capped>(p, shared, unit, group, buffer, thread);
+    if (index + 2 * int(gridDim.x) < units.count) named_barrier_arrive(kEmpty + buffer, 2 * kThreads);
+    if (unit.chunks > 1 && arrives_last(p, shared.scratch, unit, thread)) {
+      merge_chunks<D, Capped>(p, unit, group, thread);
+    }
+  }
 }
 
 template <int D, bool Capped>
 DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int group = p.attention.num_heads / p.attention.num_kv_heads;
-  const DecodeShared<D> shared(memory, p.stages, group);
+  const DecodeShared<D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads);
   let_next_kernel_start();
-  if (!p.step_is_settled) wait_for_previous_kernels();
-  if (warp == 0) count_units(p, shared.first_unit, lane);
-  __syncthreads();
-  const int num_seqs = p.attention.step.counts->num_seqs;
-  Loader<D> loader(p, shared, num_seqs, warp, lane);
-  wait_for_previous_kernels();
-  for (int i = 0; i < p.stages; i++) {
-    loader.load_keys();
-    loader.load_values();
-  }
-  uint32_t stage = loader.ring;
-  for (int index = int(blockIdx.x);; index += int(gridDim.x)) {
-    const Unit unit = find_unit(p, shared.first_unit, num_seqs, index);
-    if (unit.first == unit.end) break;
-    Sums<D> sums;
-    clear<D>(sums);
-    run_unit<D, Capped>(sums, loader, stage, p, unit);
-    share<D>(sums, shared, group, warp, lane);
-    finish_unit<D, Capped>(p, shared, unit, group);
-    __syncthreads();
-  }
-  cp_async_wait<0>();
+  const int num_seqs = list_seqs(p, shared.seqs, shared.scratch);
+  const Units units(p, shared.seqs, num_seqs);
+  if (warp < kWarps) compute_units<D, Capped>(units, shared, warp, lane);
+  else finish_units<D, Capped>(units, shared, int(threadIdx.x) - kThreads);
 }
 
 #define ATTENTION_DECODE(D)                                        \
-  KERNEL(attention_decode_##D, AttentionDecode, kThreads, 1) {      \
+  KERNEL(attention_decode_##D, AttentionDecode, 2 * kThreads, 1) {      \
     DYNAMIC_SHARED(memory);                                        \
     attention_decode<D, false>(p, memory);                         \
   }                                                                \
-  KERNEL(attention_decode_capped_##D, AttentionDecode, kThreads, 1) { \
+  KERNEL(attention_decode_capped_##D, AttentionDecode, 2 * kThreads, 1) { \
     DYNAMIC_SHARED(memory);                                        \
     attention_decode<D, true>(p, memory);                          \
   }

@@ -21,7 +21,7 @@ struct QueryTile {
 
 struct AttentionPrefill {
   Attention attention;
-  const QueryTile* tiles;  // [gridDim.y]; gridDim.x is num_kv_heads
+  const QueryTile* tiles;  // [gridDim.y], complete before the step begins; gridDim.x is num_kv_heads
 };
 
 constexpr float kNoScore = -INFINITY;
@@ -38,11 +38,15 @@ struct Prefill {
   // This warp's rows see positions first_seen, ... of first_position + [first_token, last_token].
   int first_token, last_token;
 
+  static DEVICE QueryTile read_tile(const QueryTile* tiles) {
+    const int* words = &tiles[blockIdx.y].seq;
+    return {load_l2(words), load_l2(words + 1), load_l2(words + 2)};
+  }
   DEVICE Prefill(const AttentionPrefill& params, int keys)
-      : p(params.attention), tile(params.tiles[blockIdx.y]), head(int(blockIdx.x)) {
+      : p(params.attention), tile(read_tile(params.tiles)), head(int(blockIdx.x)) {
     group = p.num_heads / p.num_kv_heads;
-    const int rows_after = p.step.query_start[tile.seq + 1] - tile.first_row;
-    first_position = p.step.context_lens[tile.seq] - rows_after;
+    const int rows_after = load_l2(p.step.query_start + tile.seq + 1) - tile.first_row;
+    first_position = load_l2(p.step.context_lens + tile.seq) - rows_after;
     begin = max(0, first_position - p.window + 1) / keys * keys;
     end = first_position + tile.num_rows;
     warp = int(threadIdx.x) / 32;
@@ -80,7 +84,7 @@ struct PrefillShared {
 template <int Threads>
 DEVICE void find_key_tiles(const Prefill& work, unsigned* key_tiles) {
   const Step& step = work.p.step;
-  const int* blocks = step.block_ids + step.block_start[work.tile.seq];
+  const int* blocks = step.block_ids + load_l2(step.block_start + work.tile.seq);
   for (int i = int(threadIdx.x); work.begin + i * kTile < work.end; i += Threads) {
     key_tiles[i] = key_tile(work.p, blocks, work.head, work.begin + i * kTile);
   }
@@ -307,11 +311,11 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   using Shared = PrefillShared<D, Rows, Keys>;
   const Shared shared(memory);
   let_next_kernel_start();
-  wait_for_previous_kernels();
   const Prefill work(params, Keys);
   const uint32_t queries = shared_address(shared.queries);
-  load_queries<D>(work, queries);
   find_key_tiles<2 * Rows>(work, shared.key_tiles);
+  wait_for_previous_kernels();
+  load_queries<D>(work, queries);
   __syncthreads();
   load_block<D, Rows, Keys>(work, shared, work.begin, shared.stages);
   RowSums<D> sums;

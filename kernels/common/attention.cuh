@@ -40,7 +40,7 @@ DEVICE float capped_exp(float dot, float score_scale, float cap) {
 DEVICE unsigned key_tile(const Attention& p, const int* blocks, int head, int position) {
   const unsigned block = unsigned(position) / unsigned(p.block_size);
   const unsigned tiles = unsigned(p.block_size) / kTile;
-  const unsigned plane = unsigned(blocks[block]) * 2u * unsigned(p.num_kv_heads) + unsigned(head);
+  const unsigned plane = unsigned(load_l2(blocks + block)) * 2u * unsigned(p.num_kv_heads) + unsigned(head);
   return plane * tiles + (unsigned(position) - block * unsigned(p.block_size)) / kTile;
 }
 /// From a tile of keys to the tile of their values.

@@ -100,6 +100,7 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 DEVICE void fence_mbarrier_init() {}
 DEVICE void fence_proxy_async() {}
 DEVICE void named_barrier_sync(int barrier, int threads) { emulator::arrive_and_wait_named(barrier, threads); }
+DEVICE void named_barrier_arrive(int barrier, int threads) { emulator::arrive_named(barrier, threads); }
 
 namespace emulator {
 inline void bulk_copy_to(unsigned rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -233,7 +234,7 @@ DEVICE unsigned load_acquire(const unsigned* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-/// Reads what other SMs wrote during this kernel: past L1.
+/// Reads what other SMs wrote during this kernel, or what is read before wait_for_previous_kernels(): past L1.
 DEVICE uint4 load_l2(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -265,6 +266,10 @@ DEVICE void cp_async_wait() {
 // ---- barriers
 DEVICE void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+/// Counts as one of the barrier's threads and goes on.
+DEVICE void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // ---- programmatic dependent launch

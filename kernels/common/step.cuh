@@ -12,7 +12,9 @@ struct StepCounts {
   int parity;
 };
 
-/// Pointers into the step's device buffers; every kernel that looks at the batch takes them in its parameters.
+/// Pointers into the step's device buffers; every kernel that looks at the batch takes them in its parameters. What they
+/// point to is complete before any kernel but the one that writes it can start: it may be read, past L1, before
+/// wait_for_previous_kernels().
 struct Step {
   const StepCounts* counts;
   const int* token_ids;     // [num_tokens], with the previous step's tokens in place

@@ -132,15 +132,23 @@ size_t next_live() {
   return next;
 }
 
-void arrive_and_wait(Barrier& barrier, unsigned threads) {
-  const unsigned generation = barrier.generation;
+void arrive(Barrier& barrier, unsigned threads) {
   progress();
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     barrier.generation++;
-    return;
   }
+}
+
+void arrive_and_wait(Barrier& barrier, unsigned threads) {
+  const unsigned generation = barrier.generation;
+  arrive(barrier, threads);
   while (barrier.generation == generation) yield();
+}
+
+Barrier& named_barrier(int barrier, int threads) {
+  if (barrier < 0 || barrier > 15 || threads % 32 != 0) fail("no such named barrier");
+  return block().barriers[barrier];
 }
 
 void fiber_main() {
@@ -243,9 +251,9 @@ void arrive_and_wait_warp() { arrive_and_wait(block().warps[thread() / 32].barri
 void block_barrier() { arrive_and_wait(block().barriers[16], unsigned(cluster.threads)); }
 
 void arrive_and_wait_named(int barrier, int threads) {
-  if (barrier < 0 || barrier > 15 || threads % 32 != 0) fail("no such named barrier");
-  arrive_and_wait(block().barriers[barrier], unsigned(threads));
+  arrive_and_wait(named_barrier(barrier, threads), unsigned(threads));
 }
+void arrive_named(int barrier, int threads) { arrive(named_barrier(barrier, threads), unsigned(threads)); }
 
 unsigned cluster_rank() { return unsigned(cluster.current / cluster.threads); }
 unsigned cluster_size() { return unsigned(cluster.blocks.size()); }

@@ -65,6 +65,7 @@ unsigned thread();
 unsigned warp_size();
 void arrive_and_wait_warp();
 void arrive_and_wait_named(int barrier, int threads);
+void arrive_named(int barrier, int threads);
 void block_barrier();
 
 /// 32 slots of 64 bytes that the lanes of a warp exchange values through.

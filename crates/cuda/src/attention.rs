@@ -16,7 +16,7 @@ mod tests;
 
 /// Keys that the kernels load at a time; blocks are a multiple of it.
 const KEY_TILE: usize = 16;
-/// Warps of a block of the decode kernel.
+/// Warps of a block of the decode kernel that compute; as many finish units.
 const DECODE_WARPS: usize = 4;
 /// Query heads of a kv head that the decode kernel has room for.
 const MAX_GROUP: usize = 8;
@@ -53,7 +53,7 @@ struct DecodeParams {
     max_seqs: i32,
     chunk_shift: i32,
     stages: i32,
-    step_is_settled: i32,
+    padding: i32,
 }
 
 /// The kernels' `AttentionPrefill`.
@@ -71,7 +71,7 @@ kernel_params!(DecodeParams, PrefillParams);
 pub(crate) struct DecodeTuning {
     /// Positions that one unit of work covers: 64, 128, 256 or 512.
     pub(crate) chunk: usize,
-    /// 16-position tiles of K and of V that each of a block's 4 warps has under way: 1 to 8.
+    /// 16-position tiles of K and of V that each of a block's 4 computing warps has under way: 1 to 8.
     pub(crate) stages: usize,
     /// Blocks an SM holds.
     pub(crate) blocks_per_sm: usize,
@@ -91,9 +91,10 @@ impl DecodeTuning {
 
     /// The kernel's `DecodeShared`.
     fn shared_bytes(stages: usize, head_dim: usize, group: usize, max_seqs: usize) -> usize {
-        let rings = DECODE_WARPS * stages * 2 * KEY_TILE * head_dim * 2;
-        let floats = DECODE_WARPS * (group * head_dim + 2 * MAX_GROUP);
-        rings + 4 * (floats + 4 + max_seqs + 1)
+        let rings = DECODE_WARPS * stages * (2 * KEY_TILE + group) * head_dim * 2;
+        let buffers = 2 * DECODE_WARPS * (group * head_dim + 2 * MAX_GROUP) * 4;
+        let seqs = 16 * (max_seqs + 1);
+        rings + buffers + 2 * DECODE_WARPS * 4 + seqs
     }
 }
 
@@ -198,7 +199,7 @@ impl Attention {
             return Err(BackendError::Unsupported(what));
         }
         let mut attention = Self {
-            decode: device.kernel(names.decode, (DECODE_WARPS * 32) as u32)?,
+            decode: device.kernel(names.decode, (2 * DECODE_WARPS * 32) as u32)?,
             tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
             multiprocessors: device.multiprocessors(),
             config,
@@ -330,7 +331,7 @@ impl Attention {
             max_seqs: self.limits.max_seqs as i32,
             chunk_shift: chunk.ilog2() as i32,
             stages: stages as i32,
-            step_is_settled: 0,
+            padding: 0,
         };
         launch(device, &self.decode, grid, &params)
     }
