@@ -12,8 +12,7 @@
 // multiplies. The weights' ring fills before the kernels ahead have finished, since nothing on the device writes weights;
 // with at most half the shared memory and registers of an SM a block, it does so beside the previous kernel's block.
 // DRAM is busy as long as the ring holds latency times bandwidth, 32 to 64 KB an SM.
-#include "common/layout.cuh"
-#include "common/numbers.cuh"
+#include "common/gemm.cuh"
 
 struct SlabGemmParams {
   const uint8_t* x;
@@ -35,7 +34,7 @@ struct SlabGemmParams {
   int panel_rows;  // rows a panel of a stage has room for, a multiple of 8
   int w_stages;
   int x_stages;
-  int padding;
+  int prefetched_panels;  // brought to L2 when the ring of weights has been filled for the first time
 };
 
 namespace {
@@ -121,9 +120,14 @@ DEVICE int stage_panels(int left) {
   return left >= Panels ? Panels : 1;
 }
 
+DEVICE void prefetch(const SlabGemmParams& p, const uint8_t* from, uint32_t bytes, int panels) {
+  for (int i = 0; i < panels; i++) prefetch_l2(from + size_t(i) * size_t(p.w_rows) * kPanelBytes, bytes);
+}
+
 template <int Panels>
 DEVICE void stream_weights(const SlabGemmParams& p, Ring ring) {
   const Rows rows = slab(p);
+  int stages_to_fill = ring.stages;
   for (int begin = rows.begin; begin < rows.end; begin += p.pass_rows) {
     const uint32_t bytes = uint32_t(min(p.pass_rows, rows.end - begin) * kPanelBytes);
     // The swizzle goes by the address: a row keeps its place among 8.
@@ -139,6 +143,8 @@ DEVICE void stream_weights(const SlabGemmParams& p, Ring ring) {
       }
       ring.advance();
       panel += panels;
+      // DRAM works on, into L2, if the kernels ahead take longer than the ring to fill.
+      if (--stages_to_fill == 0) prefetch(p, from, bytes, min(p.prefetched_panels, p.k_panels - panel));
     }
   }
 }
@@ -253,7 +259,7 @@ DEVICE void store_pass(const SlabGemmParams& p, Rows rows, int num_rows, const f
 }
 
 template <int N, int Tiles>
-DEVICE void scale_pass(float (&sum)[Tiles][N / 2], const float* x_scales, const float (&w_scales)[Tiles][2], float softcap) {
+DEVICE void scale_pass(float (&sum)[Tiles][N / 2], const float* x_scales, const float (&w_scales)[Tiles][2]) {
 #pragma unroll
   for (int i = 0; i < N / 4; i++) {
     const float x_scale = x_scales[token_of(i)];
@@ -262,15 +268,18 @@ DEVICE void scale_pass(float (&sum)[Tiles][N / 2], const float* x_scales, const 
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float& value = sum[t][i / 2 * 4 + half * 2 + i % 2];
-        value = value * x_scale * w_scales[t][half];
+        value = scaled_sum(value, x_scale, w_scales[t][half]);
       }
     }
   }
-  if (softcap == 0.0f) return;
+}
+
+template <int N, int Tiles>
+DEVICE void cap_pass(float (&sum)[Tiles][N / 2], float softcap) {
 #pragma unroll
   for (int t = 0; t < Tiles; t++) {
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) sum[t][i] = softcap * tanh_precise(sum[t][i] / softcap);
+    for (int i = 0; i < N / 2; i++) sum[t][i] = soft_capped(sum[t][i], softcap);
   }
 }
 
@@ -296,7 +305,8 @@ DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
     }
     float sum[Tiles][N / 2] = {};
     multiply_pass<Format, N, Tiles, Panels>(sum, p.k_panels, w, x);
-    scale_pass<N, Tiles>(sum, x_scales, w_scales, p.softcap);
+    scale_pass<N, Tiles>(sum, x_scales, w_scales);
+    if (p.softcap != 0.0f) cap_pass<N, Tiles>(sum, p.softcap);
     if (p.out_is_f32 != 0) store_pass<float, N, Tiles>(p, pass, num_rows, sum);
     else store_pass<bf16, N, Tiles>(p, pass, num_rows, sum);
   }

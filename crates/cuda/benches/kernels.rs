@@ -30,7 +30,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let models = option("--models").unwrap_or_else(|| "9b".to_owned());
     let only = option("--only").unwrap_or_else(|| "fp8,output,decode".to_owned());
     let wanted = |what: &str| only.split(',').any(|word| word == what);
-    for matrices in MODELS.iter().filter(|matrices| models.split(',').any(|model| model == matrices.model)) {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
         if wanted("fp8") {
             for shape in matrices.linears {
                 for timing in bench.matmul(shape, &[FEW_TOKENS, MANY_TOKENS].concat(), false)? {

@@ -39,7 +39,7 @@ struct SlabGemmParams {
     panel_rows: i32,
     w_stages: i32,
     x_stages: i32,
-    padding: i32,
+    prefetched_panels: i32,
 }
 kernel_params!(SlabGemmParams);
 
@@ -125,7 +125,7 @@ impl SlabGemmParams {
             panel_rows: plan.panel_rows as i32,
             w_stages: plan.w_stages as i32,
             x_stages: plan.x_stages as i32,
-            padding: 0,
+            prefetched_panels: plan.prefetched_panels as i32,
         }
     }
 }

@@ -45,7 +45,9 @@ fn runner<B: Backend>(backend: B, checkpoint: &Checkpoint, max_tokens: usize) ->
 }
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/fixtures")
+        .join(name)
 }
 
 /// What two backends make of the same tokens.
@@ -95,14 +97,23 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 fn divergence(a: &[f32], b: &[f32]) -> f64 {
     let logprobs = |logits: &[f32]| {
         let total: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum();
-        logits.iter().map(|logit| f64::from(*logit) - total.ln()).collect::<Vec<_>>()
+        logits
+            .iter()
+            .map(|logit| f64::from(*logit) - total.ln())
+            .collect::<Vec<_>>()
     };
-    logprobs(a).iter().zip(logprobs(b)).map(|(a, b)| a.exp() * (a - b)).sum()
+    logprobs(a)
+        .iter()
+        .zip(logprobs(b))
+        .map(|(a, b)| a.exp() * (a - b))
+        .sum()
 }
 
 /// The largest logit's index and its distance from the next.
 fn best(logits: &[f32]) -> (usize, f32) {
-    let index = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best }).unwrap();
+    let index = (0..logits.len())
+        .reduce(|best, i| if logits[i] > logits[best] { i } else { best })
+        .unwrap();
     let others = logits.iter().enumerate().filter(|(i, _)| *i != index);
     let next = others.fold(f32::NEG_INFINITY, |next, (_, logit)| next.max(*logit));
     (index, logits[index] - next)
@@ -130,7 +141,10 @@ fn the_demo_model_answers_alike() {
             let logits = cpu.forward_logits(&tokens).unwrap();
             tokens.push(best(&logits[logits.len() - vocab..]).0 as u32);
         }
-        let (want, got) = (cpu.forward_logits(&tokens).unwrap(), cuda.forward_logits(&tokens).unwrap());
+        let (want, got) = (
+            cpu.forward_logits(&tokens).unwrap(),
+            cuda.forward_logits(&tokens).unwrap(),
+        );
         check(question, &compare(&want, &got, vocab));
     }
 }
@@ -150,15 +164,24 @@ fn golden_checkpoints_agree() {
 #[test]
 fn named_checkpoints_agree() {
     let Ok(folders) = std::env::var("LAPIDARY_CHECKPOINTS") else {
-        assert!(!on_gpu(), "LAPIDARY_CHECKPOINTS names the checkpoints to compare on a GPU");
+        assert!(
+            !on_gpu(),
+            "LAPIDARY_CHECKPOINTS names the checkpoints to compare on a GPU"
+        );
         return;
     };
     for folder in folders.split(':') {
         let checkpoint = Checkpoint::open_dir(Path::new(folder), ConfigOverrides::default()).unwrap();
         let vocab = checkpoint.config().vocab_size;
-        let tokens: Vec<u32> = (0..PROMPT_TOKENS as u32).map(|i| (i * 7919 + 13) % vocab as u32).collect();
-        let got = runner(cuda(), &checkpoint, PROMPT_TOKENS).forward_logits(&tokens).unwrap();
-        let want = runner(cpu(), &checkpoint, PROMPT_TOKENS).forward_logits(&tokens).unwrap();
+        let tokens: Vec<u32> = (0..PROMPT_TOKENS as u32)
+            .map(|i| (i * 7919 + 13) % vocab as u32)
+            .collect();
+        let got = runner(cuda(), &checkpoint, PROMPT_TOKENS)
+            .forward_logits(&tokens)
+            .unwrap();
+        let want = runner(cpu(), &checkpoint, PROMPT_TOKENS)
+            .forward_logits(&tokens)
+            .unwrap();
         check(folder, &compare(&want, &got, vocab));
     }
 }

@@ -16,6 +16,9 @@ const EVEN_BLOCKS: usize = 128;
 const IN_FLIGHT_BYTES: usize = 80 << 10;
 /// Tokens on their way. They come from L2, sooner than weights.
 const TOKENS_IN_FLIGHT_BYTES: usize = 32 << 10;
+/// Weights asked for ahead of the ring before the kernels ahead have finished. What a norm or an edge between kernels
+/// takes, a few microseconds, is so many more bytes of DRAM's time.
+const PREFETCH_BYTES: usize = 64 << 10;
 /// With so much, a block of the next kernel fits beside this one on a multiprocessor.
 pub(super) const SHARED_BYTES: usize = 110 << 10;
 
@@ -87,6 +90,8 @@ pub(super) struct Tuning {
     pub(super) panels: usize,
     /// Most bytes of the weights' ring.
     pub(super) in_flight_bytes: usize,
+    /// Most bytes of weights that L2 gets ahead of the ring.
+    pub(super) prefetch_bytes: usize,
     /// Most bytes of the tokens' ring.
     pub(super) tokens_in_flight_bytes: usize,
     /// Most shared memory of a block.
@@ -116,6 +121,7 @@ impl Tuning {
                 _ => 1,
             },
             in_flight_bytes: IN_FLIGHT_BYTES,
+            prefetch_bytes: PREFETCH_BYTES,
             tokens_in_flight_bytes: TOKENS_IN_FLIGHT_BYTES,
             shared_bytes: SHARED_BYTES,
         }
@@ -172,6 +178,8 @@ pub(super) struct Plan {
     pub(super) panel_rows: usize,
     pub(super) w_stages: usize,
     pub(super) x_stages: usize,
+    /// After the first `w_stages` stages, of the first pass.
+    pub(super) prefetched_panels: usize,
     pub(super) shared_bytes: usize,
 }
 
@@ -223,6 +231,7 @@ impl Plan {
             panel_rows,
             w_stages,
             x_stages,
+            prefetched_panels: tuning.prefetch_bytes / (pass_rows * PANEL_BYTES),
             shared_bytes: shared_bytes(w_stages, x_stages),
         };
         (plan.shared_bytes <= tuning.shared_bytes).then_some(plan)

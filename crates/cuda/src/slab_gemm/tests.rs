@@ -229,6 +229,7 @@ fn plan_of(variant: &'static Variant, w: &Panels, w_stages: usize) -> Plan {
         tiles: variant.tiles,
         panels: variant.panels,
         in_flight_bytes: w_stages * variant.panels * variant.tiles * 8192,
+        prefetch_bytes: 3 * variant.tiles * 8192,
         tokens_in_flight_bytes: 2 * variant.panels * variant.tokens * 128,
         shared_bytes: 227 << 10,
     };
