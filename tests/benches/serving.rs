@@ -81,12 +81,20 @@ async fn complete(address: SocketAddr, model: &str, prompt: &[u64], max_tokens: 
             last = Instant::now();
             first.get_or_insert(last);
         }
-        if let Some(usage) = serde_json::from_str::<serde_json::Value>(&event).ok().and_then(|event| event.get("usage").cloned()) {
+        if let Some(usage) = serde_json::from_str::<serde_json::Value>(&event)
+            .ok()
+            .and_then(|event| event.get("usage").cloned())
+        {
             tokens = usage["completion_tokens"].as_u64().unwrap_or(0) as usize;
         }
     }
     let first = first.ok_or_else(|| io::Error::other("an answer without tokens"))?;
-    Ok(Answer { sent, first, last, tokens })
+    Ok(Answer {
+        sent,
+        first,
+        last,
+        tokens,
+    })
 }
 
 /// Random ids, different for every seed, so that no prefix is shared.

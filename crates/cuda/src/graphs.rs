@@ -59,37 +59,39 @@ impl Graphs {
         }
     }
 
-    /// Decides how a step runs, and gives the rows its kernels are launched for. `is_simple`: it needs nothing that a
-    /// recorded step has not.
-    pub(crate) fn begin(
-        &mut self,
-        device: &mut dyn Device,
-        batch: &Batch,
-        is_simple: bool,
-    ) -> Result<usize, BackendError> {
+    /// The recorded size a step runs in; `None`: its operations run one by one. `is_simple`: it needs nothing that a recorded
+    /// step has not.
+    pub(crate) fn size(&self, batch: &Batch, is_simple: bool) -> Option<usize> {
         let num_tokens = batch.num_tokens();
         let is_decode = num_tokens > 0 && num_tokens == batch.num_seqs() && !batch.samples.is_empty();
-        let size = SIZES
-            .iter()
-            .copied()
-            .find(|size| *size >= num_tokens)
-            .filter(|size| *size <= self.max_size);
-        let Some(size) = size.filter(|_| self.enabled && is_decode && is_simple) else {
-            return Ok(num_tokens);
-        };
-        self.mode = match self.recorded.get(&size) {
-            Some(graph) => Mode::Replay(*graph),
-            None => {
+        let holds = |size: &usize| *size >= num_tokens && *size <= self.max_size;
+        SIZES
+            .into_iter()
+            .find(holds)
+            .filter(|_| self.enabled && is_decode && is_simple)
+    }
+
+    /// Begins a step of this size.
+    pub(crate) fn begin(&mut self, device: &mut dyn Device, size: Option<usize>) -> Result<(), BackendError> {
+        self.mode = match size.map(|size| (size, self.recorded.get(&size))) {
+            None => Mode::Eager,
+            Some((_, Some(graph))) => Mode::Replay(*graph),
+            Some((size, None)) => {
                 device.begin_capture()?;
                 Mode::Record(size)
             }
         };
-        Ok(size)
+        Ok(())
     }
 
     /// Whether operations are to be issued, to run or to be recorded.
     pub(crate) fn issues(&self) -> bool {
         !matches!(self.mode, Mode::Replay(_))
+    }
+
+    /// Whether the operations of the step at hand run as they are issued.
+    pub(crate) fn is_eager(&self) -> bool {
+        self.mode == Mode::Eager
     }
 
     /// Ends a step: what was only recorded runs now.

@@ -2,22 +2,26 @@
 //!
 //! | module | hides |
 //! |---|---|
+//! | `backend` | the operations of the model crate's `Backend` in terms of the modules below |
+//! | `graphs` | steps that are recorded once and replayed |
 //! | `device` | the CUDA driver, or the emulator that runs the same kernels on a CPU |
-//! | `gemm` | which kernel multiplies many tokens with weights, and with what tiles |
 //! | `pack`, `tensor` | how weights and activations lie in device memory |
 //! | `step` | how a step's inputs get to the device |
 //! | `matmul` | which kernel takes which matrix product: `slab_gemm` for few tokens on Hopper, `gemm` for all others |
 //! | `rows`, `rope` | norms, gating, quantisation; rotation, and where keys and values go |
+//! | `sample` | how tokens are chosen from logits |
 //! | `attention` | how a step's attention is split between two kernels |
 //!
 //! Tests of the kernels take their device from `testing::device()`: the emulator, or a GPU where the environment says
 //! `LAPIDARY_TEST_DEVICE=gpu` (and then a missing GPU is a failure).
 
 mod attention;
+mod backend;
 mod device;
 mod gemm;
 mod graphs;
 mod matmul;
+pub mod measure;
 mod pack;
 mod rope;
 mod rows;
@@ -28,4 +32,6 @@ mod tensor;
 #[cfg(all(test, feature = "emulator"))]
 mod testing;
 
-pub use device::{DeviceInfo, Driver, Unavailable, devices};
+pub use backend::{Cuda, CudaConfig, Plan};
+pub use device::{DeviceInfo, Unavailable, devices};
+pub use tensor::{Activation, Embedding, KvLayer, Linear, Norm, Tensor};

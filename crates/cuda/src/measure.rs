@@ -61,8 +61,15 @@ pub struct Timing {
 
 impl fmt::Display for Timing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (gigabytes, teraflops) = (self.bytes / self.microseconds / 1e3, self.flops / self.microseconds / 1e6);
-        write!(f, "{:34} {:9.2} us {gigabytes:6.0} GB/s {teraflops:6.0} TFLOP/s", self.what, self.microseconds)
+        let (gigabytes, teraflops) = (
+            self.bytes / self.microseconds / 1e3,
+            self.flops / self.microseconds / 1e6,
+        );
+        write!(
+            f,
+            "{:34} {:9.2} us {gigabytes:6.0} GB/s {teraflops:6.0} TFLOP/s",
+            self.what, self.microseconds
+        )
     }
 }
 
@@ -86,7 +93,12 @@ impl Bench {
     ///
     /// # Errors
     /// Not enough memory, or the device failed.
-    pub fn matmul(&mut self, (n, k): (usize, usize), tokens: &[usize], is_output: bool) -> Result<Vec<Timing>, BackendError> {
+    pub fn matmul(
+        &mut self,
+        (n, k): (usize, usize),
+        tokens: &[usize],
+        is_output: bool,
+    ) -> Result<Vec<Timing>, BackendError> {
         let element = if is_output { Element::Bf16 } else { Element::E4m3 };
         let max_tokens = tokens.iter().copied().max().unwrap_or(1);
         let device = &mut self.device;
@@ -187,7 +199,10 @@ impl Bench {
         device.release(memory)?;
         let read = window.unwrap_or(context).min(context);
         Ok(Timing {
-            what: format!("decode attention B {batch} ctx {context}{}", if window.is_some() { " window" } else { "" }),
+            what: format!(
+                "decode attention B {batch} ctx {context}{}",
+                if window.is_some() { " window" } else { "" }
+            ),
             microseconds,
             bytes: (2 * batch * read * config.num_kv_heads * config.head_dim * 2) as f64,
             flops: (4 * batch * read * config.num_heads * config.head_dim) as f64,
@@ -213,7 +228,9 @@ fn decode_batch(batch: usize, context: usize, block_size: usize) -> lapidary_eng
         query_start: (0..=batch as u32).collect(),
         context_lens: vec![context as u32; batch],
         block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
-        block_ids: (0..batch).flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index)))).collect(),
+        block_ids: (0..batch)
+            .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
+            .collect(),
         samples: Vec::new(),
     }
 }
@@ -275,7 +292,12 @@ fn random_panels(device: &mut Driver, element: Element, [n, k]: [usize; 2], seed
     })
 }
 
-fn random_activation(device: &mut Driver, x: &mut Activation, element: Element, rows: usize) -> Result<(), BackendError> {
+fn random_activation(
+    device: &mut Driver,
+    x: &mut Activation,
+    element: Element,
+    rows: usize,
+) -> Result<(), BackendError> {
     let scheme = match element {
         Element::E4m3 => lapidary_model::ActivationScheme::Fp8Token,
         Element::Bf16 => lapidary_model::ActivationScheme::None,
@@ -285,7 +307,11 @@ fn random_activation(device: &mut Driver, x: &mut Activation, element: Element, 
     device.upload_with(params.panels, bytes, 8, &|offset, memory| {
         for (index, word) in memory.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let noise = mix(7 << 40 | (offset / 8 + index) as u64);
-            *word = if element == Element::E4m3 { e4m3_codes(noise) } else { bf16_values(noise) };
+            *word = if element == Element::E4m3 {
+                e4m3_codes(noise)
+            } else {
+                bf16_values(noise)
+            };
         }
     })?;
     let scales = vec![0.01_f32; rows];

@@ -84,6 +84,17 @@ impl Needs {
         ranking: true,
         logprobs: false,
     };
+
+    /// Whether a step needs no more than that.
+    pub(crate) fn are_recordable(batch: &Batch) -> bool {
+        batch.samples.iter().all(|sample| {
+            let params = &sample.params;
+            params.logprobs.is_none()
+                && params.logit_bias.is_empty()
+                && sample.banned.is_none()
+                && sample.history.is_none()
+        })
+    }
 }
 
 /// The kernels and buffers of one device.
@@ -270,6 +281,17 @@ pub(crate) struct Choices {
 }
 
 impl Choices {
+    /// Of a step that chooses nothing.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(crate) fn none(device: &mut dyn Device) -> Result<Self, BackendError> {
+        Ok(Self {
+            readback: device.start_readback(DevicePtr::NULL, 0)?,
+            has_logprobs: Vec::new(),
+        })
+    }
+
     /// Waits for them.
     ///
     /// # Errors

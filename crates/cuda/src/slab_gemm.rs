@@ -6,7 +6,7 @@ use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
 use crate::matmul::Product;
 use crate::pack::PANEL_BYTES;
 use crate::slab_gemm::plan::{Plan, Shape, Tuning, VARIANTS};
-use crate::tensor::{ActivationParams, Tensor};
+use crate::tensor::Tensor;
 
 mod plan;
 #[cfg(all(test, feature = "emulator"))]

@@ -143,7 +143,6 @@ pub struct Linear {
 #[derive(Debug)]
 pub struct Norm {
     pub(crate) factors: DevicePtr,
-    pub(crate) len: usize,
 }
 
 /// The embedding table in bf16 panels, which is the output projection too.

@@ -69,7 +69,7 @@ impl From<DriverError> for Unavailable {
 /// A GPU that can be opened.
 #[derive(Debug, Clone)]
 pub struct DeviceInfo {
-    /// For [`Driver::open`].
+    /// Of the GPUs that the driver sees.
     pub ordinal: usize,
     /// As the driver names it.
     pub name: String,
@@ -190,7 +190,7 @@ impl Drop for Slot {
 }
 
 /// A GPU.
-pub struct Driver {
+pub(crate) struct Driver {
     info: DeviceInfo,
     multiprocessors: usize,
     max_shared_bytes: i32,
@@ -219,7 +219,7 @@ impl Driver {
     ///
     /// # Errors
     /// The driver refused.
-    pub fn open(info: DeviceInfo) -> Result<Self, BackendError> {
+    pub(crate) fn open(info: DeviceInfo) -> Result<Self, BackendError> {
         use sys::CUdevice_attribute as Attribute;
         let device = result::device::get(info.ordinal as i32).map_err(device_error)?;
         // SAFETY: the device exists.
@@ -254,12 +254,6 @@ impl Driver {
             next_readback: 0,
             staging: Vec::new(),
         })
-    }
-
-    /// What was opened.
-    #[must_use]
-    pub fn info(&self) -> &DeviceInfo {
-        &self.info
     }
 
     /// Memory reserved from here on is given back by [`Driver::release`].
@@ -454,12 +448,15 @@ impl Device for Driver {
         let index = self.next_readback;
         self.next_readback = (index + 1) % READBACK_SLOTS;
         let slot = &self.readbacks[index];
+        self.readback_bytes[index] = bytes;
+        if bytes == 0 {
+            return slot.record(self.stream).map(|()| Readback(index));
+        }
         // SAFETY: the slot is not read before its event has passed, and is not reused while a step in flight owns it.
         unsafe { sys::cuMemcpyDtoHAsync_v2(slot.memory.as_ptr().cast(), from.0, bytes, self.stream) }
             .result()
             .map_err(device_error)?;
         slot.record(self.stream)?;
-        self.readback_bytes[index] = bytes;
         Ok(Readback(index))
     }
 

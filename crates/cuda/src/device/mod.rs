@@ -13,7 +13,8 @@ mod driver;
 mod emulator;
 mod images;
 
-pub use driver::{DeviceInfo, Driver, Unavailable, devices};
+pub(crate) use driver::Driver;
+pub use driver::{DeviceInfo, Unavailable, devices};
 #[cfg(feature = "emulator")]
 pub(crate) use emulator::Emulator;
 

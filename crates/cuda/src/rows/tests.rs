@@ -64,7 +64,7 @@ impl Bench {
     fn norm(&mut self, cols: usize) -> (Vec<f32>, Norm) {
         let values: Vec<_> = self.numbers.bf16_values(cols, 0.5).iter().map(|w| 1.0 + w).collect();
         let factors = on_device(&mut *self.device, &values);
-        (values, Norm { factors, len: cols })
+        (values, Norm { factors })
     }
 
     fn activation(&mut self, cols: usize) -> Activation {

@@ -38,7 +38,8 @@ impl Bench {
         let grid = (choices.len() + 1).min(MAX_ROWS);
         let tensor = Tensor::alloc(&mut *self.device, "test data", [grid, vocab], true).expect("tensors are small");
         self.device.upload(tensor.data, bytes_of(logits)).expect("uploads work");
-        self.step.begin(&mut *self.device, batch).expect("the step is small");
+        self.step.upload(&mut *self.device, batch).expect("the step is small");
+        self.step.begin(&mut *self.device).expect("the step is small");
         let needs = self
             .sampler
             .upload(&mut *self.device, batch, choices.iter().copied(), vocab)
@@ -46,6 +47,7 @@ impl Bench {
         self.sampler
             .run(&mut *self.device, &tensor, grid, needs)
             .expect("sampling runs");
+        self.step.finish();
         let choices = self.sampler.start_readback(&mut *self.device, &self.step, batch);
         choices
             .and_then(|choices| choices.finish(&mut *self.device))
