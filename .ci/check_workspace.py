@@ -15,7 +15,7 @@ ALLOWED = {
     "lapidary-model": {"lapidary-engine"},
     "lapidary-cpu": {"lapidary-engine", "lapidary-model"},
     "lapidary-cuda": {"lapidary-engine", "lapidary-model"},
-    "lapidary-server": {"lapidary-cpu", "lapidary-engine", "lapidary-model", "lapidary-text"},
+    "lapidary-server": {"lapidary-cpu", "lapidary-cuda", "lapidary-engine", "lapidary-model", "lapidary-text"},
     "lapidary-tests": {"lapidary-cpu", "lapidary-engine", "lapidary-model", "lapidary-server", "lapidary-text"},
 }
 # Crates only these may use.

@@ -81,12 +81,12 @@ pub struct Settings {
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<u32>,
 
-    /// Sequences that run at the same time [default: 64].
+    /// Sequences that run at the same time [default: 64 on a CPU, 256 on a GPU].
     #[arg(long, value_name = "N")]
     pub max_num_seqs: Option<u32>,
 
     /// Tokens computed in one step; smaller steps delay running answers less, larger ones read prompts faster
-    /// [default: 512].
+    /// [default: 512 on a CPU, 4096 on a GPU].
     #[arg(long, value_name = "TOKENS")]
     pub max_num_batched_tokens: Option<u32>,
 
@@ -107,9 +107,19 @@ pub struct Settings {
     #[arg(long, value_name = "TOKENS")]
     pub block_size: Option<u32>,
 
-    /// Memory for keys and values, e.g. 4GiB [default: what max-num-seqs answers need, within free memory].
+    /// Memory for keys and values, e.g. 4GiB [default: on a GPU what `gpu-memory-utilization` leaves, on a CPU what
+    /// max-num-seqs answers need, within free memory].
     #[arg(long, value_name = "SIZE")]
     pub kv_cache_memory_bytes: Option<ByteSize>,
+
+    /// Share of a GPU's memory to use in all [default: 0.9].
+    #[arg(long, value_name = "SHARE")]
+    pub gpu_memory_utilization: Option<f64>,
+
+    /// On a GPU, launch every kernel anew instead of replaying recorded steps: slower, for looking into problems
+    /// [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enforce_eager: Option<bool>,
 
     /// Alternatives a request may ask for at each token [default: 20].
     #[arg(long, value_name = "N")]
@@ -212,8 +222,10 @@ pub enum SystemRoleSetting {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceSetting {
-    /// The best device there is.
+    /// The first NVIDIA GPU, or the CPU where there is none.
     Auto,
+    /// The first NVIDIA GPU.
+    Cuda,
     /// The CPU.
     Cpu,
 }
@@ -239,13 +251,15 @@ impl Settings {
             port: Some(8000),
             served_model_name: None,
             max_model_len: None,
-            max_num_seqs: Some(64),
-            max_num_batched_tokens: Some(512),
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
             max_num_queued_reqs: Some(512),
             max_num_queued_tokens: Some(1_000_000),
             enable_prefix_caching: Some(true),
             block_size: Some(16),
             kv_cache_memory_bytes: None,
+            gpu_memory_utilization: Some(0.9),
+            enforce_eager: Some(false),
             max_logprobs: Some(20),
             generation_config: Some(GenerationConfigSource::Auto),
             chat_template: None,

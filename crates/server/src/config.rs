@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting};
+use crate::cli::{DeviceSetting, Cli, Command, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting};
 use crate::state::Limits;
 use crate::units::Span;
 
@@ -64,6 +64,8 @@ pub struct LoadConfig {
     pub system_role: SystemRoleSetting,
     /// In place of the checkpoint's value.
     pub query_pre_attn_scalar: Option<f32>,
+    /// Where the model runs.
+    pub device: DeviceSetting,
     /// Threads that compute; absent: one for each core the process may use.
     pub threads: Option<usize>,
 }
@@ -71,10 +73,10 @@ pub struct LoadConfig {
 /// Queue, batch and cache.
 #[derive(Debug, Clone, Copy)]
 pub struct SchedulingConfig {
-    /// Sequences that run at the same time.
-    pub max_num_seqs: u32,
-    /// Tokens of a step.
-    pub max_num_batched_tokens: u32,
+    /// Sequences that run at the same time; absent: the device decides.
+    pub max_num_seqs: Option<u32>,
+    /// Tokens of a step; absent: the device decides.
+    pub max_num_batched_tokens: Option<u32>,
     /// Waiting requests.
     pub max_num_queued_reqs: u32,
     /// Waiting prompt tokens.
@@ -85,6 +87,10 @@ pub struct SchedulingConfig {
     pub block_size: u32,
     /// Memory of the cache; absent: decided from what is free.
     pub kv_cache_memory_bytes: Option<u64>,
+    /// Share of a GPU's memory to use in all.
+    pub gpu_memory_utilization: f64,
+    /// Whether a GPU launches every kernel anew.
+    pub enforce_eager: bool,
 }
 
 /// The listener and its end.
@@ -464,6 +470,7 @@ impl LoadConfig {
             chat_template: settings.chat_template.clone(),
             system_role: given(settings.system_role),
             query_pre_attn_scalar: settings.query_pre_attn_scalar,
+            device: given(settings.device),
             threads: settings.threads,
         })
     }
@@ -476,17 +483,19 @@ fn require(holds: bool, key: &'static str, reason: &str) -> Result<(), ConfigErr
 impl SchedulingConfig {
     fn new(settings: &Settings) -> Result<Self, ConfigError> {
         let config = Self {
-            max_num_seqs: given(settings.max_num_seqs),
-            max_num_batched_tokens: given(settings.max_num_batched_tokens),
+            max_num_seqs: settings.max_num_seqs,
+            max_num_batched_tokens: settings.max_num_batched_tokens,
             max_num_queued_reqs: given(settings.max_num_queued_reqs),
             max_num_queued_tokens: given(settings.max_num_queued_tokens),
             enable_prefix_caching: given(settings.enable_prefix_caching),
             block_size: given(settings.block_size),
             kv_cache_memory_bytes: settings.kv_cache_memory_bytes.map(|size| size.0),
+            gpu_memory_utilization: given(settings.gpu_memory_utilization),
+            enforce_eager: given(settings.enforce_eager),
         };
-        require(config.max_num_seqs > 0, "max-num-seqs", "must be at least 1")?;
+        require(config.max_num_seqs != Some(0), "max-num-seqs", "must be at least 1")?;
         require(
-            config.max_num_batched_tokens >= config.max_num_seqs,
+            config.max_num_batched_tokens.unwrap_or(u32::MAX) >= config.max_num_seqs.unwrap_or(1),
             "max-num-batched-tokens",
             "must be at least max-num-seqs, since each running sequence takes a token of every step",
         )?;
@@ -500,7 +509,24 @@ impl SchedulingConfig {
             "kv-cache-memory-bytes",
             "must be more than 0",
         )?;
+        require(
+            config.gpu_memory_utilization > 0.0 && config.gpu_memory_utilization <= 1.0,
+            "gpu-memory-utilization",
+            "must be more than 0 and at most 1",
+        )?;
         Ok(config)
+    }
+
+    /// Sequences and tokens of a step, by what was set and else by the device. Each running sequence takes a token of
+    /// every step, so the one that was not set gives way.
+    #[must_use]
+    pub fn batch_limits(&self, (default_seqs, default_tokens): (u32, u32)) -> (u32, u32) {
+        match (self.max_num_seqs, self.max_num_batched_tokens) {
+            (Some(seqs), Some(tokens)) => (seqs, tokens),
+            (Some(seqs), None) => (seqs, default_tokens.max(seqs)),
+            (None, Some(tokens)) => (default_seqs.min(tokens), tokens),
+            (None, None) => (default_seqs, default_tokens),
+        }
     }
 }
 

@@ -16,6 +16,7 @@
 pub mod cli;
 pub mod config;
 mod demo;
+mod device;
 mod error;
 mod extract;
 mod fingerprint;

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use lapidary_cpu::{Cpu, CpuConfig};
-use lapidary_engine::{Engine, EngineConfig, EngineHandle, SpawnError, TokenId};
+use lapidary_engine::{EngineConfig, EngineHandle, SpawnError, TokenId};
 use lapidary_model::{
     Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, MemoryPlan, ModelRunner,
     RunnerConfig, RunnerError,
@@ -15,6 +14,7 @@ use lapidary_text::{ChatTemplate, SystemRole, TemplateError, Tokenizer, Tokenize
 use crate::cli::{GenerationConfigSource, SystemRoleSetting};
 use crate::config::{Config, LoadConfig, ModelSource, SchedulingConfig};
 use crate::demo;
+use crate::device::{Device, DeviceChoice, DeviceError};
 use crate::fingerprint::fingerprint;
 use crate::hub::{self, HubError};
 use crate::lifecycle::Phase;
@@ -68,6 +68,9 @@ pub enum LoadError {
     /// Nothing says when an answer ends.
     #[error("neither config.json, generation_config.json nor the tokenizer names an end-of-sequence token")]
     NoEndOfSequence,
+    /// The device that was asked for is not there.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The engine's executor cannot be built.
     #[error(transparent)]
     Start(StartError),
@@ -97,6 +100,11 @@ pub enum StartError {
 /// # Errors
 /// See [`LoadError`].
 pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError> {
+    let device = Device::choose(DeviceChoice {
+        setting: config.load.device,
+        threads: config.load.threads,
+        record_steps: !config.scheduling.enforce_eager,
+    })?;
     let checkpoint = open(config, state)?;
     let tokenizer = load_tokenizer(&checkpoint)?;
     let chat_template = load_chat_template(&config.load, &checkpoint, &tokenizer)?;
@@ -107,9 +115,9 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         GenerationConfigSource::Vllm => SamplingDefaults::default(),
     };
     let vocab_size = checkpoint.config().vocab_size as u32;
-    let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, "cpu")?;
+    let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, device.name())?;
     let warm_up = tokenizer.encode(WARM_UP_TEXT, true)?;
-    let engine = start_engine(config, state, checkpoint, warm_up)?;
+    let engine = start_engine(config, state, device, checkpoint, warm_up)?;
     Ok(ServedModel {
         names: config.load.names.clone(),
         root: config.settings.model.clone().unwrap_or_default(),
@@ -221,67 +229,77 @@ fn sampling_defaults(checkpoint: &Checkpoint) -> SamplingDefaults {
 fn start_engine(
     config: &Config,
     state: &AppState,
+    device: Device,
     checkpoint: Checkpoint,
     warm_up: Vec<TokenId>,
 ) -> Result<EngineHandle, LoadError> {
     let scheduling = config.scheduling;
     let model_len = checkpoint.config().max_position_embeddings as u32;
     let max_model_len = config.load.max_model_len.unwrap_or(model_len);
+    let (max_num_seqs, max_num_batched_tokens) = scheduling.batch_limits(device.default_batch());
     let engine_config = EngineConfig {
-        max_num_batched_tokens: scheduling.max_num_batched_tokens,
-        max_num_seqs: scheduling.max_num_seqs,
+        max_num_batched_tokens,
+        max_num_seqs,
         max_model_len,
         max_queued_requests: scheduling.max_num_queued_reqs,
         max_queued_tokens: scheduling.max_num_queued_tokens,
         enable_prefix_caching: scheduling.enable_prefix_caching,
     };
-    let mut cpu = CpuConfig::default();
-    cpu.threads = config.load.threads.unwrap_or(cpu.threads);
-    let state = state.clone();
-    let build = move || {
-        let backend = Cpu::new(cpu).map_err(RunnerError::from)?;
-        build_runner(backend, &checkpoint, scheduling, max_model_len, &warm_up, &state)
+    let runner = RunnerConfig {
+        max_num_batched_tokens: max_num_batched_tokens as usize,
+        max_num_seqs: max_num_seqs as usize,
+        max_model_len: Some(max_model_len as usize),
+        block_size: scheduling.block_size,
+        kv_cache: if device.owns_its_memory() && scheduling.kv_cache_memory_bytes.is_none() {
+            KvCacheSize::DeviceShare(scheduling.gpu_memory_utilization)
+        } else {
+            shared_kv_cache_size(scheduling, max_num_seqs, max_model_len)
+        },
     };
-    Engine::spawn(engine_config, build).map_err(|error| match error {
+    let state = state.clone();
+    let start = StartRunner {
+        checkpoint,
+        runner,
+        warm_up,
+        state,
+    };
+    device.spawn(engine_config, start).map_err(|error| match error {
         SpawnError::Build(error) => LoadError::Start(error),
         error => LoadError::Engine(error),
     })
 }
 
-/// Loads the weights and proves that the model computes.
-fn build_runner<B: Backend>(
-    backend: B,
-    checkpoint: &Checkpoint,
-    scheduling: SchedulingConfig,
-    max_model_len: u32,
-    warm_up: &[TokenId],
-    state: &AppState,
-) -> Result<ModelRunner<B>, StartError> {
-    let runner_config = RunnerConfig {
-        max_num_batched_tokens: scheduling.max_num_batched_tokens as usize,
-        max_num_seqs: scheduling.max_num_seqs as usize,
-        max_model_len: Some(max_model_len as usize),
-        block_size: scheduling.block_size,
-        kv_cache: kv_cache_size(scheduling, max_model_len),
-    };
-    let progress = Progress::start(state, Phase::LoadingWeights);
-    let mut runner = ModelRunner::load(backend, checkpoint, runner_config, &mut |step| {
-        if step.phase == LoadPhase::Weights {
-            progress.set(step.done_bytes, step.total_bytes);
-        }
-    })?;
-    drop(progress);
-    for warning in runner.warnings() {
-        tracing::warn!("{warning}");
-    }
-    log_memory_plan(runner.memory_plan());
-    state.lifecycle.enter(Phase::WarmingUp);
-    check_logits(&mut runner, warm_up)?;
-    Ok(runner)
+/// All that a runner is made of but the backend.
+pub(crate) struct StartRunner {
+    checkpoint: Checkpoint,
+    runner: RunnerConfig,
+    warm_up: Vec<TokenId>,
+    state: AppState,
 }
 
-/// What `max-num-seqs` typical sequences need and one of full length at least, but no more than half of what is free.
-fn kv_cache_size(scheduling: SchedulingConfig, max_model_len: u32) -> KvCacheSize {
+impl StartRunner {
+    /// Loads the weights and proves that the model computes.
+    pub(crate) fn run<B: Backend>(self, backend: B) -> Result<ModelRunner<B>, StartError> {
+        let progress = Progress::start(&self.state, Phase::LoadingWeights);
+        let mut runner = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| {
+            if step.phase == LoadPhase::Weights {
+                progress.set(step.done_bytes, step.total_bytes);
+            }
+        })?;
+        drop(progress);
+        for warning in runner.warnings() {
+            tracing::warn!("{warning}");
+        }
+        log_memory_plan(runner.memory_plan());
+        self.state.lifecycle.enter(Phase::WarmingUp);
+        check_logits(&mut runner, &self.warm_up)?;
+        Ok(runner)
+    }
+}
+
+/// Where memory is shared with others: what `max_num_seqs` typical sequences need and one of full length at least, but no
+/// more than half of what is free.
+fn shared_kv_cache_size(scheduling: SchedulingConfig, max_num_seqs: u32, max_model_len: u32) -> KvCacheSize {
     if let Some(bytes) = scheduling.kv_cache_memory_bytes {
         return KvCacheSize::Bytes(bytes);
     }
@@ -290,7 +308,7 @@ fn kv_cache_size(scheduling: SchedulingConfig, max_model_len: u32) -> KvCacheSiz
         .min(longest)
         .next_multiple_of(u64::from(scheduling.block_size));
     KvCacheSize::Tokens {
-        wanted: longest.max(u64::from(scheduling.max_num_seqs) * typical),
+        wanted: longest.max(u64::from(max_num_seqs) * typical),
         free_share: 0.5,
     }
 }
@@ -338,6 +356,9 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 #[cfg(test)]
 mod tests {
     use lapidary_model::EmbeddedFiles;
+
+    use crate::cli::ServeArgs;
+    use crate::config::Environment;
 
     use super::*;
 
@@ -403,22 +424,39 @@ mod tests {
 
     #[test]
     fn the_kv_cache_holds_a_sequence_of_full_length_however_few_may_run() {
-        let config = |max_num_seqs, kv_cache_memory_bytes| SchedulingConfig {
-            max_num_seqs,
-            max_num_batched_tokens: 512,
+        let config = |kv_cache_memory_bytes| SchedulingConfig {
+            max_num_seqs: None,
+            max_num_batched_tokens: None,
             max_num_queued_reqs: 1,
             max_num_queued_tokens: 1,
             enable_prefix_caching: true,
             block_size: 16,
             kv_cache_memory_bytes,
+            gpu_memory_utilization: 0.9,
+            enforce_eager: false,
         };
         let wanted = |wanted| KvCacheSize::Tokens {
             wanted,
             free_share: 0.5,
         };
-        assert_eq!(kv_cache_size(config(1, None), 8192), wanted(8192));
-        assert_eq!(kv_cache_size(config(64, None), 8192), wanted(64 * 2048));
-        assert_eq!(kv_cache_size(config(64, None), 100), wanted(64 * 112));
-        assert_eq!(kv_cache_size(config(64, Some(7)), 8192), KvCacheSize::Bytes(7));
+        assert_eq!(shared_kv_cache_size(config(None), 1, 8192), wanted(8192));
+        assert_eq!(shared_kv_cache_size(config(None), 64, 8192), wanted(64 * 2048));
+        assert_eq!(shared_kv_cache_size(config(None), 64, 100), wanted(64 * 112));
+        assert_eq!(shared_kv_cache_size(config(Some(7)), 64, 8192), KvCacheSize::Bytes(7));
+    }
+
+    #[test]
+    fn the_limit_that_was_not_set_gives_way_to_the_one_that_was() {
+        let limits = |max_num_seqs, max_num_batched_tokens| {
+            let flags = [("--max-num-seqs", max_num_seqs), ("--max-num-batched-tokens", max_num_batched_tokens)];
+            let typed = flags.iter().filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
+            let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
+            let config = Config::resolve(&args, &Environment::from([])).unwrap();
+            config.scheduling.batch_limits((64, 512))
+        };
+        assert_eq!(limits(None, None), (64, 512));
+        assert_eq!(limits(Some(1000), None), (1000, 1000));
+        assert_eq!(limits(None, Some(32)), (32, 32));
+        assert_eq!(limits(Some(8), Some(16)), (8, 16));
     }
 }
