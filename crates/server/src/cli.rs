@@ -98,6 +98,11 @@ pub struct Settings {
     #[arg(long, value_name = "TOKENS")]
     pub max_num_queued_tokens: Option<u64>,
 
+    /// `fcfs` serves requests in order of arrival and refuses `priority`; `priority` serves lower ones first, for clients
+    /// that are trusted with it [default: fcfs].
+    #[arg(long, value_name = "POLICY")]
+    pub scheduling_policy: Option<SchedulingPolicy>,
+
     /// Reuse the keys and values of prompts that begin alike [default: true].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           overrides_with = "no_enable_prefix_caching")]
@@ -181,13 +186,18 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub drain_grace: Option<Span>,
 
-    /// Connections open at the same time; further ones wait to be accepted [default: 4096].
+    /// Connections open at the same time; on further ones only probes are answered, anything else with 503
+    /// [default: 4096].
     #[arg(long, value_name = "N")]
     pub max_connections: Option<u32>,
 
     /// Time a client has for a request's headers, and may keep an idle connection open [default: 75s].
     #[arg(long, value_name = "TIME")]
     pub header_read_timeout: Option<Span>,
+
+    /// Time that a client may leave its answer unread before it is cut off [default: 60s].
+    #[arg(long, value_name = "TIME")]
+    pub write_timeout: Option<Span>,
 
     /// `text` for people, `json` for machines [default: text].
     #[arg(long, value_name = "FORMAT")]
@@ -196,6 +206,16 @@ pub struct Settings {
     /// error, warn, info, debug, or filters such as `info,lapidary_engine=debug` [default: info].
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+}
+
+/// Which waiting request runs next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    Fcfs,
+    /// Lower `priority` first.
+    Priority,
 }
 
 /// Where sampling defaults come from.
@@ -255,6 +275,7 @@ impl Settings {
             max_num_batched_tokens: None,
             max_num_queued_reqs: Some(512),
             max_num_queued_tokens: Some(1_000_000),
+            scheduling_policy: Some(SchedulingPolicy::Fcfs),
             enable_prefix_caching: Some(true),
             block_size: Some(16),
             kv_cache_memory_bytes: None,
@@ -277,6 +298,7 @@ impl Settings {
             drain_grace: seconds(2),
             max_connections: Some(4096),
             header_read_timeout: seconds(75),
+            write_timeout: seconds(60),
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
         }

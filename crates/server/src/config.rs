@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::cli::{DeviceSetting, Cli, Command, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting};
+use crate::cli::{
+    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, SchedulingPolicy, ServeArgs, Settings,
+    SystemRoleSetting,
+};
 use crate::state::Limits;
 use crate::units::Span;
 
@@ -102,6 +105,8 @@ pub struct HttpConfig {
     pub max_connections: u32,
     /// Time for a request's headers; idle connections close after it too.
     pub header_read_timeout: Duration,
+    /// Time that a client may leave its answer unread.
+    pub write_timeout: Duration,
     /// Time for requests in flight once the listener is closed.
     pub shutdown_timeout: Duration,
     /// Time between `/ready` saying 503 and the listener closing.
@@ -279,6 +284,7 @@ impl Config {
             http: HttpConfig::new(&settings)?,
             limits: Limits {
                 max_logprobs: given(settings.max_logprobs),
+                allows_priority: given(settings.scheduling_policy) == SchedulingPolicy::Priority,
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
                 request_timeout: settings
                     .request_timeout
@@ -543,6 +549,7 @@ impl HttpConfig {
             addresses,
             max_connections: given(settings.max_connections),
             header_read_timeout: time(settings.header_read_timeout),
+            write_timeout: time(settings.write_timeout),
             shutdown_timeout: time(settings.shutdown_timeout),
             drain_grace: time(settings.drain_grace),
         };
@@ -552,6 +559,7 @@ impl HttpConfig {
             "header-read-timeout",
             "must be more than 0",
         )?;
+        require(!config.write_timeout.is_zero(), "write-timeout", "must be more than 0")?;
         Ok(config)
     }
 }

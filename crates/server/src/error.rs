@@ -77,6 +77,9 @@ pub(crate) enum ApiError {
         /// When the queue should have room again.
         retry_after: Duration,
     },
+    /// As many connections are open as may be.
+    #[error("The server has as many connections open as it takes.")]
+    TooManyConnections,
     /// The model is not loaded yet.
     #[error("The model is not loaded yet ({phase}).")]
     ModelLoading {
@@ -194,7 +197,9 @@ impl ApiError {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
             Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TooManyConnections | Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -220,6 +225,7 @@ impl ApiError {
             Self::BodyTooLarge { .. } => Some("request_too_large"),
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => Some("request_timeout"),
             Self::QueueFull { .. } => Some("queue_full"),
+            Self::TooManyConnections => Some("too_many_connections"),
             Self::ModelLoading { .. } => Some("model_loading"),
             Self::ShuttingDown => Some("shutting_down"),
             Self::EngineDead => Some("engine_dead"),
@@ -239,6 +245,7 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after, .. } => Some(*retry_after),
+            Self::TooManyConnections => Some(RETRY_AFTER_MIN),
             Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
             // Another replica, or this one after its restart.
             Self::ShuttingDown | Self::EngineDead => Some(Duration::from_secs(5)),

@@ -6,6 +6,7 @@
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
+//! | `access` | who may come in |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
@@ -13,6 +14,7 @@
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
+mod access;
 pub mod cli;
 pub mod config;
 mod demo;
@@ -74,8 +76,9 @@ pub fn router(state: AppState) -> Router {
         .route("/metrics", get(probes::metrics))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
-        .with_state(state)
+        .with_state(state.clone())
         // Later layers wrap earlier ones: errors of all of them carry an id and are readable across origins.
+        .layer(middleware::from_fn_with_state(state, access::admit))
         .layer(CatchPanicLayer::custom(PanicResponse))
         .layer(cors())
         .layer(middleware::from_fn(request_id::assign))

@@ -6,6 +6,7 @@
 //! restarts the process.
 
 mod listener;
+mod stall;
 
 use std::io;
 use std::pin::pin;

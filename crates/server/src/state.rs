@@ -170,6 +170,8 @@ impl Default for SamplingDefaults {
 pub struct Limits {
     /// Alternatives a `logprobs` request may name (`--max-logprobs`).
     pub max_logprobs: u32,
+    /// Whether requests may name a `priority` (`--scheduling-policy priority`).
+    pub allows_priority: bool,
     /// Sequences of one request: `n` times the number of prompts.
     pub max_sequences_per_request: u32,
     /// Stop strings of one request.
@@ -190,6 +192,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_logprobs: 20,
+            allows_priority: false,
             max_sequences_per_request: 128,
             max_stop_strings: 16,
             max_body_bytes: 32 << 20,

@@ -226,6 +226,7 @@ async fn values_out_of_range() {
         bad("max_completion_tokens", json!(0), "integer_below_min_value"),
         bad("min_tokens", json!(-1), "integer_below_min_value"),
         bad("priority", json!(1_i64 << 40), "integer_above_max_value"),
+        bad("priority", json!(-1), "unsupported_parameter"),
     ];
     let num_faults = faults.len() as u64;
     check(&server, CHAT, faults).await;

@@ -434,20 +434,22 @@ fn a_client_that_never_finishes_its_headers_is_cut_off() {
 }
 
 #[test]
-fn connections_beyond_the_bound_wait_for_a_free_one() {
-    let server = Server::ready(&["serve", "demo", "--max-connections", "1"]);
-    let mut first = server.connect();
-    write!(first, "GET /live HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    first.read_exact(&mut [0]).unwrap();
-    let second = server.send("GET", "/live", "");
-    second.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(matches!(
-        second.peek(&mut [0]).unwrap_err().kind(),
-        ErrorKind::WouldBlock | ErrorKind::TimedOut
-    ));
-    drop(first);
-    second.set_read_timeout(Some(DEADLINE)).unwrap();
-    assert_eq!(read_response(second).0, 200);
+fn probes_are_answered_when_all_connections_are_taken_and_other_requests_are_refused() {
+    let server = Server::ready(&["serve", "demo", "--max-connections", "2"]);
+    let stream = server.stream(LONG_ANSWER);
+    let idle = server.connect();
+    for path in ["/live", "/ready", "/health", "/metrics"] {
+        assert_eq!(server.get(path).0, 200, "{path}");
+    }
+    let (status, body) = server.get("/v1/models");
+    assert!(
+        status == 503 && body.contains("too_many_connections"),
+        "{status} {body}"
+    );
+    drop((stream, idle));
+    poll("a free connection", || {
+        (server.get("/v1/models").0 == 200).then_some(())
+    });
 }
 
 /// Tokens of an answer that outlives any test that cuts it short.

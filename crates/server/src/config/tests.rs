@@ -81,7 +81,11 @@ fn help_states_the_defaults_in_effect() {
         let stated = help
             .split("[default: ")
             .nth(1)
-            .map(|rest| rest.trim_end_matches(']').trim_end_matches('s'));
+            .map(|rest| rest.trim_end_matches(']'))
+            .map(|rest| {
+                let seconds = rest.strip_suffix('s').filter(|number| number.parse::<u64>().is_ok());
+                seconds.unwrap_or(rest)
+            });
         if name != "model" && name != "revision" {
             assert_eq!(stated, Some(default.as_str()), "--{name}");
         }
@@ -108,6 +112,7 @@ fn every_setting_can_be_a_variable() {
             "system-role" => "error",
             "generation-config" => "vllm",
             "device" => "cpu",
+            "scheduling-policy" => "priority",
             "log-format" => "json",
             "enable-prefix-caching" => "false",
             _ => "7",
@@ -212,6 +217,7 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
             &["--query-pre-attn-scalar", "0"],
             "query-pre-attn-scalar: must be a positive number",
         ),
+        (&["--write-timeout", "0"], "write-timeout: must be more than 0"),
         (&["--log-level", "lapidary=loud"], "log-level: "),
         (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
         (&["--served-model-name", ""], "served-model-name: a name is empty"),

@@ -81,7 +81,7 @@ impl From<&ApiError> for Outcome {
             | ApiError::MethodNotAllowed { .. }
             | ApiError::BodyTooLarge { .. } => Self::Invalid,
             ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded => Self::Timeout,
-            ApiError::QueueFull { .. } => Self::QueueFull,
+            ApiError::QueueFull { .. } | ApiError::TooManyConnections => Self::QueueFull,
             ApiError::ModelLoading { .. } => Self::NotReady,
             ApiError::ShuttingDown => Self::Shutdown,
             ApiError::EngineDead | ApiError::Internal { .. } => Self::EngineError,

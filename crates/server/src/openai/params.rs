@@ -110,7 +110,7 @@ impl Params {
             include_stop,
             skip_special_tokens: body.skip_special_tokens.is_none_or(|Flag(skip)| skip),
             echo: endpoint == Endpoint::Completions && is_set(body.echo),
-            priority: priority(body.priority)?,
+            priority: priority(body.priority, limits)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             stream: streaming(body)?,
         })
@@ -425,10 +425,17 @@ fn stop_matcher(strings: &[String], include_stop: bool, limits: &Limits) -> Resu
     })
 }
 
-fn priority(priority: Option<Int>) -> Result<i32, ApiError> {
+/// Any client could name itself the most important one: the operator has to want that.
+fn priority(priority: Option<Int>, limits: &Limits) -> Result<i32, ApiError> {
     let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
-    let priority = integer("priority", priority, range, "priority must fit in 32 bits")?;
-    Ok(priority.map_or(0, |priority| i32::try_from(priority).expect("checked")))
+    let priority = integer("priority", priority, range, "priority must fit in 32 bits")?.unwrap_or(0);
+    if priority != 0 && !limits.allows_priority {
+        let message = format!(
+            "Got priority {priority} but priority scheduling is not enabled (--scheduling-policy priority enables it)."
+        );
+        return Err(ApiError::unsupported("priority", message));
+    }
+    Ok(i32::try_from(priority).expect("checked"))
 }
 
 /// Hashed with keys of this process, so that no client can compute another tenant's salt.
