@@ -16,11 +16,15 @@ const METRICS: &str = "/metrics";
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SpareConnection;
 
+/// Whether a request to this path comes from whoever watches the process.
+pub(crate) fn is_probe_or_metrics(path: &str) -> bool {
+    PROBES.contains(&path) || path == METRICS
+}
+
 /// Middleware: refuses, or passes on.
 pub(crate) async fn admit(State(_state): State<AppState>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let is_probe = PROBES.contains(&path);
-    if !is_probe && path != METRICS && request.extensions().get::<SpareConnection>().is_some() {
+    if !is_probe_or_metrics(path) && request.extensions().get::<SpareConnection>().is_some() {
         let mut response = ApiError::TooManyConnections.into_response();
         // The next request may find room, on another connection.
         response

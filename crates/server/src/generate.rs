@@ -16,6 +16,7 @@ use lapidary_text::{Detokenizer, StopMatcher, Tokenizer};
 use crate::error::ApiError;
 use crate::metrics::{FinishedSequence, SequenceEnd};
 use crate::openai::Params;
+use crate::record::RequestRecord;
 use crate::state::{AppState, ServedModel};
 
 /// All answers to one request, in progress.
@@ -24,6 +25,7 @@ pub(crate) struct Generation {
     choices: Vec<Choice>,
     prompts: Vec<PromptUsage>,
     state: AppState,
+    record: Option<Arc<RequestRecord>>,
     arrival: Instant,
     /// Where the next poll begins: each choice gets its turn.
     next: usize,
@@ -174,11 +176,17 @@ impl Generation {
             choices,
             prompts: usages,
             state: state.clone(),
+            record: None,
             arrival,
             next: 0,
             num_unfinished,
             has_failed: false,
         })
+    }
+
+    /// Counts what is used for a request too.
+    pub(crate) fn count_for(&mut self, record: &Arc<RequestRecord>) {
+        self.record = Some(Arc::clone(record));
     }
 
     /// The next choice that has something new in its [`Choice::delta`]; `None` when all are finished. Not to be called
@@ -245,6 +253,12 @@ impl Generation {
         if prompt.num_cached_tokens.is_none() {
             prompt.num_cached_tokens = Some(event.num_cached_tokens);
             metrics.prompt_tokens(prompt.num_tokens, event.num_cached_tokens);
+            if let Some(record) = &self.record {
+                record.prompt(prompt.num_tokens, event.num_cached_tokens);
+            }
+        }
+        if let Some(record) = self.record.as_ref().filter(|_| choice.num_tokens > 0) {
+            record.token();
         }
         match event.since_last {
             _ if choice.num_tokens == 0 => {}

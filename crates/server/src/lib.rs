@@ -6,7 +6,7 @@
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
-//! | `access` | who may come in |
+//! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
@@ -15,6 +15,7 @@
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
 mod access;
+mod access_log;
 pub mod cli;
 pub mod config;
 mod demo;
@@ -33,6 +34,7 @@ pub mod metrics;
 mod openai;
 mod probes;
 mod progress;
+mod record;
 mod request_id;
 pub mod serve;
 mod sse;
@@ -81,6 +83,7 @@ pub fn router(state: AppState) -> Router {
         .layer(middleware::from_fn_with_state(state, access::admit))
         .layer(CatchPanicLayer::custom(PanicResponse))
         .layer(cors())
+        .layer(middleware::from_fn(access_log::log))
         .layer(middleware::from_fn(request_id::assign))
 }
 

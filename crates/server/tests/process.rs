@@ -452,5 +452,30 @@ fn probes_are_answered_when_all_connections_are_taken_and_other_requests_are_ref
     });
 }
 
+#[test]
+fn every_request_has_one_line_in_the_log_with_what_it_used() {
+    let server = Server::ready(&["serve", "demo"]);
+    let body = r#"{"model":"demo","prompt":"Hello","max_tokens":4,"ignore_eos":true}"#;
+    let request = |path: &str| read_response(server.send("POST", path, body)).0;
+    assert_eq!(request("/v1/completions?secret=1"), 200);
+    assert_eq!(request("/v1/nothing"), 404);
+    let line = server.log_line("\"message\":\"request\"");
+    for part in [
+        r#""method":"POST","path":"/v1/completions","status":200,"outcome":"length""#,
+        r#""completion_tokens":4"#,
+        r#""total_ms":"#,
+        r#""request_id":""#,
+    ] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+    assert!(!line.contains("secret"), "{line}");
+    let line = server.log_line("\"message\":\"request\"");
+    assert!(line.contains(r#""path":"/v1/nothing","status":404"#), "{line}");
+    // Not read to its end: the client leaves.
+    drop(server.stream(LONG_ANSWER));
+    let line = server.log_line("\"message\":\"request\"");
+    assert!(line.contains(r#""outcome":"client_abort""#), "{line}");
+}
+
 /// Tokens of an answer that outlives any test that cuts it short.
 const LONG_ANSWER: u32 = 400;

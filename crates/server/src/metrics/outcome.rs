@@ -1,7 +1,5 @@
 //! Every request on a generation endpoint ends in exactly one counted outcome, whatever becomes of it.
 
-use std::time::Instant;
-
 use axum::response::{IntoResponse, Response};
 use lapidary_engine::EngineError;
 
@@ -48,7 +46,7 @@ impl Outcome {
     ];
 
     /// Label value.
-    pub(super) fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
@@ -95,19 +93,17 @@ pub(crate) struct RequestOutcome {
     state: AppState,
     endpoint: Endpoint,
     request_id: RequestId,
-    arrival: Instant,
     is_recorded: bool,
 }
 
 impl RequestOutcome {
     /// Counts the request as received.
-    pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId, arrival: Instant) -> Self {
+    pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId) -> Self {
         state.metrics.request_received(endpoint);
         Self {
             state: state.clone(),
             endpoint,
             request_id,
-            arrival,
             is_recorded: false,
         }
     }
@@ -118,16 +114,7 @@ impl RequestOutcome {
             return;
         }
         self.state.metrics.request_ended(self.endpoint, outcome);
-        tracing::info!(
-            request_id = self.request_id.as_str(),
-            endpoint = self.endpoint.as_str(),
-            outcome = outcome.as_str(),
-            prompt_tokens = usage.prompt_tokens,
-            cached_tokens = usage.cached_tokens,
-            completion_tokens = usage.completion_tokens,
-            total_ms = u64::try_from(self.arrival.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "request finished"
-        );
+        self.request_id.record().end(outcome, usage);
     }
 
     /// The request is refused before the engine had it.

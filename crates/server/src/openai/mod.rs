@@ -115,7 +115,7 @@ async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Respo
         .cloned()
         .unwrap_or_else(RequestId::random);
     // Before anything can fail or be cancelled: from here on the request is counted, whatever happens.
-    let outcome = RequestOutcome::new(&state, endpoint, request_id.clone(), arrival);
+    let outcome = RequestOutcome::new(&state, endpoint, request_id.clone());
     match start(endpoint, &state, request, &request_id, arrival).await {
         Err(error) => outcome.refuse(error),
         Ok(started) => match started.params.stream {
@@ -148,7 +148,8 @@ async fn start(
     };
     check_lengths(endpoint, &prompts.tokens, model, &params)?;
     let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
-    let generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
+    let mut generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
+    generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
     Ok(Started {
         generation,
