@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::units::{ByteSize, Span};
+use crate::config::Token;
+use crate::units::{ByteSize, NameList, Span};
 
 /// Serves Gemma-2 models behind the OpenAI HTTP API.
 #[derive(Debug, Parser)]
@@ -199,6 +200,55 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub write_timeout: Option<Span>,
 
+    /// Key that clients must send as `Authorization: Bearer KEY`; can be given several times [default: no key is
+    /// needed; env also: VLLM_API_KEY].
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<Vec<Token>>,
+
+    /// File with more keys, one a line; read again when it changes and on SIGHUP.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Answer /metrics without a key, as /live, /ready and /health are [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub unauthenticated_metrics: Option<bool>,
+
+    /// Requests of one key at the same time; more are answered 429 [default: no limit].
+    #[arg(long, value_name = "N")]
+    pub max_concurrency_per_key: Option<u32>,
+
+    /// Prompt and generated tokens of one key; beyond it requests are answered 429 [default: no limit].
+    #[arg(long, value_name = "TOKENS")]
+    pub tokens_per_minute_per_key: Option<u64>,
+
+    /// Web pages that may call: `*`, or origins as a JSON list or separated by commas [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_origins: Option<NameList>,
+
+    /// Methods that web pages may use [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_methods: Option<NameList>,
+
+    /// Headers that web pages may send [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_headers: Option<NameList>,
+
+    /// Let web pages send cookies along [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub allow_credentials: Option<bool>,
+
+    /// Prefix of paths that a proxy may leave on, `/gem` for one [default: none].
+    #[arg(long, value_name = "PATH")]
+    pub root_path: Option<String>,
+
+    /// Certificate chain (PEM) to serve HTTPS with; read again when it changes and on SIGHUP [default: plain HTTP].
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// Private key (PEM) of the certificate [default: plain HTTP].
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
+
     /// `text` for people, `json` for machines [default: text].
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -299,6 +349,18 @@ impl Settings {
             max_connections: Some(4096),
             header_read_timeout: seconds(75),
             write_timeout: seconds(60),
+            api_key: None,
+            api_key_file: None,
+            unauthenticated_metrics: Some(false),
+            max_concurrency_per_key: None,
+            tokens_per_minute_per_key: None,
+            allowed_origins: None,
+            allowed_methods: None,
+            allowed_headers: None,
+            allow_credentials: Some(false),
+            root_path: None,
+            ssl_certfile: None,
+            ssl_keyfile: None,
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
         }

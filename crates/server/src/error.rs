@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Bytes of a client's own words that an error message repeats.
 const MAX_ECHO_BYTES: usize = 200;
 
-/// Bounds of `Retry-After` for a full queue: below, a client would come back before anything changed; above, openai
+/// Bounds of `Retry-After` for what time mends: below, a client would come back before anything changed; above, openai
 /// clients ignore it.
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
@@ -69,6 +69,24 @@ pub(crate) enum ApiError {
     /// The answer was not complete at the deadline.
     #[error("The request was not finished before its deadline.")]
     DeadlineExceeded,
+    /// No API key, or none of ours.
+    #[error("{}", if *.has_key {
+        "Incorrect API key provided."
+    } else {
+        "You didn't provide an API key. Send it in the Authorization header: `Authorization: Bearer YOUR_KEY`."
+    })]
+    Unauthorized {
+        /// There was a key.
+        has_key: bool,
+    },
+    /// The API key has used what it may for now.
+    #[error("{message}")]
+    RateLimited {
+        /// Which limit, with the numbers.
+        message: String,
+        /// When the key should have room again.
+        retry_after: Duration,
+    },
     /// The queue has no room.
     #[error("{message}")]
     QueueFull {
@@ -155,10 +173,7 @@ impl ApiError {
             }
             SubmitError::QueueFull { .. } => Self::QueueFull {
                 message: format!("The server is overloaded: {error}."),
-                retry_after: stats
-                    .queue_drain_time()
-                    .unwrap_or(RETRY_AFTER_MIN)
-                    .clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX),
+                retry_after: clamp_retry_after(stats.queue_drain_time().unwrap_or_default()),
             },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,
@@ -196,7 +211,8 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
-            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
+            Self::RateLimited { .. } | Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::TooManyConnections | Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -224,6 +240,8 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
             Self::BodyTooLarge { .. } => Some("request_too_large"),
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => Some("request_timeout"),
+            Self::Unauthorized { .. } => Some("invalid_api_key"),
+            Self::RateLimited { .. } => Some("rate_limit_exceeded"),
             Self::QueueFull { .. } => Some("queue_full"),
             Self::TooManyConnections => Some("too_many_connections"),
             Self::ModelLoading { .. } => Some("model_loading"),
@@ -244,7 +262,7 @@ impl ApiError {
     /// How long a client should wait before it tries again.
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after, .. } => Some(*retry_after),
+            Self::RateLimited { retry_after, .. } | Self::QueueFull { retry_after, .. } => Some(*retry_after),
             Self::TooManyConnections => Some(RETRY_AFTER_MIN),
             Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
             // Another replica, or this one after its restart.
@@ -289,11 +307,20 @@ impl IntoResponse for ApiError {
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        if let Self::Unauthorized { .. } = self {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if matches!(self, Self::Internal { is_deterministic: true } | Self::DeadlineExceeded) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }
+}
+
+/// A wait that clients can be told.
+#[must_use]
+pub(crate) fn clamp_retry_after(wait: Duration) -> Duration {
+    wait.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
 }
 
 /// The start of `text`, as much as a message can bear.

@@ -1,8 +1,10 @@
-//! What becomes known of a request while it is served: for its line in the log.
+//! What becomes known of a request while it is served: for its line in the log and the limits of
+//! its API key.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use crate::access::KeyPermit;
 use crate::generate::Usage;
 use crate::metrics::Outcome;
 
@@ -13,6 +15,17 @@ pub(crate) struct RequestRecord {
     prompt_tokens: AtomicU32,
     cached_tokens: AtomicU32,
     completion_tokens: AtomicU32,
+    /// Of the API key it came with.
+    permit: OnceLock<KeyPermit>,
+}
+
+impl Drop for RequestRecord {
+    fn drop(&mut self) {
+        let usage = self.usage();
+        if let Some(permit) = self.permit.get_mut() {
+            permit.num_tokens = u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens);
+        }
+    }
 }
 
 impl RequestRecord {
@@ -33,6 +46,11 @@ impl RequestRecord {
         self.prompt_tokens.fetch_max(usage.prompt_tokens, Relaxed);
         self.cached_tokens.fetch_max(usage.cached_tokens, Relaxed);
         self.completion_tokens.fetch_max(usage.completion_tokens, Relaxed);
+    }
+
+    /// Gives the permit back, charged with what was used, once nobody knows the request any more.
+    pub(crate) fn hold(&self, permit: KeyPermit) {
+        let _ = self.permit.set(permit);
     }
 
     /// How it ended; `None` where only generations are told apart.

@@ -7,6 +7,7 @@ use lapidary_engine::{EngineHandle, TokenId};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
 use tokio::sync::Semaphore;
 
+use crate::access::Access;
 use crate::error::ApiError;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
@@ -26,20 +27,29 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What a client may ask for.
     pub limits: Limits,
+    /// Who may ask.
+    pub access: Access,
     /// One permit for each long text that may be parsed or tokenised at the same time: as many as there are cores.
     long_work: Arc<Semaphore>,
 }
 
 impl AppState {
-    /// A state without a model.
+    /// A state without a model that lets everybody in.
     #[must_use]
     pub fn new(limits: Limits, metrics: Metrics) -> Self {
+        Self::with_access(limits, metrics, Access::default())
+    }
+
+    /// A state without a model.
+    #[must_use]
+    pub fn with_access(limits: Limits, metrics: Metrics, access: Access) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             lifecycle: Lifecycle::default(),
             model: OnceLock::new(),
             metrics,
             limits,
+            access,
             long_work: Arc::new(Semaphore::new(cores)),
         }))
     }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test panics where something is not as it should be")]
 
+#[path = "http/access.rs"]
+mod access;
 #[path = "http/answers.rs"]
 mod answers;
 #[path = "http/disconnects.rs"]

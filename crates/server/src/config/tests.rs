@@ -114,7 +114,7 @@ fn every_setting_can_be_a_variable() {
             "device" => "cpu",
             "scheduling-policy" => "priority",
             "log-format" => "json",
-            "enable-prefix-caching" => "false",
+            "enable-prefix-caching" | "unauthenticated-metrics" | "allow-credentials" => "false",
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
@@ -218,6 +218,19 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
             "query-pre-attn-scalar: must be a positive number",
         ),
         (&["--write-timeout", "0"], "write-timeout: must be more than 0"),
+        (&["--api-key", ""], "api-key: a key is empty"),
+        (&["--api-key-file", "/no/such/file"], "api-key-file: there is no file"),
+        (
+            &["--max-concurrency-per-key", "1"],
+            "max-concurrency-per-key: has no effect without api-key",
+        ),
+        (
+            &["--allowed-origins", "chat.example"],
+            "allowed-origins: \"chat.example\"",
+        ),
+        (&["--allowed-methods", "GE T"], "allowed-methods: \"GE T\""),
+        (&["--root-path", "gem"], "root-path: must be a path"),
+        (&["--ssl-keyfile", "/etc/hostname"], "ssl-certfile: is needed"),
         (&["--log-level", "lapidary=loud"], "log-level: "),
         (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
         (&["--served-model-name", ""], "served-model-name: a name is empty"),
@@ -270,6 +283,29 @@ fn the_token_is_read_from_the_login_file_and_never_printed() {
     let hub = resolve(&[], &[("HF_TOKEN_PATH", file.path())].into()).unwrap().hub;
     assert_eq!(hub.token.as_ref().unwrap().expose(), "hf_secret");
     assert!(!format!("{hub:?}").contains("secret"));
+}
+
+#[test]
+fn browsers_are_let_in_as_vllm_is_told() {
+    let flags = [
+        "--allowed-origins",
+        r#"["https://a.example", "https://b.example"]"#,
+        "--allowed-methods",
+        "GET,POST",
+    ];
+    let settings = resolve(&flags, &Environment::default()).unwrap().settings;
+    assert_eq!(
+        settings.allowed_origins.unwrap().0,
+        ["https://a.example", "https://b.example"]
+    );
+    assert_eq!(settings.allowed_methods.unwrap().0, ["GET", "POST"]);
+}
+
+#[test]
+fn api_keys_are_never_printed() {
+    let config = resolve(&["--api-key", "sk-hush"], &[("VLLM_API_KEY", "sk-mum")].into()).unwrap();
+    let text = format!("{config:?} {:?}", config.access.open().unwrap());
+    assert!(!text.contains("sk-"), "{text}");
 }
 
 #[test]

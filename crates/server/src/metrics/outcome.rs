@@ -20,6 +20,10 @@ pub(crate) enum Outcome {
     ClientAbort,
     /// A deadline passed.
     Timeout,
+    /// Refused: no API key of ours.
+    Unauthorized,
+    /// Refused: the API key has used what it may.
+    RateLimited,
     /// Refused: no room in the queue.
     QueueFull,
     /// Refused: the client's mistake.
@@ -33,11 +37,13 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Stop,
         Self::Length,
         Self::ClientAbort,
         Self::Timeout,
+        Self::Unauthorized,
+        Self::RateLimited,
         Self::QueueFull,
         Self::Invalid,
         Self::NotReady,
@@ -52,6 +58,8 @@ impl Outcome {
             Self::Length => "length",
             Self::ClientAbort => "client_abort",
             Self::Timeout => "timeout",
+            Self::Unauthorized => "unauthorized",
+            Self::RateLimited => "rate_limited",
             Self::QueueFull => "queue_full",
             Self::Invalid => "invalid",
             Self::NotReady => "not_ready",
@@ -79,6 +87,8 @@ impl From<&ApiError> for Outcome {
             | ApiError::MethodNotAllowed { .. }
             | ApiError::BodyTooLarge { .. } => Self::Invalid,
             ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded => Self::Timeout,
+            ApiError::Unauthorized { .. } => Self::Unauthorized,
+            ApiError::RateLimited { .. } => Self::RateLimited,
             ApiError::QueueFull { .. } | ApiError::TooManyConnections => Self::QueueFull,
             ApiError::ModelLoading { .. } => Self::NotReady,
             ApiError::ShuttingDown => Self::Shutdown,

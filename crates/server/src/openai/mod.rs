@@ -16,7 +16,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
@@ -46,6 +46,16 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
+    /// The endpoint that would get such a request.
+    pub(crate) fn of(method: &Method, path: &str) -> Option<Self> {
+        match path {
+            _ if method != Method::POST => None,
+            "/v1/chat/completions" => Some(Self::Chat),
+            "/v1/completions" => Some(Self::Completions),
+            _ => None,
+        }
+    }
+
     /// Label value.
     pub(crate) fn as_str(self) -> &'static str {
         match self {

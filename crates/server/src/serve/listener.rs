@@ -17,6 +17,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::{AbortHandle, JoinHandle};
@@ -24,6 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use super::ServeError;
 use super::stall::WriteDeadline;
+use super::tls::Tls;
 use crate::access::SpareConnection;
 use crate::config::HttpConfig;
 
@@ -77,9 +79,9 @@ impl Listener {
     }
 
     /// Starts to accept.
-    pub(super) fn start(self, router: Router, http: &HttpConfig) -> Connections {
+    pub(super) fn start(self, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Connections {
         let (stop, stopped) = oneshot::channel();
-        let acceptor = Acceptor::new(self.socket, router, http);
+        let acceptor = Acceptor::new(self.socket, router, http, tls);
         let accepting = tokio::spawn(acceptor.run(stopped));
         Connections { stop, accepting }
     }
@@ -114,6 +116,7 @@ struct Acceptor {
     router: Router,
     /// The same for connections beyond the bound.
     spare_router: Router,
+    tls: Option<Arc<Tls>>,
     header_read_timeout: Duration,
     write_timeout: Duration,
     slots: Arc<Semaphore>,
@@ -124,11 +127,12 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    fn new(socket: TcpListener, router: Router, http: &HttpConfig) -> Self {
+    fn new(socket: TcpListener, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Self {
         Self {
             socket,
             spare_router: router.clone().layer(Extension(SpareConnection)),
             router,
+            tls,
             header_read_timeout: http.header_read_timeout,
             write_timeout: http.write_timeout,
             slots: Arc::new(Semaphore::new(http.max_connections as usize)),
@@ -204,26 +208,42 @@ impl Acceptor {
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_read_timeout)
             .max_buf_size(MAX_HEAD_BYTES);
-        let (write_timeout, mut stopping) = (self.write_timeout, self.stopping.subscribe());
+        let (tls, handshake_timeout) = (self.tls.clone(), self.header_read_timeout);
+        let (write_timeout, stopping) = (self.write_timeout, self.stopping.subscribe());
         async move {
             // Not `readable`: tokio takes an accepted socket to be that from the start. An error is hyper's to handle.
             let _ = timeout(FIRST_BYTE_GRACE, stream.peek(&mut [0])).await;
-            let stream = TokioIo::new(WriteDeadline::new(stream, write_timeout));
-            let mut connection = pin!(builder.serve_connection(stream, TowerToHyperService::new(router)));
-            let ended = tokio::select! {
-                // What has come is read before the connection is told to end.
-                biased;
-                ended = &mut connection => ended,
-                _ = stopping.changed() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "connection ended early");
+            let stream = WriteDeadline::new(stream, write_timeout);
+            match tls {
+                None => converse(builder, stream, router, stopping).await,
+                Some(tls) => match timeout(handshake_timeout, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => converse(builder, stream, router, stopping).await,
+                    Ok(Err(error)) => tracing::debug!(%error, "no TLS handshake"),
+                    Err(_) => tracing::debug!("no TLS handshake in time"),
+                },
             }
             drop(slot);
         }
+    }
+}
+
+/// Requests and answers, until either side has had enough.
+async fn converse<S>(builder: http1::Builder, stream: S, router: Router, mut stopping: watch::Receiver<()>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let ended = tokio::select! {
+        // What has come is read before the connection is told to end.
+        biased;
+        ended = &mut connection => ended,
+        _ = stopping.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended early");
     }
 }
 
@@ -270,6 +290,7 @@ mod tests {
             addresses: vec!["127.0.0.1:0".parse().unwrap()],
             max_connections: 1,
             header_read_timeout: DEADLINE,
+            tls: None,
             write_timeout: DEADLINE,
             shutdown_timeout: DEADLINE,
             drain_grace: Duration::ZERO,
@@ -280,7 +301,7 @@ mod tests {
     async fn accepted(router: Router, http: &HttpConfig) -> (TcpStream, Acceptor) {
         let socket = TcpListener::bind(&*http.addresses).await.unwrap();
         let client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
-        let mut acceptor = Acceptor::new(socket, router, http);
+        let mut acceptor = Acceptor::new(socket, router, http, None);
         let stream = acceptor.accept().await;
         acceptor.serve(stream);
         assert_eq!(acceptor.slots.available_permits(), 0, "the connection is open");
