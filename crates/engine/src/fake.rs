@@ -382,6 +382,7 @@ impl Request {
             priority: 0,
             cache_salt: 0,
             deadline: None,
+            queue_deadline: None,
         }
     }
 }

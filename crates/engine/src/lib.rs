@@ -48,6 +48,7 @@
 //!     priority: 0,
 //!     cache_salt: 0,
 //!     deadline: None,
+//!     queue_deadline: None,
 //! })?;
 //! let mut tokens = Vec::new();
 //! while let Some(event) = stream.blocking_recv() {

@@ -25,6 +25,8 @@ pub struct Request {
     pub cache_salt: u128,
     /// The request fails with `EngineError::DeadlineExceeded` at this time, wherever it is.
     pub deadline: Option<Instant>,
+    /// It fails with `EngineError::QueueDeadlineExceeded` if no step was launched for it until this time.
+    pub queue_deadline: Option<Instant>,
 }
 
 /// How a token is chosen from logits. Defaults leave the distribution untouched.

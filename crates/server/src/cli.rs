@@ -179,6 +179,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub request_timeout: Option<Span>,
 
+    /// Longest wait of a request in the queue, after which it is answered 429; 0 sets no limit [default: 0].
+    #[arg(long, value_name = "TIME")]
+    pub queue_timeout: Option<Span>,
+
     /// Time that requests in flight get to finish once the process drains [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub shutdown_timeout: Option<Span>,
@@ -344,6 +348,7 @@ impl Settings {
             tensor_parallel_size: Some(1),
             sse_keep_alive_interval: seconds(15),
             request_timeout: seconds(0),
+            queue_timeout: seconds(0),
             shutdown_timeout: seconds(30),
             drain_grace: seconds(2),
             max_connections: Some(4096),

@@ -308,10 +308,8 @@ impl Config {
                 max_logprobs: given(settings.max_logprobs),
                 allows_priority: given(settings.scheduling_policy) == SchedulingPolicy::Priority,
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
-                request_timeout: settings
-                    .request_timeout
-                    .map(|span| span.0)
-                    .filter(|timeout| !timeout.is_zero()),
+                request_timeout: unless_zero(settings.request_timeout),
+                queue_timeout: unless_zero(settings.queue_timeout),
                 ..Limits::default()
             },
             log: LogConfig::new(&settings)?,
@@ -333,6 +331,11 @@ impl Config {
         };
         Ok(setting_names().map(line).collect())
     }
+}
+
+/// A time of 0 is no limit.
+fn unless_zero(span: Option<Span>) -> Option<Duration> {
+    span.map(|span| span.0).filter(|time| !time.is_zero())
 }
 
 /// A setting that [`Settings::defaults`] gives a value.

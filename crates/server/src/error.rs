@@ -98,6 +98,12 @@ pub(crate) enum ApiError {
     /// As many connections are open as may be.
     #[error("The server has as many connections open as it takes.")]
     TooManyConnections,
+    /// The request was still in the queue when its patience, or the server's, ended.
+    #[error("The request waited in the queue until its deadline. The server is overloaded.")]
+    QueueTimeout {
+        /// When the queue should be shorter.
+        retry_after: Duration,
+    },
     /// The model is not loaded yet.
     #[error("The model is not loaded yet ({phase}).")]
     ModelLoading {
@@ -173,10 +179,25 @@ impl ApiError {
             }
             SubmitError::QueueFull { .. } => Self::QueueFull {
                 message: format!("The server is overloaded: {error}."),
-                retry_after: clamp_retry_after(stats.queue_drain_time().unwrap_or_default()),
+                retry_after: after_queue(stats),
             },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,
+        }
+    }
+
+    /// What it means for the client that the engine gave up on its request.
+    pub(crate) fn failed(error: &EngineError, stats: &StatsSnapshot) -> Self {
+        match error {
+            EngineError::StepFailed { .. } => Self::Internal {
+                is_deterministic: false,
+            },
+            EngineError::DeadlineExceeded => Self::DeadlineExceeded,
+            EngineError::QueueDeadlineExceeded => Self::QueueTimeout {
+                retry_after: after_queue(stats),
+            },
+            EngineError::ShutDown => Self::ShuttingDown,
+            EngineError::EngineDead => Self::EngineDead,
         }
     }
 
@@ -212,7 +233,9 @@ impl ApiError {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
             Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
-            Self::RateLimited { .. } | Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::RateLimited { .. } | Self::QueueFull { .. } | Self::QueueTimeout { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::TooManyConnections | Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -243,6 +266,7 @@ impl ApiError {
             Self::Unauthorized { .. } => Some("invalid_api_key"),
             Self::RateLimited { .. } => Some("rate_limit_exceeded"),
             Self::QueueFull { .. } => Some("queue_full"),
+            Self::QueueTimeout { .. } => Some("queue_timeout"),
             Self::TooManyConnections => Some("too_many_connections"),
             Self::ModelLoading { .. } => Some("model_loading"),
             Self::ShuttingDown => Some("shutting_down"),
@@ -262,7 +286,9 @@ impl ApiError {
     /// How long a client should wait before it tries again.
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited { retry_after, .. } | Self::QueueFull { retry_after, .. } => Some(*retry_after),
+            Self::RateLimited { retry_after, .. }
+            | Self::QueueFull { retry_after, .. }
+            | Self::QueueTimeout { retry_after } => Some(*retry_after),
             Self::TooManyConnections => Some(RETRY_AFTER_MIN),
             Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
             // Another replica, or this one after its restart.
@@ -285,19 +311,6 @@ impl ApiError {
     }
 }
 
-impl From<&EngineError> for ApiError {
-    fn from(error: &EngineError) -> Self {
-        match error {
-            EngineError::StepFailed { .. } => Self::Internal {
-                is_deterministic: false,
-            },
-            EngineError::DeadlineExceeded => Self::DeadlineExceeded,
-            EngineError::ShutDown => Self::ShuttingDown,
-            EngineError::EngineDead => Self::EngineDead,
-        }
-    }
-}
-
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), self.to_json()).into_response();
@@ -315,6 +328,11 @@ impl IntoResponse for ApiError {
         }
         response
     }
+}
+
+/// When all that waits at present should have started.
+fn after_queue(stats: &StatsSnapshot) -> Duration {
+    clamp_retry_after(stats.queue_drain_time().unwrap_or_default())
 }
 
 /// A wait that clients can be told.

@@ -15,7 +15,7 @@ use lapidary_text::{Detokenizer, StopMatcher, Tokenizer};
 
 use crate::error::ApiError;
 use crate::metrics::{FinishedSequence, SequenceEnd};
-use crate::openai::Params;
+use crate::openai::{Deadlines, Params};
 use crate::record::RequestRecord;
 use crate::state::{AppState, ServedModel};
 
@@ -121,7 +121,7 @@ impl Generation {
         model: &ServedModel,
         prompts: Vec<Arc<[TokenId]>>,
         params: &Params,
-        deadline: Option<Instant>,
+        deadlines: Deadlines,
         arrival: Instant,
     ) -> Result<Self, ApiError> {
         check_fits_queue(model, &prompts, params.n)?;
@@ -149,7 +149,8 @@ impl Generation {
                     },
                     priority: params.priority,
                     cache_salt: params.cache_salt,
-                    deadline,
+                    deadline: deadlines.answer,
+                    queue_deadline: deadlines.queue,
                 };
                 // With `echo`, nothing at all may be asked for.
                 let stream = match max_tokens {

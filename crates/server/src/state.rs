@@ -192,6 +192,8 @@ pub struct Limits {
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
     pub request_timeout: Option<Duration>,
+    /// Server-wide bound on the wait for the first step; none by default.
+    pub queue_timeout: Option<Duration>,
     /// Time for a request's body to arrive.
     pub body_timeout: Duration,
     /// A step that takes longer makes `/health` fail.
@@ -208,6 +210,7 @@ impl Default for Limits {
             max_body_bytes: 32 << 20,
             sse_keep_alive: Duration::from_secs(15),
             request_timeout: None,
+            queue_timeout: None,
             body_timeout: Duration::from_secs(60),
             // A step of a large prompt on a slow CPU takes tens of seconds.
             engine_stall: Duration::from_secs(120),

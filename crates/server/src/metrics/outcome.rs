@@ -86,7 +86,7 @@ impl From<&ApiError> for Outcome {
             | ApiError::UnknownUrl { .. }
             | ApiError::MethodNotAllowed { .. }
             | ApiError::BodyTooLarge { .. } => Self::Invalid,
-            ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded => Self::Timeout,
+            ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded | ApiError::QueueTimeout { .. } => Self::Timeout,
             ApiError::Unauthorized { .. } => Self::Unauthorized,
             ApiError::RateLimited { .. } => Self::RateLimited,
             ApiError::QueueFull { .. } | ApiError::TooManyConnections => Self::QueueFull,
@@ -141,10 +141,11 @@ impl RequestOutcome {
 
     /// The engine gave up on the request after the status was sent: the error is for the stream.
     pub(crate) fn fail_stream(mut self, error: &EngineError) -> ApiError {
-        let api_error = ApiError::from(error);
+        let stats = self.state.model.get().map(|model| model.engine.stats());
+        let api_error = ApiError::failed(error, &stats.unwrap_or_default());
         self.record(Outcome::from(&api_error), Usage::default());
         match error {
-            EngineError::DeadlineExceeded | EngineError::ShutDown => {}
+            EngineError::DeadlineExceeded | EngineError::QueueDeadlineExceeded | EngineError::ShutDown => {}
             EngineError::StepFailed { .. } | EngineError::EngineDead => tracing::error!(
                 request_id = self.request_id.as_str(),
                 error = error as &dyn std::error::Error,

@@ -4,6 +4,7 @@
 pub(crate) mod answer;
 mod chat;
 mod completions;
+mod deadlines;
 mod logprobs;
 pub(crate) mod models;
 mod params;
@@ -13,14 +14,15 @@ pub(crate) mod types;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, header};
+use axum::http::{HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
 
+pub(crate) use self::deadlines::Deadlines;
 pub(crate) use self::params::{Params, Streaming};
 
 use self::answer::{Head, WholeWriter};
@@ -31,10 +33,7 @@ use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
-use crate::state::{AppState, Limits, ServedModel};
-
-/// A client's own deadline, in seconds.
-const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
+use crate::state::{AppState, ServedModel};
 
 /// The endpoints that generate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,14 +150,14 @@ async fn start(
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
-    let deadline = deadline(&parts.headers, &state.limits, arrival)?;
+    let deadlines = Deadlines::new(&parts.headers, &body, &state.limits, arrival)?;
     let prompts = match endpoint {
         Endpoint::Chat => chat::prompts(state, model, body).await?,
         Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
     };
     check_lengths(endpoint, &prompts.tokens, model, &params)?;
     let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
-    let mut generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
+    let mut generation = Generation::submit(state, model, prompts.tokens, &params, deadlines, arrival)?;
     generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
     Ok(Started {
@@ -192,25 +191,6 @@ fn check_lengths(
         }
     }
     Ok(())
-}
-
-/// The earlier of the client's deadline and the server's.
-fn deadline(headers: &HeaderMap, limits: &Limits, arrival: Instant) -> Result<Option<Instant>, ApiError> {
-    let asked = match headers.get(X_REQUEST_TIMEOUT) {
-        None => None,
-        Some(value) => {
-            let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
-            let timeout = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-            Some(timeout.filter(|timeout| !timeout.is_zero()).ok_or_else(|| {
-                ApiError::invalid(
-                    X_REQUEST_TIMEOUT,
-                    "The header x-request-timeout must be a positive number of seconds.",
-                )
-            })?)
-        }
-    };
-    let timeout = asked.into_iter().chain(limits.request_timeout).min();
-    Ok(timeout.and_then(|timeout| arrival.checked_add(timeout)))
 }
 
 /// Waits for all of the answer and sends it as one body. Dropped with the connection, which aborts the generation.

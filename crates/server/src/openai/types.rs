@@ -40,6 +40,8 @@ pub(crate) struct GenerationBody {
     pub(crate) top_logprobs: Option<Int>,
     pub(crate) echo: Option<Flag>,
     pub(crate) priority: Option<Int>,
+    pub(crate) timeout: Option<Number>,
+    pub(crate) queue_timeout: Option<Number>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
