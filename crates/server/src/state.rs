@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lapidary_engine::{EngineHandle, TokenId};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::access::Access;
 use crate::error::ApiError;
@@ -31,6 +31,9 @@ pub struct Shared {
     pub access: Access,
     /// One permit for each long text that may be parsed or tokenised at the same time: as many as there are cores.
     long_work: Arc<Semaphore>,
+    /// One permit for each KiB of large bodies that may be in memory at the same time.
+    body_room: Arc<Semaphore>,
+    max_body_room: u32,
 }
 
 impl AppState {
@@ -43,6 +46,7 @@ impl AppState {
     /// A state without a model.
     #[must_use]
     pub fn with_access(limits: Limits, metrics: Metrics, access: Access) -> Self {
+        let max_body_room = kib(limits.max_bodies_bytes);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             lifecycle: Lifecycle::default(),
@@ -51,6 +55,8 @@ impl AppState {
             limits,
             access,
             long_work: Arc::new(Semaphore::new(cores)),
+            body_room: Arc::new(Semaphore::new(max_body_room as usize)),
+            max_body_room,
         }))
     }
 
@@ -95,6 +101,13 @@ impl AppState {
         })
     }
 
+    /// Room in memory for a body of so many bytes, once there is.
+    pub(crate) async fn body_room(&self, num_bytes: usize) -> OwnedSemaphorePermit {
+        let room = kib(num_bytes).min(self.max_body_room);
+        let acquired = Arc::clone(&self.body_room).acquire_many_owned(room).await;
+        acquired.expect("the semaphore is never closed")
+    }
+
     pub(crate) fn is_engine_dead(&self) -> bool {
         self.model.get().is_some_and(|model| !model.engine.is_alive())
     }
@@ -107,6 +120,10 @@ impl AppState {
             model.engine.is_alive() && !is_stuck
         })
     }
+}
+
+fn kib(num_bytes: usize) -> u32 {
+    u32::try_from(num_bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 impl std::ops::Deref for AppState {
@@ -188,6 +205,8 @@ pub struct Limits {
     pub max_stop_strings: usize,
     /// Bytes of a request body.
     pub max_body_bytes: usize,
+    /// Bytes of all large request bodies that are read and parsed at the same time; further ones wait.
+    pub max_bodies_bytes: usize,
     /// Silence on a stream after which a comment line is sent; zero sends none.
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
@@ -208,6 +227,7 @@ impl Default for Limits {
             max_sequences_per_request: 128,
             max_stop_strings: 16,
             max_body_bytes: 32 << 20,
+            max_bodies_bytes: 256 << 20,
             sse_keep_alive: Duration::from_secs(15),
             request_timeout: None,
             queue_timeout: None,

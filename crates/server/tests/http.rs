@@ -6,6 +6,8 @@
 mod access;
 #[path = "http/answers.rs"]
 mod answers;
+#[path = "http/bodies.rs"]
+mod bodies;
 #[path = "http/disconnects.rs"]
 mod disconnects;
 #[path = "http/engine_trouble.rs"]
