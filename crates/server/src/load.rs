@@ -366,7 +366,7 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 mod tests {
     use lapidary_model::EmbeddedFiles;
 
-    use crate::cli::ServeArgs;
+    use crate::cli::{ServeArgs, Settings};
     use crate::config::Environment;
 
     use super::*;
@@ -465,15 +465,18 @@ mod tests {
     #[test]
     fn the_limit_that_was_not_set_gives_way_to_the_one_that_was() {
         let limits = |max_num_seqs, max_num_batched_tokens| {
-            let flags = [
-                ("--max-num-seqs", max_num_seqs),
-                ("--max-num-batched-tokens", max_num_batched_tokens),
-            ];
-            let typed = flags
-                .iter()
-                .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
-            let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
-            let config = Config::resolve(&args, &Environment::from([])).unwrap();
+            let args = ServeArgs {
+                model_positional: None,
+                config: None,
+                print_config: false,
+                no_enable_prefix_caching: false,
+                settings: Settings {
+                    max_num_seqs,
+                    max_num_batched_tokens,
+                    ..Settings::default()
+                },
+            };
+            let config = Config::resolve(&args, &Environment::default()).unwrap();
             config.scheduling.batch_limits((64, 512))
         };
         assert_eq!(limits(None, None), (64, 512));

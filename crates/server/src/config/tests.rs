@@ -114,7 +114,7 @@ fn every_setting_can_be_a_variable() {
             "device" => "cpu",
             "scheduling-policy" => "priority",
             "log-format" => "json",
-            "enable-prefix-caching" | "unauthenticated-metrics" | "allow-credentials" => "false",
+            "enable-prefix-caching" | "enforce-eager" | "unauthenticated-metrics" | "allow-credentials" => "false",
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
@@ -205,7 +205,7 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
         ),
         (&["--max-num-seqs", "0"], "max-num-seqs: must be at least 1"),
         (
-            &["--max-num-batched-tokens", "8"],
+            &["--max-num-batched-tokens", "8", "--max-num-seqs", "9"],
             "max-num-batched-tokens: must be at least max-num-seqs",
         ),
         (&["--block-size", "24"], "block-size: must be a power of two"),
