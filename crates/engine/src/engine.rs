@@ -341,6 +341,7 @@ impl Callers {
         let SequenceOutput {
             id,
             sampled,
+            is_prompt,
             finish,
             num_cached_tokens,
         } = output;
@@ -348,6 +349,7 @@ impl Callers {
         let queue_time = caller.queue_time.unwrap_or_default();
         let event = TokenEvent {
             sampled,
+            is_prompt,
             finish,
             num_cached_tokens,
             queue_time,

@@ -526,6 +526,7 @@ fn warm_up_batch(num_seqs: usize, plan: &MemoryPlan) -> Batch {
             .map(|row| SampleRow {
                 row,
                 position: 1,
+                given: None,
                 params: Arc::clone(&params),
                 banned: None,
                 history: None,
@@ -544,6 +545,7 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
     let sample = |row| SampleRow {
         row,
         position: start + row + 1,
+        given: None,
         params: Arc::clone(&params),
         banned: None,
         history: None,

@@ -145,6 +145,7 @@ impl Generation {
                         min_tokens: params.min_tokens.min(max_tokens),
                         stop_token_ids: Arc::clone(&params.stop_token_ids),
                     },
+                    prompt_logprobs: None,
                     priority: params.priority,
                     cache_salt: params.cache_salt,
                     deadline,

@@ -72,6 +72,7 @@ fn row(params: SamplingParams) -> SampleRow {
     SampleRow {
         row: 0,
         position: 1,
+        given: None,
         params: Arc::new(params),
         banned: None,
         history: None,
