@@ -444,9 +444,9 @@ fn choose(reached: u64, seed: u64, position: u32, vocab_size: u32, banned: &[Tok
         .unwrap_or(first)
 }
 
-/// In `-8..=-1`, exact in f32.
+/// In `-8..=-1`; seven digits write it exactly.
 fn score(reached: u64, token: TokenId) -> f32 {
-    -1.0 - (mix(reached, u64::from(token)) % 1793) as f32 / 256.0
+    -1.0 - (mix(reached, u64::from(token)) % 449) as f32 / 64.0
 }
 
 fn logprobs(row: &SampleRow, sample: &FakeSample) -> Option<Box<TokenLogprobs>> {

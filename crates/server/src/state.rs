@@ -170,6 +170,8 @@ impl Default for SamplingDefaults {
 pub struct Limits {
     /// Alternatives a `logprobs` request may name (`--max-logprobs`).
     pub max_logprobs: u32,
+    /// Log-probabilities of prompt tokens and their alternatives in one request; an answer takes some 50 bytes for each.
+    pub max_scored_logprobs: u64,
     /// Sequences of one request: `n` times the number of prompts.
     pub max_sequences_per_request: u32,
     /// Stop strings of one request.
@@ -190,6 +192,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_logprobs: 20,
+            // 128 contexts of 8192 tokens with one alternative each, twice.
+            max_scored_logprobs: 1 << 22,
             max_sequences_per_request: 128,
             max_stop_strings: 16,
             max_body_bytes: 32 << 20,

@@ -362,7 +362,6 @@ async fn parameters_that_are_not_supported() {
         no("prediction", json!({ "type": "content" })),
         no("use_beam_search", json!(true)),
         no("best_of", json!(3)),
-        no("prompt_logprobs", json!(0)),
         no("structured_outputs", json!({ "regex": "a" })),
         no("guided_json", json!({ "type": "object" })),
         no("guided_regex", json!("a+")),
@@ -385,15 +384,12 @@ async fn parameters_that_are_not_supported() {
     ];
     let num_faults = faults.len() as u64;
     check(&server, CHAT, faults).await;
-    let mut scoring = completion("echo", json!(true));
-    scoring["logprobs"] = json!(1);
     let faults = vec![
         fault(&completion("suffix", json!("x")), "suffix", "unsupported_parameter"),
         fault(&completion("best_of", json!(2)), "best_of", "unsupported_parameter"),
-        fault(&scoring, "logprobs", "unsupported_parameter"),
     ];
     check(&server, COMPLETIONS, faults).await;
-    assert_healthy(&server, num_faults + 3).await;
+    assert_healthy(&server, num_faults + 2).await;
 }
 
 #[tokio::test]
@@ -430,6 +426,46 @@ async fn prompts_that_are_none() {
     let num_faults = faults.len() as u64;
     check(&server, COMPLETIONS, faults).await;
     assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
+async fn scores_that_cannot_be() {
+    let server = Setup::default().start();
+    let scored = |count: i64| completion("prompt_logprobs", json!(count));
+    let mut streamed = scored(1);
+    streamed["stream"] = json!(true);
+    let faults = vec![
+        fault(&scored(21), "prompt_logprobs", "integer_above_max_value"),
+        fault(&scored(-1), "prompt_logprobs", "integer_above_max_value"),
+        fault(&scored(-2), "prompt_logprobs", "invalid_value"),
+        fault(&streamed, "prompt_logprobs", "invalid_value"),
+        fault(
+            &completion("prompt_logprobs", json!("all")),
+            "prompt_logprobs",
+            "invalid_type",
+        ),
+    ];
+    let num_faults = faults.len() as u64;
+    check(&server, COMPLETIONS, faults).await;
+    assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
+async fn more_scores_than_an_answer_holds() {
+    let mut setup = Setup::default();
+    setup.limits.max_scored_logprobs = 100;
+    let server = setup.start();
+    let scored = |num_tokens: usize, logprobs: u32, n: u32| json!({ "prompt": vec![5; num_tokens], "echo": true, "max_tokens": 0, "logprobs": logprobs, "n": n });
+    for (body, status) in [
+        (scored(50, 1, 1), 200),
+        (scored(51, 1, 1), 400),
+        (scored(10, 9, 1), 200),
+        (scored(10, 4, 3), 400),
+    ] {
+        let answer = server.post(COMPLETIONS, &body).await;
+        assert_eq!(answer.status, status, "{body}: {}", answer.body);
+    }
+    assert_healthy(&server, 2).await;
 }
 
 #[tokio::test]

@@ -14,6 +14,8 @@ mod logprobs;
 mod probes;
 #[path = "http/protocol.rs"]
 mod protocol;
+#[path = "http/scoring.rs"]
+mod scoring;
 #[path = "http/streams.rs"]
 mod streams;
 mod support;

@@ -5,10 +5,10 @@ use std::fmt::Write;
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 
-use lapidary_text::Tokenizer;
+use lapidary_engine::TokenId;
 
 use super::Endpoint;
-use super::logprobs::LogprobsJson;
+use super::logprobs::{LogprobsJson, ScoredPrompt, TokenNames};
 use super::params::{Params, Streaming};
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
@@ -31,10 +31,18 @@ pub(crate) struct Head {
     pub(crate) stop_strings: Arc<[String]>,
     /// Whether `logprobs` has values.
     pub(crate) has_logprobs: bool,
+    /// Alternatives of each prompt token at the beginning of `logprobs`, if they begin with those.
+    pub(crate) echoed_logprobs: Option<u32>,
+    /// Alternatives of each prompt token in `prompt_logprobs`, if there is such a field.
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Whether token ids are shown.
+    pub(crate) has_token_ids: bool,
+    /// Whether special tokens are left out of texts.
+    pub(crate) skip_special_tokens: bool,
     /// For each prompt, the text before the answer; empty without `echo`.
     pub(crate) echoes: Vec<String>,
     /// Names tokens in `logprobs`.
-    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) names: TokenNames,
 }
 
 impl Head {
@@ -54,8 +62,15 @@ impl Head {
             system_fingerprint: model.system_fingerprint.clone(),
             stop_strings: Arc::clone(&params.stop_strings),
             has_logprobs: params.sampling.logprobs.is_some(),
+            echoed_logprobs: params.echoed_logprobs(),
+            prompt_logprobs: params.prompt_logprobs,
+            has_token_ids: params.returns_token_ids,
+            skip_special_tokens: params.skip_special_tokens,
             echoes,
-            tokenizer: Arc::clone(&model.tokenizer),
+            names: TokenNames {
+                tokenizer: Arc::clone(&model.tokenizer),
+                by_id: params.names_tokens_by_id,
+            },
         }
     }
 
@@ -81,9 +96,40 @@ impl Head {
         let mut logprobs = LogprobsJson::new(self.endpoint);
         let shift = echo.chars().count();
         for entry in entries {
-            logprobs.push(entry, &self.tokenizer, shift);
+            logprobs.push(entry, &self.names, shift);
         }
         logprobs
+    }
+
+    /// Adds what `logprobs` says of an echoed prompt.
+    fn push_echo(&self, logprobs: &mut LogprobsJson, generation: &Generation, index: usize) {
+        let Some(num_alternatives) = self.echoed_logprobs else {
+            return;
+        };
+        let prompt = ScoredPrompt {
+            tokens: generation.prompt_of(index),
+            scores: &generation.choice(index).prompt_scores,
+            num_alternatives,
+        };
+        logprobs.push_prompt(prompt, &self.names, self.skip_special_tokens);
+    }
+
+    /// `,"prompt_logprobs":…,"prompt_token_ids":…`, as far as they were asked for.
+    fn write_prompt(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let tokens = generation.prompt_of(index);
+        if let Some(num_alternatives) = self.prompt_logprobs {
+            let prompt = ScoredPrompt {
+                tokens,
+                scores: &generation.choice(index).prompt_scores,
+                num_alternatives,
+            };
+            json::push(out, ",\"prompt_logprobs\":");
+            prompt.write(out, &self.names.tokenizer);
+        }
+        if self.has_token_ids {
+            json::push(out, ",\"prompt_token_ids\":");
+            write_ids(out, tokens);
+        }
     }
 
     /// `"finish_reason":…,"stop_reason":…`
@@ -96,6 +142,15 @@ impl Head {
             Finish::StopString(index) => json::push_string(out, &self.stop_strings[index]),
         }
     }
+}
+
+fn write_ids(out: &mut BytesMut, tokens: &[TokenId]) {
+    json::push(out, "[");
+    for (index, token) in tokens.iter().enumerate() {
+        json::push(out, if index == 0 { "" } else { "," });
+        json::push_int(out, u64::from(*token));
+    }
+    json::push(out, "]");
 }
 
 fn write_usage(out: &mut BytesMut, usage: Usage) {
@@ -149,20 +204,18 @@ impl ChunkWriter {
         if !std::mem::replace(&mut self.has_begun[index], true) {
             self.write_opening(out, generation, index);
         }
-        if !delta.text.is_empty() || !delta.logprobs.is_empty() {
+        if !delta.text.is_empty() || !delta.logprobs.is_empty() || (self.head.has_token_ids && delta.token.is_some()) {
             self.begin(out, index);
             self.write_text(out, &delta.text);
-            match self.head.has_logprobs {
-                false => json::push(out, "\"logprobs\":null,"),
-                true => {
-                    json::push(out, "\"logprobs\":");
-                    self.head
-                        .logprobs_of(&delta.logprobs, self.head.echo_of(choice))
-                        .write(out);
-                    json::push(out, ",");
-                }
+            let echo = self.head.echo_of(choice);
+            let logprobs = || self.head.logprobs_of(&delta.logprobs, echo);
+            self.write_logprobs(out, self.head.has_logprobs.then(logprobs));
+            json::push(out, "\"finish_reason\":null");
+            if self.head.has_token_ids {
+                json::push(out, ",\"token_ids\":");
+                write_ids(out, delta.token.as_slice());
             }
-            json::push(out, "\"finish_reason\":null}]");
+            json::push(out, "}]");
             self.end(out, generation);
         }
         if let Some(finish) = delta.finish {
@@ -201,19 +254,45 @@ impl ChunkWriter {
     /// What comes before a choice's first text: the role, or the echoed prompt.
     fn write_opening(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
         let echo = self.head.echo_of(generation.choice(index));
+        let mut logprobs = None;
         match self.head.endpoint {
             Endpoint::Chat => {
                 self.begin(out, index);
                 json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},");
             }
-            Endpoint::Completions if echo.is_empty() => return,
             Endpoint::Completions => {
+                if echo.is_empty() && self.head.echoed_logprobs.is_none() && !self.head.has_token_ids {
+                    return;
+                }
                 self.begin(out, index);
                 self.write_text(out, echo);
+                if self.head.echoed_logprobs.is_some() {
+                    let prompt = logprobs.insert(LogprobsJson::new(self.head.endpoint));
+                    self.head.push_echo(prompt, generation, index);
+                }
             }
         }
-        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.write_logprobs(out, logprobs);
+        json::push(out, "\"finish_reason\":null");
+        // Of a completion in the choice, of a chat beside it.
+        if self.head.endpoint == Endpoint::Completions {
+            self.head.write_prompt(out, generation, index);
+        }
+        json::push(out, "}]");
+        if self.head.endpoint == Endpoint::Chat {
+            self.head.write_prompt(out, generation, index);
+        }
         self.end(out, generation);
+    }
+
+    /// `"logprobs":…,`
+    fn write_logprobs(&self, out: &mut BytesMut, logprobs: Option<LogprobsJson>) {
+        json::push(out, "\"logprobs\":");
+        match logprobs {
+            None => json::push(out, "null"),
+            Some(logprobs) => logprobs.write(out),
+        }
+        json::push(out, ",");
     }
 
     fn begin(&self, out: &mut BytesMut, index: usize) {
@@ -258,6 +337,8 @@ pub(crate) struct WholeWriter {
 struct WholeChoice {
     text: String,
     logprobs: LogprobsJson,
+    token_ids: Vec<TokenId>,
+    has_begun: bool,
     finish: Option<Finish>,
 }
 
@@ -266,6 +347,8 @@ impl WholeWriter {
         let choice = |index| WholeChoice {
             text: head.echo_of(generation.choice(index)).to_owned(),
             logprobs: LogprobsJson::new(head.endpoint),
+            token_ids: Vec::new(),
+            has_begun: false,
             finish: None,
         };
         let choices = (0..generation.num_choices()).map(choice).collect();
@@ -276,18 +359,24 @@ impl WholeWriter {
     pub(crate) fn add_delta(&mut self, generation: &Generation, index: usize) {
         let choice = generation.choice(index);
         let whole = &mut self.choices[index];
+        if !std::mem::replace(&mut whole.has_begun, true) {
+            self.head.push_echo(&mut whole.logprobs, generation, index);
+        }
         whole.text.push_str(&choice.delta.text);
+        if self.head.has_token_ids {
+            whole.token_ids.extend(choice.delta.token);
+        }
         if !choice.delta.logprobs.is_empty() {
             let shift = self.head.echo_of(choice).chars().count();
             for entry in &choice.delta.logprobs {
-                whole.logprobs.push(entry, &self.head.tokenizer, shift);
+                whole.logprobs.push(entry, &self.head.names, shift);
             }
         }
         whole.finish = choice.delta.finish;
     }
 
     /// The body.
-    pub(crate) fn finish(self, usage: Usage) -> Bytes {
+    pub(crate) fn finish(self, generation: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
         self.head.write_start(&mut out, self.head.endpoint.object());
         json::push(&mut out, ",\"choices\":[");
@@ -295,16 +384,22 @@ impl WholeWriter {
             json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
             json::push_int(&mut out, index as u64);
             self.write_choice(&mut out, choice);
+            if self.head.endpoint == Endpoint::Completions {
+                self.head.write_prompt(&mut out, generation, index);
+            }
+            json::push(&mut out, "}");
         }
         json::push(&mut out, "],\"usage\":");
         write_usage(&mut out, usage);
         if self.head.endpoint == Endpoint::Chat {
             json::push(&mut out, ",\"service_tier\":null");
+            self.head.write_prompt(&mut out, generation, 0);
         }
         json::push(&mut out, "}");
         out.freeze()
     }
 
+    /// All of a choice that was generated, without the closing brace.
     fn write_choice(&self, out: &mut BytesMut, choice: &WholeChoice) {
         match self.head.endpoint {
             Endpoint::Chat => {
@@ -332,6 +427,9 @@ impl WholeWriter {
                 .finish
                 .expect("a generation ends when all its choices are finished"),
         );
-        json::push(out, "}");
+        if self.head.has_token_ids {
+            json::push(out, ",\"token_ids\":");
+            write_ids(out, &choice.token_ids);
+        }
     }
 }

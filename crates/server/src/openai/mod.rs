@@ -223,7 +223,7 @@ async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
         Ok(()) => {
             let usage = generation.usage();
             outcome.record(Outcome::of(&generation), usage);
-            json_response(writer.finish(usage))
+            json_response(writer.finish(&generation, usage))
         }
         Err(error) => outcome.fail(&error),
     }

@@ -54,6 +54,12 @@ pub(crate) struct Params {
     pub(crate) skip_special_tokens: bool,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
+    /// Alternatives to name for each prompt token, in a field of their own.
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Token ids are part of the answer.
+    pub(crate) returns_token_ids: bool,
+    /// Log-probabilities name tokens by id.
+    pub(crate) names_tokens_by_id: bool,
     /// Lower first.
     pub(crate) priority: i32,
     /// Separates prefix caches.
@@ -79,7 +85,7 @@ impl Params {
         model: &ServedModel,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
-        refuse_unsupported(endpoint, body)?;
+        refuse_unsupported(body)?;
         check_tools(body)?;
         let n = integer("n", body.n, 1..=i64::from(u32::MAX), "n must be at least 1")?.unwrap_or(1);
         if i64::from(limits.max_sequences_per_request) < n {
@@ -110,10 +116,23 @@ impl Params {
             include_stop,
             skip_special_tokens: body.skip_special_tokens.is_none_or(|Flag(skip)| skip),
             echo: endpoint == Endpoint::Completions && is_set(body.echo),
+            prompt_logprobs: prompt_logprobs(body, limits)?,
+            returns_token_ids: is_set(body.return_token_ids),
+            names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
             priority: priority(body.priority)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             stream: streaming(body)?,
         })
+    }
+
+    /// Alternatives of each token of an echoed prompt, if they are part of its log-probabilities.
+    pub(crate) fn echoed_logprobs(&self) -> Option<u32> {
+        self.sampling.logprobs.filter(|_| self.echo)
+    }
+
+    /// Alternatives the engine finds for each prompt token, if anybody wants to know the prompt's log-probabilities.
+    pub(crate) fn scores(&self) -> Option<u32> {
+        self.prompt_logprobs.max(self.echoed_logprobs())
     }
 
     /// The seed of one answer.
@@ -307,6 +326,34 @@ fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Resul
     }
 }
 
+fn prompt_logprobs(body: &GenerationBody, limits: &Limits) -> Result<Option<u32>, ApiError> {
+    let Some(Int(count)) = body.prompt_logprobs else {
+        return Ok(None);
+    };
+    if is_set(body.stream) {
+        let message = "`prompt_logprobs` are not available when `stream=True`.";
+        return match count {
+            // There is no place for them, and nobody misses none.
+            0 => Ok(None),
+            _ => Err(ApiError::invalid("prompt_logprobs", message)),
+        };
+    }
+    match u32::try_from(count) {
+        Ok(count) if count <= limits.max_logprobs => Ok(Some(count)),
+        Err(_) if count < -1 => Err(ApiError::invalid(
+            "prompt_logprobs",
+            "`prompt_logprobs` must be a positive value or -1.",
+        )),
+        _ => Err(above(
+            "prompt_logprobs",
+            format!(
+                "Requested prompt logprobs of {count}, which is greater than max allowed: {}.",
+                limits.max_logprobs
+            ),
+        )),
+    }
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "clamped first; logits are f32")]
 fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, ApiError> {
     let Some(LogitBias(entries)) = bias else {
@@ -352,8 +399,9 @@ fn token_limits(endpoint: Endpoint, body: &GenerationBody) -> Result<(Option<u32
         Some(_) => ("max_completion_tokens", body.max_completion_tokens),
         None => ("max_tokens", body.max_tokens),
     };
-    let echo_only = endpoint == Endpoint::Completions && is_set(body.echo);
-    let range = i64::from(!echo_only)..=i64::MAX;
+    // The prompt alone may be what is asked for.
+    let may_be_none = endpoint == Endpoint::Completions && is_set(body.echo) || body.prompt_logprobs.is_some();
+    let range = i64::from(!may_be_none)..=i64::MAX;
     let max_tokens = integer(param, given, range, "max_tokens must be at least 1")?;
     // More than a u32 is more than any context: the length check refuses it with the numbers.
     let max_tokens = max_tokens.map(|max_tokens| u32::try_from(max_tokens).unwrap_or(u32::MAX));
@@ -471,13 +519,12 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
     }
 }
 
-fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 16] = [
+fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
+    let used: [(&'static str, Extension); 15] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
         ("use_beam_search", body.use_beam_search),
-        ("prompt_logprobs", body.prompt_logprobs),
         ("structured_outputs", body.structured_outputs),
         ("guided_json", body.guided_json),
         ("guided_regex", body.guided_regex),
@@ -498,10 +545,6 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
             "modalities",
             "Only the modality 'text' is supported.",
         ));
-    }
-    if endpoint == Endpoint::Completions && is_set(body.echo) && matches!(body.logprobs, Some(Logprobs::Count(_))) {
-        let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
-        return Err(ApiError::unsupported("logprobs", message));
     }
     match body
         .response_format
