@@ -67,6 +67,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(openai::models::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/version", get(probes::version))
         .route("/live", get(probes::live))
         .route("/ready", get(probes::ready))

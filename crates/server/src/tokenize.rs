@@ -1,4 +1,4 @@
-//! `/tokenize` and `/detokenize`, as vLLM has them.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them.
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -96,4 +96,31 @@ pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) 
         prompt: model.tokenizer.decode(&ids, false),
     })
     .into_response())
+}
+
+/// What a client needs to use the tokenizer from afar, by the names of `tokenizer_config.json`.
+#[derive(Serialize)]
+struct TokenizerInfo<'a> {
+    bos_token: Option<&'a str>,
+    eos_token: Option<&'a str>,
+    pad_token: Option<&'a str>,
+    add_bos_token: bool,
+    model_max_length: u32,
+    chat_template: Option<&'a str>,
+}
+
+/// `GET /tokenizer_info`: lm-eval needs no tokenizer of its own where it finds this.
+pub(crate) async fn tokenizer_info(State(state): State<AppState>) -> Result<Response, ApiError> {
+    let model = state.served_model(None)?;
+    let tokenizer = &*model.tokenizer;
+    let text = |id: Option<TokenId>| id.and_then(|id| tokenizer.token_str(id));
+    let info = TokenizerInfo {
+        bos_token: text(tokenizer.bos_id()),
+        eos_token: text(tokenizer.eos_id()),
+        pad_token: text(tokenizer.pad_id()),
+        add_bos_token: tokenizer.adds_bos(),
+        model_max_length: model.max_model_len,
+        chat_template: model.chat_template.as_ref().map(|template| template.source()),
+    };
+    Ok(Json(info).into_response())
 }
