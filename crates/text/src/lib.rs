@@ -51,7 +51,7 @@ mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
 
-pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
+pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
 pub use detokenizer::Detokenizer;
 pub use rendered::Rendered;
