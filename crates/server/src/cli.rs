@@ -125,6 +125,23 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     pub max_logprobs: Option<u32>,
 
+    /// Take chat templates that come with requests: programs of clients, which decide what the model takes for a turn
+    /// [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub trust_request_chat_template: Option<bool>,
+
+    /// Show how many prompt tokens came from the cache in `usage.prompt_tokens_details` [default: true].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_prompt_tokens_details: Option<bool>,
+
+    /// End every stream with usage, asked for or not [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_force_include_usage: Option<bool>,
+
+    /// Put the times of each request into its answer, as `metrics` [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_per_request_metrics: Option<bool>,
+
     /// Sampling defaults: `auto` takes the checkpoint's generation_config.json, `vllm` none [default: auto].
     #[arg(long, value_name = "WHICH")]
     pub generation_config: Option<GenerationConfigSource>,
@@ -261,6 +278,10 @@ impl Settings {
             gpu_memory_utilization: Some(0.9),
             enforce_eager: Some(false),
             max_logprobs: Some(20),
+            trust_request_chat_template: Some(false),
+            enable_prompt_tokens_details: Some(true),
+            enable_force_include_usage: Some(false),
+            enable_per_request_metrics: Some(false),
             generation_config: Some(GenerationConfigSource::Auto),
             chat_template: None,
             system_role: Some(SystemRoleSetting::Merge),

@@ -279,6 +279,10 @@ impl Config {
             http: HttpConfig::new(&settings)?,
             limits: Limits {
                 max_logprobs: given(settings.max_logprobs),
+                trust_request_chat_template: given(settings.trust_request_chat_template),
+                prompt_tokens_details: given(settings.enable_prompt_tokens_details),
+                force_include_usage: given(settings.enable_force_include_usage),
+                per_request_metrics: given(settings.enable_per_request_metrics),
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
                 request_timeout: settings
                     .request_timeout

@@ -57,6 +57,21 @@ pub(crate) struct Usage {
     pub(crate) cached_tokens: u32,
 }
 
+/// How long a request took; all absent while there is no token.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Timings {
+    /// From its arrival.
+    pub(crate) to_first_token: Option<Duration>,
+    /// From the first step that computed for it to its last token.
+    pub(crate) generation: Option<Duration>,
+    /// From its arrival to that step.
+    pub(crate) queue: Option<Duration>,
+    /// Between two tokens of an answer.
+    pub(crate) mean_inter_token: Option<Duration>,
+    /// Of all answers together, in the time of `generation`.
+    pub(crate) tokens_per_second: Option<f64>,
+}
+
 /// One answer.
 #[derive(Debug)]
 pub(crate) struct Choice {
@@ -151,6 +166,7 @@ impl Generation {
                     deadline,
                     ..request_of(&prompt.tokens, params, seed, max_tokens)
                 };
+                let submitted = Instant::now();
                 // With `echo`, nothing at all may be asked for.
                 let stream = match max_tokens == 0 && request.num_scores() == 0 {
                     true => None,
@@ -161,7 +177,7 @@ impl Generation {
                             .map_err(|error| ApiError::refused(&error, &model.engine.stats()))?,
                     ),
                 };
-                choices.push(Choice::new(prompt_index, stream, model, params, max_tokens));
+                choices.push(Choice::new(prompt_index, stream, model, params, max_tokens, submitted));
             }
             usages.push(prompt);
         }
@@ -231,6 +247,47 @@ impl Generation {
         }
     }
 
+    /// How long it took so far.
+    pub(crate) fn timings(&self) -> Timings {
+        let first_token = self.choices.iter().filter_map(|choice| choice.first_token).min();
+        let Some(first_token) = first_token else {
+            return Timings::default();
+        };
+        let scheduled = self
+            .choices
+            .iter()
+            .map(|choice| choice.submitted + choice.queue_time)
+            .min();
+        let scheduled = scheduled.unwrap_or(self.arrival);
+        let last_token = self
+            .choices
+            .iter()
+            .map(|choice| choice.last_token)
+            .max()
+            .unwrap_or(first_token);
+        let generation = last_token.saturating_duration_since(scheduled);
+        let later = |choice: &Choice| {
+            choice
+                .first_token
+                .map(|first| (choice.last_token - first, choice.num_tokens - 1))
+        };
+        let (spans, num_spans) = self
+            .choices
+            .iter()
+            .filter_map(later)
+            .fold((Duration::ZERO, 0), |(spans, num_spans), (span, count)| {
+                (spans + span, num_spans + count)
+            });
+        let num_tokens = f64::from(self.usage().completion_tokens);
+        Timings {
+            to_first_token: Some(first_token - self.arrival),
+            generation: Some(generation),
+            queue: Some(scheduled - self.arrival),
+            mean_inter_token: (num_spans > 0).then(|| spans / num_spans),
+            tokens_per_second: (!generation.is_zero()).then(|| num_tokens / generation.as_secs_f64()),
+        }
+    }
+
     /// Whether some answer was cut off at `max_tokens`.
     pub(crate) fn was_cut_off(&self) -> bool {
         self.choices
@@ -297,8 +354,8 @@ impl Choice {
         model: &ServedModel,
         params: &Params,
         max_tokens: u32,
+        submitted: Instant,
     ) -> Self {
-        let now = Instant::now();
         let tokenizer = &model.tokenizer;
         Self {
             prompt_index,
@@ -313,9 +370,9 @@ impl Choice {
             held: VecDeque::new(),
             num_tokens: 0,
             max_tokens,
-            submitted: now,
+            submitted,
             first_token: None,
-            last_token: now,
+            last_token: submitted,
             queue_time: Duration::ZERO,
             prompt_scores: Vec::new(),
             delta: Delta::default(),

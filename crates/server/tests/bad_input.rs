@@ -172,6 +172,8 @@ async fn fields_of_the_wrong_type() {
         wrong("tools", json!({})),
         wrong("tool_choice", json!(1)),
         wrong("response_format", json!("text")),
+        wrong("chat_template_kwargs", json!("x")),
+        wrong("truncate_prompt_tokens", json!("5")),
         wrong("priority", json!("high")),
         wrong("ignore_eos", json!("no")),
         fault(
@@ -226,6 +228,9 @@ async fn values_out_of_range() {
         bad("max_completion_tokens", json!(0), "integer_below_min_value"),
         bad("min_tokens", json!(-1), "integer_below_min_value"),
         bad("priority", json!(1_i64 << 40), "integer_above_max_value"),
+        bad("truncate_prompt_tokens", json!(0), "integer_below_min_value"),
+        bad("truncate_prompt_tokens", json!(-2), "integer_below_min_value"),
+        bad("truncate_prompt_tokens", json!(257), "integer_above_max_value"),
     ];
     let num_faults = faults.len() as u64;
     check(&server, CHAT, faults).await;
@@ -262,6 +267,11 @@ async fn values_that_make_no_sense() {
         bad("logit_bias", json!({ "-1": 1 }), "invalid_value"),
         bad("top_logprobs", json!(3), "invalid_value"),
         bad("cache_salt", json!(""), "invalid_value"),
+        fault(
+            &json!({ "messages": [{ "role": "user", "content": "a" }], "truncate_prompt_tokens": 5, "truncation_side": "up" }),
+            "truncation_side",
+            "invalid_value",
+        ),
         bad("stream_options", json!({ "include_usage": true }), "invalid_value"),
         bad("tools", json!([]), "invalid_value"),
         bad("tool_choice", json!("auto"), "invalid_value"),
@@ -368,7 +378,7 @@ async fn parameters_that_are_not_supported() {
         no("guided_choice", json!(["a"])),
         no("bad_words", json!(["x"])),
         no("allowed_token_ids", json!([1])),
-        no("truncate_prompt_tokens", json!(5)),
+        no("logprob_token_ids", json!([5])),
         no("chat_template", json!("{{ messages }}")),
         no("function_call", json!({ "name": "f" })),
         fault(

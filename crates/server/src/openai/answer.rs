@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
+use std::time::Duration;
 
 use lapidary_engine::TokenId;
 
@@ -13,6 +14,7 @@ use super::params::{Params, Streaming};
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
+use crate::state::Limits;
 
 /// What all chunks of an answer, or its one body, have in common.
 #[derive(Debug)]
@@ -35,11 +37,15 @@ pub(crate) struct Head {
     pub(crate) echoed_logprobs: Option<u32>,
     /// Alternatives of each prompt token in `prompt_logprobs`, if there is such a field.
     pub(crate) prompt_logprobs: Option<u32>,
+    /// Whether usage says how much of the prompt was cached.
+    pub(crate) has_cached_tokens: bool,
+    /// Whether the answer says how long it took.
+    pub(crate) has_timings: bool,
     /// Whether token ids are shown.
     pub(crate) has_token_ids: bool,
     /// Whether special tokens are left out of texts.
     pub(crate) skip_special_tokens: bool,
-    /// For each prompt, the text before the answer; empty without `echo`.
+    /// For each prompt, the text that comes before the answer; empty without `echo`.
     pub(crate) echoes: Vec<String>,
     /// Names tokens in `logprobs`.
     pub(crate) names: TokenNames,
@@ -52,6 +58,7 @@ impl Head {
         request_id: &str,
         model: &crate::state::ServedModel,
         params: &Params,
+        limits: &Limits,
         echoes: Vec<String>,
     ) -> Self {
         Self {
@@ -64,6 +71,8 @@ impl Head {
             has_logprobs: params.sampling.logprobs.is_some(),
             echoed_logprobs: params.echoed_logprobs(),
             prompt_logprobs: params.prompt_logprobs,
+            has_cached_tokens: limits.prompt_tokens_details,
+            has_timings: limits.per_request_metrics,
             has_token_ids: params.returns_token_ids,
             skip_special_tokens: params.skip_special_tokens,
             echoes,
@@ -132,6 +141,46 @@ impl Head {
         }
     }
 
+    fn write_usage(&self, out: &mut BytesMut, usage: Usage) {
+        let Usage {
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens,
+        } = usage;
+        let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
+        write!(
+            out,
+            "{{\"prompt_tokens\":{prompt_tokens},\"total_tokens\":{total_tokens},\
+             \"completion_tokens\":{completion_tokens},\"prompt_tokens_details\":"
+        )
+        .expect("BytesMut grows");
+        match self.has_cached_tokens {
+            true => write!(out, "{{\"cached_tokens\":{cached_tokens}}}}}").expect("BytesMut grows"),
+            false => json::push(out, "null}"),
+        }
+    }
+
+    /// `,"metrics":{…}`, if answers have any.
+    fn write_timings(&self, out: &mut BytesMut, generation: &Generation) {
+        if !self.has_timings {
+            return;
+        }
+        let timings = generation.timings();
+        json::push(out, ",\"metrics\":{");
+        write_ms(out, "time_to_first_token_ms", timings.to_first_token);
+        json::push(out, ",");
+        write_ms(out, "generation_time_ms", timings.generation);
+        json::push(out, ",");
+        write_ms(out, "queue_time_ms", timings.queue);
+        json::push(out, ",");
+        write_ms(out, "mean_itl_ms", timings.mean_inter_token);
+        json::push(out, ",\"tokens_per_second\":");
+        match timings.tokens_per_second {
+            None => json::push(out, "null}"),
+            Some(rate) => write!(out, "{rate:.3}}}").expect("BytesMut grows"),
+        }
+    }
+
     /// `"finish_reason":…,"stop_reason":…`
     fn write_finish(&self, out: &mut BytesMut, finish: Finish) {
         let reason = if finish == Finish::Length { "length" } else { "stop" };
@@ -153,19 +202,13 @@ fn write_ids(out: &mut BytesMut, tokens: &[TokenId]) {
     json::push(out, "]");
 }
 
-fn write_usage(out: &mut BytesMut, usage: Usage) {
-    let Usage {
-        prompt_tokens,
-        completion_tokens,
-        cached_tokens,
-    } = usage;
-    let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
-    write!(
-        out,
-        "{{\"prompt_tokens\":{prompt_tokens},\"total_tokens\":{total_tokens},\
-         \"completion_tokens\":{completion_tokens},\"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}}}"
-    )
-    .expect("BytesMut grows");
+/// Milliseconds with three decimals; `null` if there were none.
+fn write_ms(out: &mut BytesMut, name: &str, time: Option<Duration>) {
+    write!(out, "\"{name}\":").expect("BytesMut grows");
+    match time {
+        None => json::push(out, "null"),
+        Some(time) => write!(out, "{:.3}", time.as_secs_f64() * 1e3).expect("BytesMut grows"),
+    }
 }
 
 /// Writes an answer as server-sent events.
@@ -234,11 +277,12 @@ impl ChunkWriter {
     }
 
     /// Writes the usage chunk, if it was asked for, and the end mark.
-    pub(crate) fn write_end(&self, out: &mut BytesMut, usage: Usage) {
+    pub(crate) fn write_end(&self, out: &mut BytesMut, generation: &Generation, usage: Usage) {
         if self.streaming.include_usage {
             out.extend_from_slice(&self.prefix_without_choice);
             json::push(out, "],\"usage\":");
-            write_usage(out, usage);
+            self.head.write_usage(out, usage);
+            self.head.write_timings(out, generation);
             json::push(out, "}\n\n");
         }
         json::push(out, "data: [DONE]\n\n");
@@ -258,7 +302,9 @@ impl ChunkWriter {
         match self.head.endpoint {
             Endpoint::Chat => {
                 self.begin(out, index);
-                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},");
+                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"");
+                json::push_escaped(out, echo);
+                json::push(out, "\"},");
             }
             Endpoint::Completions => {
                 if echo.is_empty() && self.head.echoed_logprobs.is_none() && !self.head.has_token_ids {
@@ -318,7 +364,7 @@ impl ChunkWriter {
     fn end(&self, out: &mut BytesMut, generation: &Generation) {
         if self.streaming.continuous_usage {
             json::push(out, ",\"usage\":");
-            write_usage(out, generation.usage());
+            self.head.write_usage(out, generation.usage());
         } else if self.streaming.include_usage {
             json::push(out, ",\"usage\":null");
         }
@@ -390,11 +436,12 @@ impl WholeWriter {
             json::push(&mut out, "}");
         }
         json::push(&mut out, "],\"usage\":");
-        write_usage(&mut out, usage);
+        self.head.write_usage(&mut out, usage);
         if self.head.endpoint == Endpoint::Chat {
             json::push(&mut out, ",\"service_tier\":null");
             self.head.write_prompt(&mut out, generation, 0);
         }
+        self.head.write_timings(&mut out, generation);
         json::push(&mut out, "}");
         out.freeze()
     }

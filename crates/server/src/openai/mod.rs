@@ -8,6 +8,7 @@ mod logprobs;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
+pub(crate) mod render;
 pub(crate) mod types;
 
 use std::future::poll_fn;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
@@ -26,7 +28,7 @@ pub(crate) use self::params::{Params, Streaming};
 use self::answer::{Head, WholeWriter};
 use self::types::GenerationBody;
 use crate::error::ApiError;
-use crate::extract::read_json;
+use crate::extract::{read_body, read_json};
 use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
@@ -107,6 +109,30 @@ struct Prompts {
     echoes: Vec<String>,
 }
 
+/// `POST /invocations`, `SageMaker`'s name for whichever of the two the body is meant for.
+pub(crate) async fn invocations(State(state): State<AppState>, request: Request) -> Response {
+    #[derive(serde::Deserialize)]
+    struct Kind {
+        prompt: Option<serde::de::IgnoredAny>,
+    }
+    let arrival = Instant::now();
+    let (parts, body) = request.into_parts();
+    let bytes = match read_body(&parts.headers, body, &state.limits).await {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let request_id = parts.extensions.get::<RequestId>().cloned();
+            let request_id = request_id.unwrap_or_else(RequestId::random);
+            return RequestOutcome::new(&state, Endpoint::Chat, request_id, arrival).refuse(error);
+        }
+    };
+    // What is no JSON is refused, by name, as a chat.
+    let endpoint = match serde_json::from_slice(&bytes) {
+        Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
+        _ => Endpoint::Chat,
+    };
+    respond(endpoint, state, Request::from_parts(parts, bytes.into())).await
+}
+
 async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
     let arrival = Instant::now();
     let request_id = request
@@ -137,17 +163,16 @@ async fn start(
     arrival: Instant,
 ) -> Result<Started, ApiError> {
     let (parts, body) = request.into_parts();
-    let body: GenerationBody = read_json(state, &parts.headers, body).await?;
-    let model = state.served_model(body.model.as_deref())?;
-    // Cheap checks first: a request that will be refused should not cost its tokenisation.
-    let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let Prepared { model, params, prompts } = prepare(endpoint, state, &parts.headers, body).await?;
     let deadline = deadline(&parts.headers, &state.limits, arrival)?;
-    let prompts = match endpoint {
-        Endpoint::Chat => chat::prompts(state, model, body).await?,
-        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
-    };
-    check_lengths(endpoint, &prompts.tokens, model, &params)?;
-    let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
+    let head = Head::new(
+        endpoint,
+        request_id.as_str(),
+        model,
+        &params,
+        &state.limits,
+        prompts.echoes,
+    );
     let generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
     state.metrics.request_submitted(params.n);
     Ok(Started {
@@ -155,6 +180,32 @@ async fn start(
         head,
         params,
     })
+}
+
+/// What the engine would be asked for.
+struct Prepared<'a> {
+    model: &'a ServedModel,
+    params: Params,
+    prompts: Prompts,
+}
+
+/// Reads and checks all of a request that needs no engine.
+async fn prepare<'a>(
+    endpoint: Endpoint,
+    state: &'a AppState,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Prepared<'a>, ApiError> {
+    let body: GenerationBody = read_json(state, headers, body).await?;
+    let model = state.served_model(body.model.as_deref())?;
+    // Cheap checks first: a request that will be refused should not cost its tokenisation.
+    let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let prompts = match endpoint {
+        Endpoint::Chat => chat::prompts(state, model, body, &params).await?,
+        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
+    };
+    check_lengths(endpoint, &prompts.tokens, model, &params)?;
+    Ok(Prepared { model, params, prompts })
 }
 
 fn check_lengths(

@@ -9,6 +9,7 @@ use lapidary_engine::{SamplingParams, TokenId};
 use lapidary_text::{StopError, StopMatcher};
 
 use super::Endpoint;
+use super::prompt::Truncation;
 use super::types::{Choice, Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
@@ -52,6 +53,8 @@ pub(crate) struct Params {
     pub(crate) include_stop: bool,
     /// Special tokens are no part of the answer.
     pub(crate) skip_special_tokens: bool,
+    /// What is left of prompts.
+    pub(crate) truncation: Option<Truncation>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
     /// Alternatives to name for each prompt token, in a field of their own.
@@ -115,13 +118,14 @@ impl Params {
             stop_strings: stop_strings.into(),
             include_stop,
             skip_special_tokens: body.skip_special_tokens.is_none_or(|Flag(skip)| skip),
+            truncation: truncation(body, max_tokens, model.max_model_len)?,
             echo: endpoint == Endpoint::Completions && is_set(body.echo),
             prompt_logprobs: prompt_logprobs(body, limits)?,
             returns_token_ids: is_set(body.return_token_ids),
             names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
             priority: priority(body.priority)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
-            stream: streaming(body)?,
+            stream: streaming(body, limits)?,
         })
     }
 
@@ -473,6 +477,39 @@ fn stop_matcher(strings: &[String], include_stop: bool, limits: &Limits) -> Resu
     })
 }
 
+fn truncation(
+    body: &GenerationBody,
+    max_tokens: Option<u32>,
+    max_model_len: u32,
+) -> Result<Option<Truncation>, ApiError> {
+    let keeps_end = match body.truncation_side.as_deref() {
+        None | Some("left") => true,
+        Some("right") => false,
+        Some(other) => {
+            let message = format!("truncation_side must be 'left' or 'right', got '{}'.", shorten(other));
+            return Err(ApiError::invalid("truncation_side", message));
+        }
+    };
+    let num_tokens = match body.truncate_prompt_tokens {
+        None => return Ok(None),
+        // As many as leave room for the answer.
+        Some(Int(-1)) => max_model_len.saturating_sub(max_tokens.unwrap_or(1)).max(1),
+        Some(Int(count)) if count > i64::from(max_model_len) => {
+            let message = format!(
+                "truncate_prompt_tokens value ({count}) is greater than max_model_len ({max_model_len}). Please request a \
+                 smaller truncation size."
+            );
+            return Err(above("truncate_prompt_tokens", message));
+        }
+        given => {
+            let complaint = "truncate_prompt_tokens must be -1 or at least 1";
+            let count = integer("truncate_prompt_tokens", given, 1..=i64::MAX, complaint)?.unwrap_or(1);
+            u32::try_from(count).expect("bounded by the context")
+        }
+    };
+    Ok(Some(Truncation { num_tokens, keeps_end }))
+}
+
 fn priority(priority: Option<Int>) -> Result<i32, ApiError> {
     let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
     let priority = integer("priority", priority, range, "priority must fit in 32 bits")?;
@@ -495,14 +532,17 @@ fn cache_salt(salt: Option<&str>) -> Result<u128, ApiError> {
     }
 }
 
-fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
+fn streaming(body: &GenerationBody, limits: &Limits) -> Result<Option<Streaming>, ApiError> {
     match (is_set(body.stream), &body.stream_options) {
         (false, Some(_)) => Err(ApiError::invalid(
             "stream_options",
             "Stream options can only be defined when `stream=True`.",
         )),
         (false, None) => Ok(None),
-        (true, None) => Ok(Some(Streaming::default())),
+        (true, None) => Ok(Some(Streaming {
+            include_usage: limits.force_include_usage,
+            continuous_usage: false,
+        })),
         (
             true,
             Some(Object(StreamOptions {
@@ -510,7 +550,7 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
                 continuous_usage_stats,
             })),
         ) => {
-            let include_usage = is_set(*include_usage);
+            let include_usage = limits.force_include_usage || is_set(*include_usage);
             Ok(Some(Streaming {
                 include_usage,
                 continuous_usage: include_usage && is_set(*continuous_usage_stats),
@@ -520,7 +560,7 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
 }
 
 fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 15] = [
+    let used: [(&'static str, Extension); 14] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
@@ -532,9 +572,8 @@ fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
         ("guided_grammar", body.guided_grammar),
         ("bad_words", body.bad_words),
         ("allowed_token_ids", body.allowed_token_ids),
-        ("truncate_prompt_tokens", body.truncate_prompt_tokens),
-        ("chat_template", body.chat_template),
         ("prompt_embeds", body.prompt_embeds),
+        ("logprob_token_ids", body.logprob_token_ids),
         ("best_of", best_of(body)),
     ];
     if let Some((param, _)) = used.iter().find(|(_, extension)| extension.is_used) {
