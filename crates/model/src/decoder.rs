@@ -41,16 +41,12 @@ pub(crate) struct Scratch<B: Backend> {
 impl<B: Backend> Scratch<B> {
     /// Bytes [`Scratch::alloc`] takes.
     pub(crate) fn bytes(backend: &B, config: &ModelConfig, limits: StepLimits) -> u64 {
-        let (tensors, activations) = scratch_shapes(config, limits);
-        let tensors: u64 = tensors
-            .iter()
-            .map(|([rows, cols], width)| backend.tensor_bytes(*rows, *cols, *width))
-            .sum();
-        tensors
-            + activations
-                .iter()
-                .map(|[rows, cols]| backend.activation_bytes(*rows, *cols))
-                .sum::<u64>()
+        scratch_bytes(
+            config,
+            limits,
+            |rows, cols, width| backend.tensor_bytes(rows, cols, width),
+            |rows, cols| backend.activation_bytes(rows, cols),
+        )
     }
 
     pub(crate) fn alloc(backend: &mut B, config: &ModelConfig, limits: StepLimits) -> Result<Self, BackendError> {
@@ -67,6 +63,19 @@ impl<B: Backend> Scratch<B> {
             gated: backend.alloc_activation(gated[0], gated[1])?,
         })
     }
+}
+
+/// Bytes of all scratch where a tensor and an activation take so many.
+pub(crate) fn scratch_bytes(
+    config: &ModelConfig,
+    limits: StepLimits,
+    tensor: impl Fn(usize, usize, Width) -> u64,
+    activation: impl Fn(usize, usize) -> u64,
+) -> u64 {
+    let (tensors, activations) = scratch_shapes(config, limits);
+    let tensors = tensors.iter().map(|([rows, cols], width)| tensor(*rows, *cols, *width));
+    let activations = activations.iter().map(|[rows, cols]| activation(*rows, *cols));
+    tensors.chain(activations).sum()
 }
 
 /// `[rows, cols]` of residual, qkv, branch, gate_up and logits; of normed, attended and gated.

@@ -22,7 +22,13 @@ pub enum Command {
     /// Serve a model behind the OpenAI HTTP API.
     #[command(after_help = SERVE_AFTER_HELP)]
     Serve(Box<ServeArgs>),
+    /// Examine a checkpoint without serving it: every fault by name, scales, stop tokens, memory.
+    #[command(after_help = CHECK_AFTER_HELP)]
+    Check(CheckArgs),
 }
+
+const CHECK_AFTER_HELP: &str = "\
+Reads every value of every tensor. Exits with 0 if the checkpoint can be served, with 1 if not.";
 
 const SERVE_AFTER_HELP: &str = "\
 Every setting can be given in three places; the later one wins:
@@ -54,6 +60,49 @@ pub struct ServeArgs {
     /// The settings given as flags.
     #[command(flatten)]
     pub settings: Settings,
+}
+
+/// Arguments of `lapidary check`.
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    /// `demo`, a checkpoint directory, or `org/name` on the Hugging Face hub.
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Memory of a device to plan for, e.g. 80GiB.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+
+    /// Share of that memory that may be used.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
+    pub gpu_memory_utilization: f64,
+
+    /// Prompt and answer together, in tokens [default: the model's].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<u32>,
+
+    /// Sequences that run at the same time [default: 64].
+    #[arg(long, value_name = "N")]
+    pub max_num_seqs: Option<u32>,
+
+    /// Tokens computed in one step [default: 512].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_batched_tokens: Option<u32>,
+
+    /// Attention scale, in place of the checkpoint's.
+    #[arg(long, value_name = "X")]
+    pub query_pre_attn_scalar: Option<f32>,
+}
+
+fn share(typed: &str) -> Result<f64, String> {
+    match typed.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("must be more than 0 and at most 1".to_owned()),
+    }
 }
 
 /// What was typed, in one of the three places. Absent means: not typed there.

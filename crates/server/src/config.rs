@@ -357,8 +357,9 @@ fn read_environment(environment: &Environment) -> Result<(Settings, Vec<String>)
             name: name.clone(),
             reason: first_line(&error),
         })?;
-        let Command::Serve(args) = cli.command;
-        settings = merge(&settings, &args.settings)?;
+        if let Command::Serve(args) = cli.command {
+            settings = merge(&settings, &args.settings)?;
+        }
     }
     Ok((settings, unknown))
 }

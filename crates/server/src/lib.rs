@@ -10,9 +10,11 @@
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
 //! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
+//! | [`check`] | what is wrong with a checkpoint |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
+pub mod check;
 pub mod cli;
 pub mod config;
 mod demo;

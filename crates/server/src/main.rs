@@ -4,7 +4,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use lapidary_server::cli::{Cli, Command, LogFormat, ServeArgs};
+use lapidary_server::check;
+use lapidary_server::cli::{CheckArgs, Cli, Command, LogFormat, ServeArgs};
 use lapidary_server::config::{Config, Environment};
 use lapidary_server::logging::{self, CauseChain};
 use lapidary_server::serve;
@@ -15,6 +16,7 @@ const USAGE_ERROR: u8 = 2;
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run_serve(&args),
+        Command::Check(args) => run_check(&args),
     }
 }
 
@@ -57,6 +59,24 @@ fn run_serve(args: &ServeArgs) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => fail(&error, 1),
+    }
+}
+
+fn run_check(args: &CheckArgs) -> ExitCode {
+    let report = match check::check(args, &Environment::of_process()) {
+        Ok(report) => report,
+        Err(error) => return fail(&error, USAGE_ERROR),
+    };
+    let text = match args.json {
+        false => report.to_string(),
+        true => match serde_json::to_string_pretty(&report) {
+            Ok(json) => json + "\n",
+            Err(error) => return fail(&error, 1),
+        },
+    };
+    match print(&text) {
+        ExitCode::SUCCESS if !report.is_sound => ExitCode::FAILURE,
+        code => code,
     }
 }
 

@@ -198,6 +198,21 @@ impl Drop for Folder {
 }
 
 #[test]
+fn a_checkpoint_is_examined_and_the_exit_code_tells_what_came_of_it() {
+    let (code, text) = finish(&["check", "demo", "--memory", "1GiB"]);
+    assert!(code == 0 && text.starts_with("demo: sound\n"), "{code}: {text}");
+    let (code, text) = finish(&["check", "demo", "--json", "--max-model-len", "9999"]);
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (code, &report["is_sound"], &report["faults"][0]["part"]),
+        (1, &false.into(), &"memory".into())
+    );
+    let (code, text) = finish(&["check", "/no/such/checkpoint"]);
+    assert!(code == 2 && text.contains("/no/such/checkpoint"), "{code}: {text}");
+    assert_eq!(finish(&["check", "demo", "--gpu-memory-utilization", "1.5"]).0, 2);
+}
+
+#[test]
 fn a_flag_that_does_not_exist_is_a_usage_error() {
     let (code, said) = finish(&["serve", "--max-modell-len", "10"]);
     assert_eq!(code, 2);

@@ -4,7 +4,9 @@ const COMPLETE_FILE: &str = include_str!("../../../../config/lapidary.toml");
 
 fn resolve(flags: &[&str], environment: &Environment) -> Result<Config, ConfigError> {
     let cli = Cli::try_parse_from([&["lapidary", "serve"], flags].concat()).unwrap();
-    let Command::Serve(args) = cli.command;
+    let Command::Serve(args) = cli.command else {
+        panic!("the command is serve");
+    };
     Config::resolve(&args, environment)
 }
 
