@@ -78,8 +78,11 @@ pub(crate) fn scratch_bytes(
     tensors.chain(activations).sum()
 }
 
-/// `[rows, cols]` of residual, qkv, branch, gate_up and logits; of normed, attended and gated.
-fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([([usize; 2], Width); 5], [[usize; 2]; 3]) {
+/// `[rows, cols]`.
+type Shape = [usize; 2];
+
+/// Of residual, qkv, branch, gate_up and logits; of normed, attended and gated.
+fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([(Shape, Width); 5], [Shape; 3]) {
     let (tokens, hidden, inner) = (limits.max_tokens, config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.q_size(), config.kv_size());
     let tensors = [
