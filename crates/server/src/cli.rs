@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::bench::BenchArgs;
 use crate::units::{ByteSize, Span};
 
 /// Serves Gemma-2 models behind the OpenAI HTTP API.
@@ -25,6 +26,8 @@ pub enum Command {
     /// Examine a checkpoint without serving it: every fault by name, scales, stop tokens, memory.
     #[command(after_help = CHECK_AFTER_HELP)]
     Check(CheckArgs),
+    /// Measure a server: send it requests, report latencies and throughput.
+    Bench(Box<BenchArgs>),
 }
 
 const CHECK_AFTER_HELP: &str = "\

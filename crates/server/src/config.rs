@@ -227,6 +227,12 @@ impl Environment {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// What clients of OpenAI's API authenticate with.
+    #[must_use]
+    pub fn openai_api_key(&self) -> Option<&str> {
+        self.get("OPENAI_API_KEY")
+    }
+
     fn is_true(&self, name: &str) -> bool {
         self.get(name)
             .is_some_and(|value| matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))

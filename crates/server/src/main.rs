@@ -4,6 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use lapidary_server::bench::{self, BenchArgs};
 use lapidary_server::check;
 use lapidary_server::cli::{CheckArgs, Cli, Command, LogFormat, ServeArgs};
 use lapidary_server::config::{Config, Environment};
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run_serve(&args),
         Command::Check(args) => run_check(&args),
+        Command::Bench(args) => run_bench(&args),
     }
 }
 
@@ -77,6 +79,21 @@ fn run_check(args: &CheckArgs) -> ExitCode {
     match print(&text) {
         ExitCode::SUCCESS if !report.is_sound => ExitCode::FAILURE,
         code => code,
+    }
+}
+
+fn run_bench(args: &BenchArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, 1),
+    };
+    match runtime.block_on(bench::run(args, &Environment::of_process())) {
+        Err(error @ bench::BenchError::Goal(_)) => fail(&error, USAGE_ERROR),
+        Err(error) => fail(&error, 1),
+        Ok(report) => match print(&report.to_string()) {
+            ExitCode::SUCCESS if !report.is_clean() => ExitCode::FAILURE,
+            code => code,
+        },
     }
 }
 
