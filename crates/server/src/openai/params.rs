@@ -560,7 +560,7 @@ fn streaming(body: &GenerationBody, limits: &Limits) -> Result<Option<Streaming>
 }
 
 fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 14] = [
+    let used: [(&'static str, Extension); 13] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
@@ -574,8 +574,10 @@ fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
         ("allowed_token_ids", body.allowed_token_ids),
         ("prompt_embeds", body.prompt_embeds),
         ("logprob_token_ids", body.logprob_token_ids),
-        ("best_of", best_of(body)),
     ];
+    if let Some(message) = best_of(body) {
+        return Err(ApiError::unsupported("best_of", message));
+    }
     if let Some((param, _)) = used.iter().find(|(_, extension)| extension.is_used) {
         return Err(ApiError::unsupported(*param, format!("{param} is not supported.")));
     }
@@ -606,12 +608,14 @@ fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
     }
 }
 
-/// Asking for the best of as many as are returned is no use of `best_of`.
-fn best_of(body: &GenerationBody) -> Extension {
+/// What is wrong with `best_of`. Asking for the best of as many as are returned is no use of it.
+fn best_of(body: &GenerationBody) -> Option<String> {
     let n = body.n.map_or(1, |Int(n)| n);
-    Extension {
-        is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n),
-    }
+    let Int(best_of) = body.best_of.filter(|Int(best_of)| *best_of != n)?;
+    Some(format!(
+        "best_of of {best_of} with n of {n} is not supported: answers are not ranked, all that are generated are returned. \
+         Leave best_of out or make it equal to n."
+    ))
 }
 
 /// Tools may be offered: the model, which knows no tool calls, then answers in text. They cannot be forced.
