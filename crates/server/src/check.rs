@@ -30,6 +30,9 @@ const SUSPICIOUS_INPUT_SCALE: f32 = 1e3;
 /// Scales of one stack that are this far apart were not made for one another.
 const SUSPICIOUS_RATIO: f32 = 1e4;
 
+/// Sequences and tokens of a step on a GPU where nothing else is said: what `serve` takes there.
+const GPU_BATCH: (u32, u32) = (256, 4096);
+
 /// What a checkpoint is, and what is wrong with it. Absent parts could not be found out.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -323,9 +326,10 @@ impl Report {
                 message,
             });
         }
+        let (max_seqs, max_tokens) = config.scheduling.batch_limits(GPU_BATCH);
         let limits = StepLimits {
-            max_tokens: config.scheduling.max_num_batched_tokens as usize,
-            max_seqs: config.scheduling.max_num_seqs as usize,
+            max_tokens: max_tokens as usize,
+            max_seqs: max_seqs as usize,
             max_model_len: max_model_len as usize,
         };
         let device_bytes = args.memory.map_or(0, |size| size.0);

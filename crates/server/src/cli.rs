@@ -88,11 +88,11 @@ pub struct CheckArgs {
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<u32>,
 
-    /// Sequences that run at the same time [default: 64].
+    /// Sequences that run at the same time [default: 256].
     #[arg(long, value_name = "N")]
     pub max_num_seqs: Option<u32>,
 
-    /// Tokens computed in one step [default: 512].
+    /// Tokens computed in one step [default: 4096].
     #[arg(long, value_name = "TOKENS")]
     pub max_num_batched_tokens: Option<u32>,
 
