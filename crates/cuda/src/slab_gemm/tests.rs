@@ -198,13 +198,9 @@ impl Case {
                 assert_eq!(*bits, untouched, "row {row} column {col} is not part of the result");
                 continue;
             }
-            let terms = self
-                .x
-                .row(row)
-                .iter()
-                .zip(self.w.row(col))
-                .map(|(x, w)| x * w * self.scale(row, col));
+            let terms = self.x.row(row).iter().zip(self.w.row(col)).map(|(x, w)| x * w);
             let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let (sum, size) = (sum * self.scale(row, col), size * self.scale(row, col));
             let cap = self.softcap.map(f64::from);
             let want = cap.map_or(sum, |cap| cap * (sum / cap).tanh());
             // The tensor core keeps e4m3 sums to about 2^-13 of the largest term, bf16 output 8 bits, tanh 1e-6.
@@ -225,7 +221,7 @@ impl Case {
 fn plan_of(variant: &'static Variant, w: &Panels, w_stages: usize) -> Plan {
     let shape = Shape::new(w, variant.tokens);
     let tuning = Tuning {
-        blocks: 3,
+        blocks: 2,
         tiles: variant.tiles,
         panels: variant.panels,
         in_flight_bytes: w_stages * variant.panels * variant.tiles * 8192,
@@ -241,8 +237,8 @@ fn every_variant_computes_what_f64_computes() {
     let device = &mut *device();
     let kernels = SlabGemm::load(device).expect("kernels are there");
     for variant in VARIANTS {
-        // At least two passes in each of three slabs; K ends within a panel and within a stage.
-        let n = 3 * (64 * variant.tiles + 5) + 1;
+        // Two passes in each of two slabs; K ends within a panel and within a stage.
+        let n = 2 * (64 * variant.tiles + 5) + 1;
         let k = if variant.element == Element::E4m3 {
             5 * 128 + 16
         } else {
@@ -278,7 +274,7 @@ fn a_row_has_the_same_bits_at_every_place_and_under_every_plan() {
     let kernels = SlabGemm::load(device).expect("kernels are there");
     for (element, k) in [(Element::E4m3, 9 * 128), (Element::Bf16, 9 * 64)] {
         // All rows are the same, with the same scale.
-        let mut case = Case::random(device, element, [1, 215, k]);
+        let mut case = Case::random(device, element, [1, 143, k]);
         let one = case.run(device, &kernels, 1, 1, None);
         let row: Vec<u16> = case
             .x
@@ -296,8 +292,8 @@ fn a_row_has_the_same_bits_at_every_place_and_under_every_plan() {
         for variant in VARIANTS.iter().filter(|variant| variant.element == element) {
             let plan = plan_of(variant, &case.w.panels, 3);
             let result = case.run(device, &kernels, variant.tokens, variant.tokens, Some(&plan));
-            for (place, row) in result.chunks(218).take(variant.tokens).enumerate() {
-                assert_eq!(row[..215], one[..215], "{} row {place}", variant.name);
+            for (place, row) in result.chunks(146).take(variant.tokens).enumerate() {
+                assert_eq!(row[..143], one[..143], "{} row {place}", variant.name);
             }
         }
     }
