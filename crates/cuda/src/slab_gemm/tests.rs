@@ -203,9 +203,9 @@ impl Case {
             let (sum, size) = (sum * self.scale(row, col), size * self.scale(row, col));
             let cap = self.softcap.map(f64::from);
             let want = cap.map_or(sum, |cap| cap * (sum / cap).tanh());
-            // The tensor core keeps e4m3 sums to about 2^-13 of the largest term, bf16 output 8 bits, tanh 1e-6.
+            // A tensor core's sums of e4m3 products are off by up to 2.3e-3 of the sum of magnitudes; bf16 has 8 bits.
             let sums = if self.w.panels.element == Element::E4m3 {
-                2e-4
+                3e-3
             } else {
                 2e-5
             };
