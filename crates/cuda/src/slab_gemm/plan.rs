@@ -1,5 +1,7 @@
 //! How a product of few tokens is cut into slabs, passes and stages. Nothing here changes a bit of the result.
 
+use std::fmt;
+
 use crate::pack::{Element, PANEL_BYTES, Panels};
 
 /// Rows of weights that one wgmma takes.
@@ -24,7 +26,7 @@ pub(super) const SHARED_BYTES: usize = 110 << 10;
 
 /// One instance of the kernel.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Variant {
+pub(crate) struct Variant {
     pub(super) name: &'static str,
     pub(super) element: Element,
     pub(super) tokens: usize,
@@ -128,6 +130,40 @@ impl Tuning {
     }
 }
 
+impl Tuning {
+    /// What to try beside this one.
+    pub(super) fn others(self) -> impl Iterator<Item = Self> {
+        const KB: usize = 1 << 10;
+        let tilings = [(1, 4), (1, 2), (2, 1), (4, 1)];
+        let rings = [(48, 110), (64, 110), (80, 110), (96, 110), (96, 224), (160, 224)];
+        let mut all = Vec::new();
+        for blocks in [64, 96, 128, 132] {
+            for (tiles, panels) in tilings {
+                for (in_flight, shared) in rings {
+                    for tokens_in_flight in [16, 32, 64] {
+                        all.push(Self {
+                            blocks,
+                            tiles,
+                            panels,
+                            in_flight_bytes: in_flight * KB,
+                            tokens_in_flight_bytes: tokens_in_flight * KB,
+                            shared_bytes: shared * KB,
+                            ..self
+                        });
+                    }
+                }
+            }
+        }
+        for prefetch in [0, 32, 128] {
+            all.push(Self {
+                prefetch_bytes: prefetch * KB,
+                ..self
+            });
+        }
+        all.into_iter().filter(move |tuning| *tuning != self)
+    }
+}
+
 /// Consecutive rows for each block; the first `long` blocks have one more.
 #[derive(Debug, Clone, Copy)]
 struct Slabs {
@@ -168,8 +204,8 @@ impl Slabs {
 }
 
 /// A launch.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plan {
     pub(super) variant: &'static Variant,
     pub(super) blocks: usize,
     pub(super) slab_rows: usize,
@@ -181,6 +217,25 @@ pub(super) struct Plan {
     /// After the first `w_stages` stages, of the first pass.
     pub(super) prefetched_panels: usize,
     pub(super) shared_bytes: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            variant: Variant { name, .. },
+            blocks,
+            pass_rows,
+            w_stages,
+            x_stages,
+            prefetched_panels,
+            ..
+        } = self;
+        write!(
+            f,
+            "{name}, {blocks} blocks, {pass_rows} rows a pass, {w_stages}+{x_stages} stages, {prefetched_panels} panels ahead, {} KB",
+            self.shared_bytes >> 10
+        )
+    }
 }
 
 impl Plan {
@@ -241,29 +296,14 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Out and in features of Gemma-2's projections: 2b, 9b, 27b.
-    const PROJECTIONS: [(usize, usize); 12] = [
-        (4096, 2304),
-        (2304, 2048),
-        (18432, 2304),
-        (2304, 9216),
-        (8192, 3584),
-        (3584, 4096),
-        (28672, 3584),
-        (3584, 14336),
-        (8192, 4608),
-        (4608, 4096),
-        (73728, 4608),
-        (4608, 36864),
-    ];
+    use crate::measure::MODELS;
 
     fn shapes() -> impl Iterator<Item = Shape> {
         let elements = [Element::E4m3, Element::Bf16];
-        let projections = PROJECTIONS
-            .into_iter()
-            .chain([2304, 3584, 4608].map(|hidden| (256_000, hidden)));
-        projections.flat_map(move |(n, k)| {
+        let matrices = MODELS
+            .iter()
+            .flat_map(|model| model.linears.into_iter().chain([model.output]));
+        matrices.flat_map(move |(n, k)| {
             elements.into_iter().flat_map(move |element| {
                 let k_panels = element.panels(k);
                 (1..=64).map(move |tokens| Shape {
@@ -320,6 +360,16 @@ mod tests {
                 }
                 assert_eq!(begin, n);
             }
+        }
+    }
+
+    #[test]
+    fn a_sweep_tries_dozens_of_plans_that_fit() {
+        for shape in shapes().filter(|shape| [1, 64].contains(&shape.tokens)) {
+            let tunings = Tuning::of(shape, 132).others();
+            let plans: Vec<_> = tunings.filter_map(|tuning| Plan::new(shape, tuning)).collect();
+            assert!(plans.iter().all(|plan| plan.shared_bytes <= 227 << 10));
+            assert!(plans.len() >= 48, "{shape:?}: {}", plans.len());
         }
     }
 }
