@@ -22,7 +22,7 @@ const TOKENS_IN_FLIGHT_BYTES: usize = 32 << 10;
 /// takes, a few microseconds, is so many more bytes of DRAM's time.
 const PREFETCH_BYTES: usize = 64 << 10;
 /// With so much, a block of the next kernel fits beside this one on a multiprocessor.
-pub(super) const SHARED_BYTES: usize = 110 << 10;
+pub(super) const SHARED_BYTES: usize = 113 << 10;
 
 /// One instance of the kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -90,11 +90,11 @@ pub(super) struct Tuning {
     pub(super) tiles: usize,
     /// K panels of a stage.
     pub(super) panels: usize,
-    /// Most bytes of the weights' ring.
+    /// Bytes of the weights' ring, rounded up to a stage.
     pub(super) in_flight_bytes: usize,
     /// Most bytes of weights that L2 gets ahead of the ring.
     pub(super) prefetch_bytes: usize,
-    /// Most bytes of the tokens' ring.
+    /// Bytes of the tokens' ring, rounded up to a stage.
     pub(super) tokens_in_flight_bytes: usize,
     /// Most shared memory of a block.
     pub(super) shared_bytes: usize,
@@ -142,7 +142,7 @@ impl Tuning {
     pub(super) fn others(self) -> impl Iterator<Item = Self> {
         const KB: usize = 1 << 10;
         let tilings = [(1, 4), (1, 2), (2, 1), (4, 1)];
-        let rings = [(48, 110), (64, 110), (80, 110), (96, 110), (96, 224), (160, 224)];
+        let rings = [(48, 113), (64, 113), (80, 113), (96, 113), (96, 224), (160, 224)];
         let mut all = Vec::new();
         for blocks in [64, 96, 128, 132] {
             for (tiles, panels) in tilings {
@@ -269,7 +269,7 @@ impl Plan {
         let stages = passes * shape.k_panels.div_ceil(variant.panels);
         let w_stage = variant.panels * panel_rows * PANEL_BYTES;
         let x_stage = variant.panels * variant.tokens * PANEL_BYTES;
-        let most = |bytes: usize, stage: usize| (bytes / stage).clamp(2, MAX_STAGES / 2).min(stages);
+        let most = |bytes: usize, stage: usize| bytes.div_ceil(stage).clamp(2, MAX_STAGES / 2).min(stages);
         let (mut w_stages, mut x_stages) = (
             most(tuning.in_flight_bytes, w_stage),
             most(tuning.tokens_in_flight_bytes, x_stage),
