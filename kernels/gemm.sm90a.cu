@@ -12,6 +12,8 @@
 // every kPromoteEvery panels.
 #include "common/gemm.cuh"
 
+namespace {
+
 constexpr int kTileRows = 128;
 constexpr int kConsumerRows = 64;
 constexpr int kConsumerWarps = 8;
@@ -261,8 +263,7 @@ DEVICE void store_tile(const GemmParams& p, const Shared<T>& shared, int slot, c
   const Job& job = shared.job(slot);
   const int inside = (threadIdx.x / 32 - 4) * 16;
   const SumsTarget to{job.row + inside, job.column, job.num_rows,
-                      p.x_scales == nullptr ? nullptr : shared.x_scales(slot) + inside,
-                      p.w_scales == nullptr ? nullptr : shared.w_scales(slot)};
+                      shared.x_scales(slot) + inside, shared.w_scales(slot)};
   store_warp_sums<typename T::Out, T::kColumns>(p, to, sums);
 }
 
@@ -298,7 +299,7 @@ DEVICE void sync_blocks() {
 }
 
 template <class T>
-DEVICE void start_barriers(const Shared<T>& shared) {
+DEVICE void prepare(const GemmParams& p, const Shared<T>& shared) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; stage++) {
       mbarrier_init(shared.full(stage), 1);
@@ -310,6 +311,13 @@ DEVICE void start_barriers(const Shared<T>& shared) {
     }
     fence_mbarrier_init();
   }
+  // Scales that are not copied are 1.
+  for (int i = threadIdx.x; i < kJobs * kTileRows && p.x_scales == nullptr; i += kThreads) {
+    shared.x_scales(i / kTileRows)[i % kTileRows] = 1.0f;
+  }
+  for (int i = threadIdx.x; i < kJobs * T::kColumns && p.w_scales == nullptr; i += kThreads) {
+    shared.w_scales(i / T::kColumns)[i % T::kColumns] = 1.0f;
+  }
   sync_blocks<T>();
 }
 
@@ -317,7 +325,7 @@ template <class T>
 DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
   let_next_kernel_start();
   const Shared<T> shared{memory};
-  start_barriers<T>(shared);
+  prepare<T>(p, shared);
   wait_for_previous_kernels();
   if (threadIdx.x < 128) {
     decrease_registers<32>();
@@ -330,6 +338,8 @@ DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
   // A block must not end while another may copy to it or arrive at its barriers.
   if constexpr (T::kBlocks > 1) sync_blocks<T>();
 }
+
+}  // namespace
 
 #define GEMM(name, Operand, Out, Columns, Stages)              \
   KERNEL(name, GemmParams, kThreads, 1) {                      \
