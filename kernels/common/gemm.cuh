@@ -18,6 +18,9 @@ struct GemmParams {
   int panels;
   int out_stride;  // in elements
   float soft_cap;  // f32 output only: cap * tanh(x / cap); 0 for none
+  // Hopper only, and only about speed:
+  int row_tiles_together;  // that are done for each column tile
+  int lead_panels;         // how far the first warpgroup begins a tile ahead of the second; 0 where `panels` are few
 };
 
 /// The order of these products is part of the contract: every kernel gives the same bits.

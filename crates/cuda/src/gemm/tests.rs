@@ -182,10 +182,22 @@ impl Loaded {
 
     /// The product by one kernel.
     fn multiply(&mut self, fixture: &Fixture, tiling: &Tiling, rows: &[usize], softcap: Option<f32>) -> Vec<f32> {
+        self.multiply_tuned(fixture, tiling, rows, softcap, Tuning::default())
+    }
+
+    fn multiply_tuned(
+        &mut self,
+        fixture: &Fixture,
+        tiling: &Tiling,
+        rows: &[usize],
+        softcap: Option<f32>,
+        tuning: Tuning,
+    ) -> Vec<f32> {
         let mut gemm = Gemm::load_family(&mut *self.device, std::slice::from_ref(tiling)).expect("the kernel exists");
         gemm.multiprocessors = FEW_MULTIPROCESSORS;
         self.product(fixture, tiling.is_wide, rows, softcap, |device, product| {
-            gemm.multiply(device, product).expect("the product is possible");
+            let launched = gemm.launch(device, product, &gemm.kernels[0], tuning);
+            launched.expect("the product is possible");
         })
     }
 
@@ -304,6 +316,24 @@ fn every_tiling_of_bf16_gives_the_product_and_the_same_bits() {
 fn every_tiling_with_f32_output_gives_the_product_and_the_same_bits() {
     every_tiling_agrees(E4M3_WIDE);
     every_tiling_agrees(BF16_WIDE);
+}
+
+#[test]
+fn tuning_changes_no_bits() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    let chosen = |tiling: &&Tiling| CHOSEN.contains(&tiling.name) && tiling.work != Work::BlockPerTile;
+    for tiling in tilings(&*loaded.device).iter().filter(chosen) {
+        let want = loaded.multiply(fixture, tiling, &first_rows(ROWS), None);
+        for (row_tiles_together, lead_panels) in [(1, 0), (2, MAX_LEAD)] {
+            let tuning = Tuning {
+                row_tiles_together,
+                lead_panels,
+            };
+            let got = loaded.multiply_tuned(fixture, tiling, &first_rows(ROWS), None, tuning);
+            assert_same_bits(tiling.name, &got, &want);
+        }
+    }
 }
 
 #[test]
