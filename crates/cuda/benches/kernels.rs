@@ -1,4 +1,5 @@
-//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,decode]`.
+//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,decode]
+//! [--chunk 128 --stages 3]`, the last two for the decode attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -7,7 +8,7 @@
 
 use std::error::Error;
 
-use lapidary_cuda::measure::{Bench, MODELS};
+use lapidary_cuda::measure::{Bench, DecodeTuning, MODELS};
 use lapidary_model::AttentionConfig;
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
@@ -63,14 +64,18 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
         softcap: Some(50.0),
         rope_theta: 1e4,
     };
+    let number = |name: &str| option(name).map(|value| value.parse()).transpose();
+    let tuning = number("--chunk")?
+        .zip(number("--stages")?)
+        .map(|(chunk, stages)| DecodeTuning { chunk, stages });
     for batch in BATCHES {
         for context in CONTEXTS {
             if 2 * batch * context * config.num_kv_heads * config.head_dim * 2 > MAX_LAYER_BYTES / 2 {
                 continue;
             }
-            println!("{}", bench.decode_attention(config, [batch, context], None)?);
+            println!("{}", bench.decode_attention(config, [batch, context], None, tuning)?);
             if context > 4096 {
-                println!("{}", bench.decode_attention(config, [batch, context], Some(4096))?);
+                println!("{}", bench.decode_attention(config, [batch, context], Some(4096), tuning)?);
             }
         }
     }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use lapidary_model::{AttentionConfig, BackendError, StepLimits};
 
+pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
 use crate::matmul::{Matmul, Product};
@@ -144,7 +145,8 @@ impl Bench {
         Ok(timings)
     }
 
-    /// Attention of `batch` sequences with `context` tokens each, one of them new.
+    /// Attention of `batch` sequences with `context` tokens each, one of them new; by the device's usual tuning if none is
+    /// given.
     ///
     /// # Errors
     /// Not enough memory, or the device failed.
@@ -153,6 +155,7 @@ impl Bench {
         config: AttentionConfig,
         [batch, context]: [usize; 2],
         window: Option<usize>,
+        tuning: Option<DecodeTuning>,
     ) -> Result<Timing, BackendError> {
         const BLOCK: usize = 16;
         let device = &mut self.device;
@@ -162,7 +165,7 @@ impl Bench {
             max_seqs: batch,
             max_model_len: context,
         };
-        let attention = Attention::new(device, config, limits)?;
+        let attention = Attention::tuned(device, config, limits, tuning)?;
         let blocks_each = context.div_ceil(BLOCK);
         let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
         let batch_step = decode_batch(batch, context, BLOCK);
