@@ -228,7 +228,7 @@ struct Loader {
   DEVICE void load(uint32_t to, unsigned offset) {
     const int index = (position & ((1 << p.chunk_shift) - 1)) / kTile;
     const unsigned tile = __shfl_sync(~0u, tiles, index) + offset;
-    load_tile<D>(to, p.attention.kv, tile, lane, first - position, end - position);
+    load_tile<D, PlainRows<D>>(to, 0, p.attention.kv, tile, lane, first - position, end - position);
   }
   /// Keys of the next tile, and the queries that a unit begins with.
   DEVICE void load_keys() {
