@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::cli::{DeviceSetting, Cli, Command, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting};
+use crate::cli::{
+    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting,
+};
 use crate::state::Limits;
 use crate::units::Span;
 

@@ -448,8 +448,13 @@ mod tests {
     #[test]
     fn the_limit_that_was_not_set_gives_way_to_the_one_that_was() {
         let limits = |max_num_seqs, max_num_batched_tokens| {
-            let flags = [("--max-num-seqs", max_num_seqs), ("--max-num-batched-tokens", max_num_batched_tokens)];
-            let typed = flags.iter().filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
+            let flags = [
+                ("--max-num-seqs", max_num_seqs),
+                ("--max-num-batched-tokens", max_num_batched_tokens),
+            ];
+            let typed = flags
+                .iter()
+                .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
             let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
             let config = Config::resolve(&args, &Environment::from([])).unwrap();
             config.scheduling.batch_limits((64, 512))

@@ -248,7 +248,14 @@ fn tokenizers_and_templates_are_held_against_the_model() {
 #[test]
 fn what_cannot_be_opened_or_does_not_fit_is_a_fault() {
     let copy = Copy::new("opened");
-    let small = ["--memory", "13MiB", "--max-num-seqs", "64", "--max-num-batched-tokens", "512"];
+    let small = [
+        "--memory",
+        "13MiB",
+        "--max-num-seqs",
+        "64",
+        "--max-num-batched-tokens",
+        "512",
+    ];
     let report = copy.report(&small);
     assert_eq!(report.faults.len(), 1);
     let message = &report.faults[0].message;
