@@ -4,6 +4,7 @@ use std::fmt;
 
 use lapidary_model::{AttentionConfig, BackendError, StepLimits};
 
+pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
 use crate::matmul::{Matmul, Product};
@@ -73,6 +74,60 @@ impl fmt::Display for Timing {
     }
 }
 
+/// Random tokens, and random weights of one shape many times over.
+struct Operands {
+    x: Activation,
+    weights: Vec<Panels>,
+    w_scales: DevicePtr,
+    out: Tensor,
+    num_rows: DevicePtr,
+}
+
+impl Operands {
+    fn random(
+        device: &mut Driver,
+        (n, k): (usize, usize),
+        max_tokens: usize,
+        is_output: bool,
+    ) -> Result<Self, BackendError> {
+        let element = if is_output { Element::Bf16 } else { Element::E4m3 };
+        let bytes = element.panels(k) * PANEL_BYTES * n.next_multiple_of(ROW_MULTIPLE);
+        let copies = (ROTATION_BYTES / bytes).clamp(2, MAX_COPIES);
+        let mut x = Activation::alloc(device, max_tokens, k)?;
+        random_activation(device, &mut x, element, max_tokens)?;
+        let w_scales = match element {
+            Element::E4m3 => random_floats(device, n.next_multiple_of(ROW_MULTIPLE))?,
+            Element::Bf16 => DevicePtr::NULL,
+        };
+        Ok(Self {
+            x,
+            weights: (0..copies as u64)
+                .map(|copy| random_panels(device, element, [n, k], copy))
+                .collect::<Result<_, _>>()?,
+            w_scales,
+            out: Tensor::alloc(device, "output", [max_tokens, n], is_output)?,
+            num_rows: device.alloc("count", 4)?,
+        })
+    }
+
+    fn timing(&self, tokens: usize, microseconds: f64, how: &str) -> Timing {
+        let Panels {
+            rows,
+            cols,
+            padded_rows,
+            panels,
+            ..
+        } = self.weights[0];
+        let kind = if self.out.is_wide { "output" } else { "fp8" };
+        Timing {
+            what: format!("{kind} {rows}x{cols} M {tokens}{how}"),
+            microseconds,
+            bytes: (panels * padded_rows * PANEL_BYTES) as f64,
+            flops: 2.0 * (rows * cols * tokens) as f64,
+        }
+    }
+}
+
 /// The bench.
 #[derive(Debug)]
 pub struct Bench {
@@ -99,74 +154,100 @@ impl Bench {
         tokens: &[usize],
         is_output: bool,
     ) -> Result<Vec<Timing>, BackendError> {
-        let element = if is_output { Element::Bf16 } else { Element::E4m3 };
+        let memory = self.device.mark();
         let max_tokens = tokens.iter().copied().max().unwrap_or(1);
-        let device = &mut self.device;
-        let memory = device.mark();
-        let bytes = element.panels(k) * PANEL_BYTES * n.next_multiple_of(ROW_MULTIPLE);
-        let copies = (ROTATION_BYTES / bytes).clamp(2, MAX_COPIES);
-        let weights = (0..copies as u64)
-            .map(|copy| random_panels(device, element, [n, k], copy))
-            .collect::<Result<Vec<_>, _>>()?;
-        let scales = random_floats(device, n.next_multiple_of(ROW_MULTIPLE))?;
-        let mut x = Activation::alloc(device, max_tokens, k)?;
-        random_activation(device, &mut x, element, max_tokens)?;
-        let out = Tensor::alloc(device, "output", [max_tokens, n], is_output)?;
-        let num_rows = device.alloc("count", 4)?;
+        let operands = Operands::random(&mut self.device, (n, k), max_tokens, is_output)?;
         let mut timings = Vec::new();
         for &count in tokens {
-            device.upload(num_rows, &(count as i32).to_le_bytes())?;
-            let matmul = &self.matmul;
-            let launches = copies * if count <= 64 { 4 } else { 1 };
-            let microseconds = device.time(REPEATS, &mut |device| {
-                for launch in 0..launches {
-                    let product = Product {
-                        x: &x.params(),
-                        w: &weights[launch % copies],
-                        w_scales: if is_output { DevicePtr::NULL } else { scales },
-                        out: &out,
-                        softcap: is_output.then_some(30.0),
-                        num_rows,
-                        max_rows: count,
-                    };
-                    matmul.run(device, &product)?;
-                }
-                Ok(())
-            })? / launches as f64;
-            timings.push(Timing {
-                what: format!("{} {n}x{k} M {count}", if is_output { "output" } else { "fp8" }),
-                microseconds,
-                bytes: bytes as f64,
-                flops: 2.0 * (n * k * count) as f64,
-            });
+            let microseconds =
+                self.time_product(&operands, count, |matmul, device, product| matmul.run(device, product))?;
+            timings.push(operands.timing(count, microseconds, ""));
         }
-        device.release(memory)?;
+        self.device.release(memory)?;
         Ok(timings)
     }
 
-    /// Attention of `batch` sequences with `context` tokens each, one of them new.
+    /// The same product of at most 64 tokens, on Hopper: first as it is cut into slabs, then in every other way worth
+    /// trying, fastest first.
     ///
     /// # Errors
     /// Not enough memory, or the device failed.
-    pub fn decode_attention(
+    pub fn slab_sweep(
         &mut self,
-        config: AttentionConfig,
-        [batch, context]: [usize; 2],
-        window: Option<usize>,
-    ) -> Result<Timing, BackendError> {
+        shape: (usize, usize),
+        tokens: usize,
+        is_output: bool,
+    ) -> Result<Vec<Timing>, BackendError> {
+        let memory = self.device.mark();
+        let operands = Operands::random(&mut self.device, shape, tokens, is_output)?;
+        let plans = self.matmul.slabs()?.plans(&operands.weights[0], tokens);
+        let mut timings = Vec::new();
+        for plan in &plans {
+            let microseconds = self.time_product(&operands, tokens, |matmul, device, product| {
+                matmul.slabs()?.launch_plan(device, product, 0, plan)
+            })?;
+            timings.push(operands.timing(tokens, microseconds, &format!(" {plan}")));
+        }
+        timings[1..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
+        self.device.release(memory)?;
+        Ok(timings)
+    }
+
+    /// Microseconds of one `launch`, whose weights come from DRAM.
+    fn time_product(
+        &mut self,
+        operands: &Operands,
+        tokens: usize,
+        launch: impl Fn(&Matmul, &mut dyn Device, &Product<'_>) -> Result<(), BackendError>,
+    ) -> Result<f64, BackendError> {
+        let launches = operands.weights.len() * if tokens <= 64 { 4 } else { 1 };
+        self.device.upload(operands.num_rows, &(tokens as i32).to_le_bytes())?;
+        let (matmul, x) = (&self.matmul, operands.x.params());
+        let microseconds = self.device.time(REPEATS, &mut |device| {
+            for index in 0..launches {
+                let product = Product {
+                    x: &x,
+                    w: &operands.weights[index % operands.weights.len()],
+                    w_scales: operands.w_scales,
+                    out: &operands.out,
+                    softcap: operands.out.is_wide.then_some(30.0),
+                    num_rows: operands.num_rows,
+                    max_rows: tokens,
+                };
+                launch(matmul, device, &product)?;
+            }
+            Ok(())
+        })?;
+        Ok(microseconds / launches as f64)
+    }
+
+    /// Attention of `batch` sequences with `context` tokens each, one of them new.
+    /// One layer's attention.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn attention(&mut self, config: AttentionConfig, load: AttentionLoad) -> Result<Timing, BackendError> {
         const BLOCK: usize = 16;
+        let AttentionLoad {
+            batch,
+            context,
+            queries,
+            window,
+            tuning,
+        } = load;
         let device = &mut self.device;
         let memory = device.mark();
         let limits = StepLimits {
-            max_tokens: batch,
+            max_tokens: batch * queries,
             max_seqs: batch,
             max_model_len: context,
         };
-        let attention = Attention::new(device, config, limits)?;
+        let attention = Attention::tuned(device, config, limits, tuning)?;
         let blocks_each = context.div_ceil(BLOCK);
         let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
-        let batch_step = decode_batch(batch, context, BLOCK);
+        let batch_step = load.batch(BLOCK);
         step.upload(device, &batch_step)?;
+        let plan = attention.plan(device, &batch_step)?;
         step.begin(device)?;
         let layer_bytes = 2 * batch * blocks_each * BLOCK * config.num_kv_heads * config.head_dim * 2;
         let copies = (ROTATION_BYTES / layer_bytes).clamp(2, MAX_COPIES);
@@ -174,11 +255,10 @@ impl Bench {
             .map(|copy| random_bf16(device, layer_bytes / 2, copy))
             .collect::<Result<Vec<_>, _>>()?;
         let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
-        let qkv = random_bf16(device, batch * width, 99)?;
-        let mut out = Activation::alloc(device, batch, config.num_heads * config.head_dim)?;
+        let qkv = random_bf16(device, batch * queries * width, 99)?;
+        let mut out = Activation::alloc(device, batch * queries, config.num_heads * config.head_dim)?;
         let scheme = lapidary_model::ActivationScheme::Fp8Static { scale: 0.01 };
         let out = out.write(device, scheme)?;
-        let plan = attention.plan(device, &batch_step)?;
         let pointers = *step.pointers();
         let launches = copies * 2;
         let microseconds = device.time(REPEATS, &mut |device| {
@@ -197,41 +277,84 @@ impl Bench {
             Ok(())
         })? / launches as f64;
         device.release(memory)?;
-        let read = window.unwrap_or(context).min(context);
         Ok(Timing {
-            what: format!(
-                "decode attention B {batch} ctx {context}{}",
-                if window.is_some() { " window" } else { "" }
-            ),
+            what: load.to_string(),
             microseconds,
-            bytes: (2 * batch * read * config.num_kv_heads * config.head_dim * 2) as f64,
-            flops: (4 * batch * read * config.num_heads * config.head_dim) as f64,
+            bytes: (2 * batch * load.keys_read() * config.num_kv_heads * config.head_dim * 2) as f64,
+            flops: (4 * batch * load.visible_pairs() * config.num_heads * config.head_dim) as f64,
         })
     }
 }
 
-/// Every sequence owns blocks spread over the whole cache.
-fn decode_batch(batch: usize, context: usize, block_size: usize) -> lapidary_engine::Batch {
-    use lapidary_engine::{BlockId, RequestId};
-    let blocks_each = context.div_ceil(block_size);
-    let block = |seq: usize, index: usize| (index * batch + seq) as u32;
-    let last = context - 1;
-    lapidary_engine::Batch {
-        step: 0,
-        request_ids: (0..batch as u64).map(RequestId).collect(),
-        token_ids: vec![0; batch],
-        fed: Vec::new(),
-        positions: vec![last as u32; batch],
-        slot_mapping: (0..batch)
-            .map(|seq| block(seq, last / block_size) * block_size as u32 + (last % block_size) as u32)
-            .collect(),
-        query_start: (0..=batch as u32).collect(),
-        context_lens: vec![context as u32; batch],
-        block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
-        block_ids: (0..batch)
-            .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
-            .collect(),
-        samples: Vec::new(),
+/// Sequences that attend.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionLoad {
+    /// How many there are.
+    pub batch: usize,
+    /// Tokens of each.
+    pub context: usize,
+    /// The last tokens, which are computed; 1 is decoding.
+    pub queries: usize,
+    /// Of the layer.
+    pub window: Option<usize>,
+    /// The device's usual one if none is given.
+    pub tuning: Option<DecodeTuning>,
+}
+
+impl fmt::Display for AttentionLoad {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { batch, context, .. } = self;
+        match self.queries {
+            1 => write!(f, "decode attention B {batch} ctx {context}")?,
+            queries => write!(f, "prefill attention B {batch} ctx {context} queries {queries}")?,
+        }
+        write!(f, "{}", if self.window.is_some() { " window" } else { "" })
+    }
+}
+
+impl AttentionLoad {
+    /// Keys that some query token of a sequence sees.
+    fn keys_read(&self) -> usize {
+        let seen = self.window.map_or(self.context, |window| window + self.queries - 1);
+        seen.min(self.context)
+    }
+
+    /// Pairs of a query token and a key it sees, of a sequence.
+    fn visible_pairs(&self) -> usize {
+        let seen = |position: usize| self.window.map_or(position + 1, |window| window.min(position + 1));
+        (self.context - self.queries..self.context).map(seen).sum()
+    }
+
+    /// Every sequence owns blocks spread over the whole cache.
+    fn batch(&self, block_size: usize) -> lapidary_engine::Batch {
+        use lapidary_engine::{BlockId, RequestId};
+        let Self {
+            batch,
+            context,
+            queries,
+            ..
+        } = *self;
+        let blocks_each = context.div_ceil(block_size);
+        let block = |seq: usize, index: usize| (index * batch + seq) as u32;
+        let slot = |seq: usize, position: usize| {
+            block(seq, position / block_size) * block_size as u32 + (position % block_size) as u32
+        };
+        let tokens = || (0..batch).flat_map(|seq| (context - queries..context).map(move |position| (seq, position)));
+        lapidary_engine::Batch {
+            step: 0,
+            request_ids: (0..batch as u64).map(RequestId).collect(),
+            token_ids: vec![0; batch * queries],
+            fed: Vec::new(),
+            positions: tokens().map(|(_, position)| position as u32).collect(),
+            slot_mapping: tokens().map(|(seq, position)| slot(seq, position)).collect(),
+            query_start: (0..=batch).map(|seq| (seq * queries) as u32).collect(),
+            context_lens: vec![context as u32; batch],
+            block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
+            block_ids: (0..batch)
+                .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
+                .collect(),
+            samples: Vec::new(),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 use axum::body::Body;
 use axum::http::{HeaderMap, header};
 use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
@@ -37,11 +38,11 @@ pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
     state.compute(num_bytes > MAX_INLINE_BYTES, parse).await?
 }
 
-/// Reads the whole body. A large one waits for room among the other large ones.
+/// Reads the whole body. A large one waits for room among the other large ones, which is to be kept for as long as it.
 ///
 /// # Errors
 /// It is larger than `limits.max_body_bytes`, slower than `limits.body_timeout`, or broke off.
-async fn read_body(
+pub(crate) async fn read_body(
     state: &AppState,
     headers: &HeaderMap,
     body: Body,
@@ -93,7 +94,9 @@ impl BodyReader<'_> {
             if num_bytes > self.max_bytes {
                 return Err(too_large(&self.state.limits));
             }
-            if num_bytes > SMALL_BODY_BYTES && self.room.is_none() {
+            // One that is there as a whole was read before, and has its room.
+            let is_whole = first.is_empty() && body.is_end_stream();
+            if num_bytes > SMALL_BODY_BYTES && !is_whole && self.room.is_none() {
                 self.room = Some(self.state.body_room(self.max_bytes).await);
                 // Now, or growth would take up to twice as much. Pages are made as they are written.
                 rest.reserve(self.max_bytes - rest.len());

@@ -137,7 +137,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
     })
 }
 
-fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
+pub(crate) fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
     let overrides = ConfigOverrides {
         query_pre_attn_scalar: config.load.query_pre_attn_scalar,
     };
@@ -154,7 +154,7 @@ fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
     Ok(Checkpoint::open_dir(&folder, overrides)?)
 }
 
-fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
+pub(crate) fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
     let json = checkpoint.file("tokenizer.json")?.ok_or(LoadError::NoTokenizer)?;
     let tokenizer = Tokenizer::from_bytes(&json, checkpoint.file("tokenizer_config.json")?.as_deref())?;
     let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config().vocab_size);
@@ -174,7 +174,7 @@ fn system_role(config: &LoadConfig) -> SystemRole {
     }
 }
 
-fn load_chat_template(
+pub(crate) fn load_chat_template(
     config: &LoadConfig,
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
@@ -211,7 +211,7 @@ fn stop_token_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<TokenId
     ids.into_iter().collect()
 }
 
-fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
+pub(crate) fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
     tokenizer
         .eos_id()
         .or_else(|| checkpoint.config().eos_token_ids.first().copied())

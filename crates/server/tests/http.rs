@@ -12,12 +12,18 @@ mod bodies;
 mod disconnects;
 #[path = "http/engine_trouble.rs"]
 mod engine_trouble;
+#[path = "http/extras.rs"]
+mod extras;
 #[path = "http/logprobs.rs"]
 mod logprobs;
 #[path = "http/probes.rs"]
 mod probes;
+#[path = "http/prompts.rs"]
+mod prompts;
 #[path = "http/protocol.rs"]
 mod protocol;
+#[path = "http/scoring.rs"]
+mod scoring;
 #[path = "http/streams.rs"]
 mod streams;
 mod support;

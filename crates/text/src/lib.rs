@@ -52,7 +52,7 @@ pub mod tokenizer;
 mod tokenizer_config;
 mod uncached;
 
-pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
+pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
 pub use detokenizer::Detokenizer;
 pub use rendered::Rendered;

@@ -24,7 +24,16 @@ use crate::request_id::RequestId;
 use crate::state::AppState;
 
 /// Answered on every connection, whoever asks: orchestrators and load balancers decide by them.
-const PROBES: [&str; 3] = ["/live", "/ready", "/health"];
+const PROBES: [&str; 8] = [
+    "/live",
+    "/ready",
+    "/health",
+    "/ping",
+    "/v1/health/live",
+    "/v1/health/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+];
 const METRICS: &str = "/metrics";
 
 /// Who may come in.

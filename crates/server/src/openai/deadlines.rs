@@ -13,6 +13,13 @@ use crate::state::Limits;
 const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
 const X_QUEUE_TIMEOUT: &str = "x-queue-timeout";
 
+/// How long a request may wait and take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Patience {
+    answer: Option<Duration>,
+    queue: Option<Duration>,
+}
+
 /// When patience ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Deadlines {
@@ -22,28 +29,31 @@ pub(crate) struct Deadlines {
     pub(crate) queue: Option<Instant>,
 }
 
-impl Deadlines {
-    /// Reads headers and body of a request that came at `arrival`.
-    pub(super) fn new(
-        headers: &HeaderMap,
-        body: &GenerationBody,
-        limits: &Limits,
-        arrival: Instant,
-    ) -> Result<Self, ApiError> {
-        let at = |header, field, typed, limit: Option<Duration>| {
+impl Patience {
+    /// Reads headers and body.
+    pub(super) fn new(headers: &HeaderMap, body: &GenerationBody, limits: &Limits) -> Result<Self, ApiError> {
+        let shortest = |header, field, typed, limit: Option<Duration>| {
             let asked = [of_header(headers, header)?, of_body(field, typed)?];
-            let timeout = asked.into_iter().flatten().chain(limit).min();
-            Ok(timeout.and_then(|timeout| arrival.checked_add(timeout)))
+            Ok(asked.into_iter().flatten().chain(limit).min())
         };
         Ok(Self {
-            answer: at(X_REQUEST_TIMEOUT, "timeout", body.timeout, limits.request_timeout)?,
-            queue: at(
+            answer: shortest(X_REQUEST_TIMEOUT, "timeout", body.timeout, limits.request_timeout)?,
+            queue: shortest(
                 X_QUEUE_TIMEOUT,
                 "queue_timeout",
                 body.queue_timeout,
                 limits.queue_timeout,
             )?,
         })
+    }
+
+    /// Of a request that came then.
+    pub(super) fn from(self, arrival: Instant) -> Deadlines {
+        let at = |timeout: Option<Duration>| timeout.and_then(|timeout| arrival.checked_add(timeout));
+        Deadlines {
+            answer: at(self.answer),
+            queue: at(self.queue),
+        }
     }
 }
 

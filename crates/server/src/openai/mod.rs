@@ -9,6 +9,7 @@ mod logprobs;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
+pub(crate) mod render;
 pub(crate) mod types;
 
 use std::future::poll_fn;
@@ -16,19 +17,21 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
+use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
 
 pub(crate) use self::deadlines::Deadlines;
+use self::deadlines::Patience;
 pub(crate) use self::params::{Params, Streaming};
 
 use self::answer::{Head, WholeWriter};
 use self::types::GenerationBody;
 use crate::error::ApiError;
-use crate::extract::read_json;
+use crate::extract::{read_body, read_json};
 use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
@@ -51,6 +54,8 @@ impl Endpoint {
             _ if method != Method::POST => None,
             "/v1/chat/completions" => Some(Self::Chat),
             "/v1/completions" => Some(Self::Completions),
+            // Either; as what it is counted when nobody has looked.
+            "/invocations" => Some(Self::Chat),
             _ => None,
         }
     }
@@ -116,6 +121,31 @@ struct Prompts {
     echoes: Vec<String>,
 }
 
+/// `POST /invocations`, `SageMaker`'s name for whichever of the two the body is meant for.
+pub(crate) async fn invocations(State(state): State<AppState>, request: Request) -> Response {
+    #[derive(serde::Deserialize)]
+    struct Kind {
+        prompt: Option<serde::de::IgnoredAny>,
+    }
+    let (mut parts, body) = request.into_parts();
+    let (bytes, room) = match read_body(&state, &parts.headers, body).await {
+        Ok(read) => read,
+        Err(error) => {
+            let request_id = parts.extensions.get::<RequestId>().cloned();
+            let request_id = request_id.unwrap_or_else(RequestId::random);
+            return RequestOutcome::new(&state, Endpoint::Chat, request_id).refuse(error);
+        }
+    };
+    // Kept for as long as the request.
+    parts.extensions.insert(room.map(Arc::new));
+    // What is no JSON is refused, by name, as a chat.
+    let endpoint = match serde_json::from_slice(&bytes) {
+        Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
+        _ => Endpoint::Chat,
+    };
+    respond(endpoint, state, Request::from_parts(parts, bytes.into())).await
+}
+
 async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
     let arrival = Instant::now();
     let request_id = request
@@ -146,17 +176,21 @@ async fn start(
     arrival: Instant,
 ) -> Result<Started, ApiError> {
     let (parts, body) = request.into_parts();
-    let body: GenerationBody = read_json(state, &parts.headers, body).await?;
-    let model = state.served_model(body.model.as_deref())?;
-    // Cheap checks first: a request that will be refused should not cost its tokenisation.
-    let params = Params::new(endpoint, &body, model, &state.limits)?;
-    let deadlines = Deadlines::new(&parts.headers, &body, &state.limits, arrival)?;
-    let prompts = match endpoint {
-        Endpoint::Chat => chat::prompts(state, model, body).await?,
-        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
-    };
-    check_lengths(endpoint, &prompts.tokens, model, &params)?;
-    let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
+    let Prepared {
+        model,
+        params,
+        prompts,
+        patience,
+    } = prepare(endpoint, state, &parts.headers, body).await?;
+    let head = Head::new(
+        endpoint,
+        request_id.as_str(),
+        model,
+        &params,
+        &state.limits,
+        prompts.echoes,
+    );
+    let deadlines = patience.from(arrival);
     let mut generation = Generation::submit(state, model, prompts.tokens, &params, deadlines, arrival)?;
     generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
@@ -164,6 +198,39 @@ async fn start(
         generation,
         head,
         params,
+    })
+}
+
+/// What the engine would be asked for.
+struct Prepared<'a> {
+    model: &'a ServedModel,
+    params: Params,
+    prompts: Prompts,
+    patience: Patience,
+}
+
+/// Reads and checks all of a request that needs no engine.
+async fn prepare<'a>(
+    endpoint: Endpoint,
+    state: &'a AppState,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Prepared<'a>, ApiError> {
+    let body: GenerationBody = read_json(state, headers, body).await?;
+    let model = state.served_model(body.model.as_deref())?;
+    // Cheap checks first: a request that will be refused should not cost its tokenisation.
+    let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let patience = Patience::new(headers, &body, &state.limits)?;
+    let prompts = match endpoint {
+        Endpoint::Chat => chat::prompts(state, model, body, &params).await?,
+        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
+    };
+    check_lengths(endpoint, &prompts.tokens, model, &params)?;
+    Ok(Prepared {
+        model,
+        params,
+        prompts,
+        patience,
     })
 }
 
@@ -214,7 +281,7 @@ async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
         Ok(()) => {
             let usage = generation.usage();
             outcome.record(Outcome::of(&generation), usage);
-            json_response(writer.finish(usage))
+            json_response(writer.finish(&generation, usage))
         }
         Err(error) => outcome.fail(&error),
     }

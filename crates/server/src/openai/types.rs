@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use lapidary_text::TemplateVariables;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::lenient::{Flag, Int, Number, Object};
@@ -38,7 +39,10 @@ pub(crate) struct GenerationBody {
     pub(crate) skip_special_tokens: Option<Flag>,
     pub(crate) logprobs: Option<Logprobs>,
     pub(crate) top_logprobs: Option<Int>,
+    pub(crate) prompt_logprobs: Option<Int>,
     pub(crate) echo: Option<Flag>,
+    pub(crate) return_token_ids: Option<Flag>,
+    pub(crate) return_tokens_as_token_ids: Option<Flag>,
     pub(crate) priority: Option<Int>,
     pub(crate) timeout: Option<Number>,
     pub(crate) queue_timeout: Option<Number>,
@@ -46,6 +50,10 @@ pub(crate) struct GenerationBody {
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
+    pub(crate) truncate_prompt_tokens: Option<Int>,
+    pub(crate) truncation_side: Option<String>,
     pub(crate) response_format: Option<Object<Tagged>>,
     pub(crate) tools: Option<Vec<IgnoredAny>>,
     pub(crate) tool_choice: Option<Choice>,
@@ -55,7 +63,6 @@ pub(crate) struct GenerationBody {
     pub(crate) prediction: Extension,
     pub(crate) suffix: Extension,
     pub(crate) use_beam_search: Extension,
-    pub(crate) prompt_logprobs: Extension,
     pub(crate) structured_outputs: Extension,
     pub(crate) guided_json: Extension,
     pub(crate) guided_regex: Extension,
@@ -63,9 +70,8 @@ pub(crate) struct GenerationBody {
     pub(crate) guided_grammar: Extension,
     pub(crate) bad_words: Extension,
     pub(crate) allowed_token_ids: Extension,
-    pub(crate) truncate_prompt_tokens: Extension,
-    pub(crate) chat_template: Extension,
     pub(crate) prompt_embeds: Extension,
+    pub(crate) logprob_token_ids: Extension,
 }
 
 /// Body of `/tokenize`.
@@ -79,7 +85,8 @@ pub(crate) struct TokenizeBody {
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
     pub(crate) return_token_strs: Option<Flag>,
-    pub(crate) chat_template: Extension,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
 }
 
 /// Body of `/detokenize`.

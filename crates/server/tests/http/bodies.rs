@@ -64,6 +64,21 @@ async fn a_body_that_does_not_arrive_in_time_is_408() {
 }
 
 #[tokio::test]
+async fn a_large_body_that_is_looked_at_twice_needs_room_once() {
+    const LARGE: usize = 600 << 10;
+    let mut setup = Setup::default();
+    setup.limits.max_bodies_bytes = LARGE;
+    setup.limits.body_timeout = Duration::from_secs(5);
+    let server = setup.start();
+    let (sender, mut twice) = request(Some(LARGE));
+    *twice.uri_mut() = "/invocations".parse().unwrap();
+    sender.send(completion(LARGE)).unwrap();
+    drop(sender);
+    assert_eq!(send(&server, twice).await.unwrap(), 200);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
 async fn large_bodies_wait_for_room_and_small_ones_do_not() {
     const LARGE: usize = 600 << 10;
     let mut setup = Setup::default();

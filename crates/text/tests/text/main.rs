@@ -9,6 +9,7 @@ mod detokenizer;
 mod front_doors;
 mod stop;
 mod tokenizer;
+mod variables;
 
 use std::sync::LazyLock;
 
