@@ -50,6 +50,7 @@ mod template_functions;
 mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
+mod uncached;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
