@@ -258,6 +258,7 @@ impl<B: Backend> ModelRunner<B> {
                 plan,
             });
         }
+        plan.check_kv_cache(&backend)?;
         let kv_layers = alloc_kv_layers(&mut backend, model, &plan, progress).map_err(|error| plan.name_in(error))?;
         let decoder = Decoder::new(model, weights, kv_layers, scratch);
         let warnings = checkpoint.warnings().iter().cloned().chain(warnings).collect();
@@ -469,6 +470,19 @@ impl MemoryPlan {
         self.num_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         self.kv_cache_bytes = blocks * block_bytes;
         self.kv_bytes_per_token = block_bytes / u64::from(self.block_size);
+    }
+
+    /// Refused in one piece: a backend makes all pages of a layer before it is asked for the next.
+    fn check_kv_cache<B: Backend>(&self, backend: &B) -> Result<(), RunnerError> {
+        let free_bytes = backend.memory().free_bytes;
+        if self.kv_cache_bytes <= free_bytes {
+            return Ok(());
+        }
+        Err(self.name_in(BackendError::OutOfMemory {
+            what: "the KV cache",
+            needed_bytes: self.kv_cache_bytes,
+            free_bytes,
+        }))
     }
 
     /// An allocation that failed is only understood next to the others.
