@@ -364,9 +364,10 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
     use lapidary_model::EmbeddedFiles;
 
-    use crate::cli::ServeArgs;
+    use crate::cli::{Cli, Command};
     use crate::config::Environment;
 
     use super::*;
@@ -472,7 +473,10 @@ mod tests {
             let typed = flags
                 .iter()
                 .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
-            let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
+            let command = ["lapidary", "serve"].map(str::to_owned).into_iter().chain(typed);
+            let Command::Serve(args) = Cli::try_parse_from(command).unwrap().command else {
+                panic!("the command is serve");
+            };
             let config = Config::resolve(&args, &Environment::from([])).unwrap();
             config.scheduling.batch_limits((64, 512))
         };
