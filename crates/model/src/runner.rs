@@ -592,6 +592,9 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
     let (start, end) = (rows.start as u32, rows.end as u32);
     let params = Arc::new(SamplingParams {
         temperature: 0.0,
+        // The logits are read before the step ends, so it must not run as a recorded one, which only then runs at all:
+        // no recorded step reports log-probabilities.
+        logprobs: Some(0),
         ..SamplingParams::default()
     });
     let sample = |row| SampleRow {

@@ -364,9 +364,10 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
     use lapidary_model::EmbeddedFiles;
 
-    use crate::cli::{ServeArgs, Settings};
+    use crate::cli::{Cli, Command};
     use crate::config::Environment;
 
     use super::*;
@@ -465,18 +466,18 @@ mod tests {
     #[test]
     fn the_limit_that_was_not_set_gives_way_to_the_one_that_was() {
         let limits = |max_num_seqs, max_num_batched_tokens| {
-            let args = ServeArgs {
-                model_positional: None,
-                config: None,
-                print_config: false,
-                no_enable_prefix_caching: false,
-                settings: Settings {
-                    max_num_seqs,
-                    max_num_batched_tokens,
-                    ..Settings::default()
-                },
+            let flags = [
+                ("--max-num-seqs", max_num_seqs),
+                ("--max-num-batched-tokens", max_num_batched_tokens),
+            ];
+            let typed = flags
+                .iter()
+                .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
+            let command = ["lapidary", "serve"].map(str::to_owned).into_iter().chain(typed);
+            let Command::Serve(args) = Cli::try_parse_from(command).unwrap().command else {
+                panic!("the command is serve");
             };
-            let config = Config::resolve(&args, &Environment::default()).unwrap();
+            let config = Config::resolve(&args, &Environment::from([])).unwrap();
             config.scheduling.batch_limits((64, 512))
         };
         assert_eq!(limits(None, None), (64, 512));

@@ -116,8 +116,13 @@ fn every_setting_can_be_a_variable() {
             "device" => "cpu",
             "scheduling-policy" => "priority",
             "log-format" => "json",
-            "enforce-eager" | "unauthenticated-metrics" | "allow-credentials" => "false",
-            name if name.starts_with("enable-") || name.starts_with("trust-") => "false",
+            "unauthenticated-metrics" | "allow-credentials" => "false",
+            name if ["enable-", "enforce-", "trust-"]
+                .iter()
+                .any(|verb| name.starts_with(verb)) =>
+            {
+                "false"
+            }
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
