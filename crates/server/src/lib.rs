@@ -12,7 +12,7 @@
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
 //! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
 //! | [`check`] | what is wrong with a checkpoint |
-//! | [`bench`] | a load generator, which shares nothing with the rest |
+//! | [`mod@bench`] | a load generator, which shares nothing with the rest |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
