@@ -135,7 +135,6 @@ const HOPPER: &[Tiling] = &[
     hopper("gemm_pair_e4m3_n128", E4M3, 128, 6, 2),
     hopper("gemm_pair_e4m3_n160", E4M3, 160, 6, 2),
     hopper("gemm_pair_e4m3_n192", E4M3, 192, 5, 2),
-    hopper("gemm_pair_e4m3_n224", E4M3, 224, 5, 2),
     hopper("gemm_e4m3_f32_n128", E4M3_WIDE, 128, 6, 1),
     hopper("gemm_e4m3_f32_n192", E4M3_WIDE, 192, 5, 1),
     hopper("gemm_bf16_n64", BF16, 64, 8, 1),
