@@ -285,6 +285,7 @@ impl Step {
             position,
             params,
             banned: None,
+            mask: None,
             history,
         });
         self.owners.push(owner);

@@ -298,6 +298,7 @@ pub(crate) mod tests {
             position: 0,
             params: Arc::new(SamplingParams::default()),
             banned: None,
+            mask: None,
             history: None,
         }
     }

@@ -69,6 +69,7 @@ impl Load {
             priority: 0,
             cache_salt: 0,
             deadline: None,
+            constraint: None,
         };
         self.scheduler.add(RequestId(id), request);
     }

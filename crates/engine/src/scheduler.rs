@@ -15,9 +15,11 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::kv_cache::{BlockTable, KvCacheManager};
-use crate::sequence::{Rank, Sequence, SequenceIndex};
+use crate::sequence::{Guide, Rank, Sequence, SequenceIndex};
 use crate::stats::{Gauges, StepCounts};
-use crate::{Batch, FinishReason, KvCacheConfig, Request, RequestId, SampledToken};
+use crate::{
+    Batch, FinishReason, KvCacheConfig, MaskJob, Request, RequestId, SampledToken, TokenConstraint, TokenMask,
+};
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,8 @@ pub struct Scheduler {
     batch: Batch,
     plan: plan::Plan,
     newly_started: Vec<RequestId>,
+    /// Masks that sequences wait for, until the caller takes the jobs.
+    mask_jobs: Vec<MaskJob>,
     /// Emptied steps, kept for their capacity.
     spare_steps: Vec<Step>,
     /// Waiting sequences that have run before.
@@ -133,6 +137,7 @@ impl Scheduler {
             batch: Batch::default(),
             plan: plan::Plan::default(),
             newly_started: Vec::new(),
+            mask_jobs: Vec::new(),
             spare_steps: Vec::new(),
             num_preempted: 0,
             totals: Totals::default(),
@@ -143,7 +148,7 @@ impl Scheduler {
     ///
     /// # Panics
     /// When the request can never run, or its name is taken: the caller checks both.
-    pub fn add(&mut self, id: RequestId, request: Request) {
+    pub fn add(&mut self, id: RequestId, mut request: Request) {
         assert!(
             !request.prompt.is_empty() && request.stop.max_tokens > 0,
             "nothing to compute"
@@ -158,6 +163,17 @@ impl Scheduler {
             arrival: self.num_arrivals,
         };
         self.num_arrivals += 1;
+        let guide = match request.constraint.take() {
+            None => Guide::Free,
+            Some(constraint) => {
+                self.mask_jobs.push(MaskJob {
+                    id,
+                    constraint,
+                    token: None,
+                });
+                Guide::Away
+            }
+        };
         let sequence = Sequence {
             id,
             rank,
@@ -173,6 +189,7 @@ impl Scheduler {
             last_sample: 0,
             num_preemptions: 0,
             num_cached_tokens: 0,
+            guide,
             leader: None,
         };
         let index = self.vacant.pop().unwrap_or_else(|| {
@@ -195,8 +212,20 @@ impl Scheduler {
         true
     }
 
+    /// Masks to compute. Each must come back by [`set_mask`](Self::set_mask), or its sequence be aborted.
+    pub fn take_mask_jobs(&mut self) -> std::vec::Drain<'_, MaskJob> {
+        self.mask_jobs.drain(..)
+    }
+
+    /// Says which token may come next; nothing if the sequence is gone.
+    pub fn set_mask(&mut self, id: RequestId, constraint: Box<dyn TokenConstraint>, mask: TokenMask) {
+        if let Some(&index) = self.indices.get(&id) {
+            self.sequence_mut(index).guide = Guide::Ready(constraint, mask);
+        }
+    }
+
     /// Chooses what the next step computes. `None` when nothing can be computed before the oldest step in flight is
-    /// collected, or until a request is added.
+    /// collected, until a request is added, or until a mask is set.
     ///
     /// The step counts as launched; if it could not be, [`launch_failed`](Self::launch_failed) must be called at once.
     ///
@@ -335,6 +364,9 @@ impl Scheduler {
         }
         let Some(sampled) = token else { return false };
         let finish = sequence.push(sampled.token);
+        if finish.is_none() {
+            self.mask_jobs.extend(sequence.mask_job(sampled.token));
+        }
         let num_cached_tokens = sequence.num_cached_tokens;
         outputs.push(SequenceOutput {
             id: row.id,

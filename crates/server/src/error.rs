@@ -266,11 +266,25 @@ impl From<&EngineError> for ApiError {
             EngineError::StepFailed { .. } => Self::Internal {
                 is_deterministic: false,
             },
+            EngineError::ConstraintFailed { source } => Self::InvalidRequest {
+                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
+                param: None,
+                code: Some("grammar_failed"),
+            },
             EngineError::DeadlineExceeded => Self::DeadlineExceeded,
             EngineError::ShutDown => Self::ShuttingDown,
             EngineError::EngineDead => Self::EngineDead,
         }
     }
+}
+
+/// The cause at the bottom, which says most.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
 }
 
 impl IntoResponse for ApiError {

@@ -148,6 +148,7 @@ impl Generation {
                     priority: params.priority,
                     cache_salt: params.cache_salt,
                     deadline,
+                    constraint: None,
                 };
                 // With `echo`, nothing at all may be asked for.
                 let stream = match max_tokens {

@@ -273,6 +273,7 @@ fn greedy(row: u32, position: u32) -> SampleRow {
         position,
         params,
         banned: None,
+        mask: None,
         history: None,
     }
 }

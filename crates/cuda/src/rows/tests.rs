@@ -320,6 +320,7 @@ fn last_norms_are_of_the_sampled_rows_alone() {
             position: row + 1,
             params: std::sync::Arc::default(),
             banned: None,
+            mask: None,
             history: None,
         })
         .into();

@@ -74,6 +74,7 @@ fn row(params: SamplingParams) -> SampleRow {
         position: 1,
         params: Arc::new(params),
         banned: None,
+        mask: None,
         history: None,
     }
 }

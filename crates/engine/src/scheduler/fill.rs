@@ -2,6 +2,7 @@
 
 use super::plan::PlanEntry;
 use super::{Scheduler, StepRow};
+use crate::constraint::allows_only;
 use crate::sequence::Sequence;
 use crate::stats::StepCounts;
 use crate::{Batch, FedToken, SampleRow, TokenHistory};
@@ -96,8 +97,12 @@ fn push_rows(batch: &mut Batch, sequence: &Sequence, start: usize, end: usize, b
 /// Asks for the token after the sequence's last row, which was just written.
 fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
     let num_generated = sequence.num_generated();
+    let mask = sequence.take_mask();
     let request = &sequence.request;
-    let is_banned = num_generated < request.stop.min_tokens as usize && !request.stop.stop_token_ids.is_empty();
+    let stop_token_ids = &request.stop.stop_token_ids;
+    // A form that is complete must be able to end.
+    let must_stop = || mask.as_deref().is_some_and(|mask| allows_only(mask, stop_token_ids));
+    let is_banned = num_generated < request.stop.min_tokens as usize && !stop_token_ids.is_empty() && !must_stop();
     let history = request.sampling.needs_history().then(|| TokenHistory {
         prompt: request.prompt.clone(),
         output: sequence.tokens[request.prompt.len()..].to_vec(),
@@ -106,7 +111,8 @@ fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
         row: batch.token_ids.len() as u32 - 1,
         position: sequence.num_tokens() as u32,
         params: request.sampling.clone(),
-        banned: is_banned.then(|| request.stop.stop_token_ids.clone()),
+        banned: is_banned.then(|| stop_token_ids.clone()),
+        mask,
         history,
     };
     sequence.last_sample = batch.samples.len() as u32;

@@ -200,8 +200,8 @@ impl Scheduler {
 
     fn admit(&mut self, index: SequenceIndex, rank: Rank, is_first: bool, num_reserved: &mut usize) -> Admission {
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");
-        // Preempted with a token in flight, without which its next row is unknown.
-        if sequence.num_pending > 0 || is_led(&self.sequences, index) {
+        // Preempted with a token in flight, without which its next row is unknown; or its mask is not there yet.
+        if sequence.num_pending > 0 || sequence.lacks_mask() || is_led(&self.sequences, index) {
             return Admission::PassedOver;
         }
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");

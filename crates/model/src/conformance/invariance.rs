@@ -95,6 +95,7 @@ pub(super) fn greedy(row: u32) -> SampleRow {
         position: row + 1,
         params: params.into(),
         banned: None,
+        mask: None,
         history: None,
     }
 }

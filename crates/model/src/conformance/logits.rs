@@ -40,6 +40,7 @@ fn check<B: Backend>(
         position: row + 1,
         params: params.clone(),
         banned: None,
+        mask: None,
         history: None,
     };
     let sequence = SequenceStep::new((0..rows as u32).collect(), 0, 0);

@@ -147,6 +147,8 @@ impl RequestOutcome {
         let api_error = ApiError::from(error);
         self.record(Outcome::from(&api_error), Usage::default());
         match error {
+            // The engine has logged it.
+            EngineError::ConstraintFailed { .. } => {}
             EngineError::DeadlineExceeded | EngineError::ShutDown => {}
             EngineError::StepFailed { .. } | EngineError::EngineDead => tracing::error!(
                 request_id = self.request_id.as_str(),
