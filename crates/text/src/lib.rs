@@ -10,6 +10,7 @@
 //! | [`rendered`] | why text inside a message can never become a turn marker |
 //! | [`detokenizer`] | a stream of ids to text that is never half a character |
 //! | [`stop`] | stop strings that span tokens |
+//! | [`grammar`] | JSON schemas, regular expressions and Lark grammars to the tokens that may come next |
 //!
 //! A request passes through them in this order:
 //!
@@ -44,6 +45,7 @@ mod added_tokens;
 pub mod chat_template;
 pub mod conversation;
 pub mod detokenizer;
+pub mod grammar;
 pub mod rendered;
 pub mod stop;
 mod template_functions;
@@ -54,6 +56,7 @@ mod tokenizer_config;
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
 pub use conversation::{ConversationError, Message, SystemRole};
 pub use detokenizer::Detokenizer;
+pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarState};
 pub use rendered::Rendered;
 pub use stop::{StopError, StopMatcher};
 pub use tokenizer::{Tokenizer, TokenizerError};
