@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use lapidary_engine::{
     EngineError, FinishReason, Request, StopCriteria, TokenEvent, TokenId, TokenLogprobs, TokenStream,
 };
-use lapidary_text::{Detokenizer, StopMatcher, Tokenizer};
+use lapidary_text::{Detokenizer, GrammarState, StopMatcher, Tokenizer};
 
 use crate::error::ApiError;
+use crate::grammar::GrammarConstraint;
 use crate::metrics::{FinishedSequence, SequenceEnd};
 use crate::openai::Params;
 use crate::state::{AppState, ServedModel};
@@ -29,6 +30,15 @@ pub(crate) struct Generation {
     next: usize,
     num_unfinished: usize,
     has_failed: bool,
+}
+
+/// What a request comes with beside prompts and parameters.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) arrival: Instant,
+    /// What each answer is held to, from its first token on.
+    pub(crate) constraint: Option<GrammarState>,
 }
 
 /// What is known of a prompt once its first token came.
@@ -119,9 +129,13 @@ impl Generation {
         model: &ServedModel,
         prompts: Vec<Arc<[TokenId]>>,
         params: &Params,
-        deadline: Option<Instant>,
-        arrival: Instant,
+        admission: Admission,
     ) -> Result<Self, ApiError> {
+        let Admission {
+            deadline,
+            arrival,
+            constraint,
+        } = admission;
         check_fits_queue(model, &prompts, params.n)?;
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         let mut usages = Vec::with_capacity(prompts.len());
@@ -148,7 +162,8 @@ impl Generation {
                     priority: params.priority,
                     cache_salt: params.cache_salt,
                     deadline,
-                    constraint: None,
+                    // Each answer has its own.
+                    constraint: constraint.clone().map(|state| Box::new(GrammarConstraint(state)) as _),
                 };
                 // With `echo`, nothing at all may be asked for.
                 let stream = match max_tokens {

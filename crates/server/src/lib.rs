@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `openai` | the request: reading, checking, prompts; the answer's bytes |
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
+//! | [`grammar`] | compiling grammars off the async threads, within limits |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
@@ -21,6 +22,7 @@ mod error;
 mod extract;
 mod fingerprint;
 mod generate;
+pub mod grammar;
 mod hub;
 mod json;
 mod lenient;
@@ -38,6 +40,7 @@ pub mod state;
 mod tokenize;
 pub mod units;
 
+pub use crate::grammar::Grammars;
 pub use crate::lifecycle::{Lifecycle, Phase};
 pub use crate::metrics::Metrics;
 pub use crate::state::{AppState, Limits, SamplingDefaults, ServedModel};

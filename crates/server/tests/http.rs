@@ -8,6 +8,8 @@ mod answers;
 mod disconnects;
 #[path = "http/engine_trouble.rs"]
 mod engine_trouble;
+#[path = "../../text/tests/text/hostile.rs"]
+mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
 #[path = "http/probes.rs"]
@@ -16,6 +18,8 @@ mod probes;
 mod protocol;
 #[path = "http/streams.rs"]
 mod streams;
+#[path = "http/structured.rs"]
+mod structured;
 mod support;
 #[path = "http/tokenize.rs"]
 mod tokenize;

@@ -8,6 +8,7 @@ mod logprobs;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
+mod structured;
 pub(crate) mod types;
 
 use std::future::poll_fn;
@@ -27,7 +28,7 @@ use self::answer::{Head, WholeWriter};
 use self::types::GenerationBody;
 use crate::error::ApiError;
 use crate::extract::read_json;
-use crate::generate::Generation;
+use crate::generate::{Admission, Generation};
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
@@ -141,6 +142,15 @@ async fn start(
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let constraint = match &params.form {
+        None => None,
+        Some(form) => Some(
+            model
+                .grammars
+                .compile(form.grammar.clone(), &form.param, &form.what)
+                .await?,
+        ),
+    };
     let deadline = deadline(&parts.headers, &state.limits, arrival)?;
     let prompts = match endpoint {
         Endpoint::Chat => chat::prompts(state, model, body).await?,
@@ -148,7 +158,12 @@ async fn start(
     };
     check_lengths(endpoint, &prompts.tokens, model, &params)?;
     let head = Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes);
-    let generation = Generation::submit(state, model, prompts.tokens, &params, deadline, arrival)?;
+    let admission = Admission {
+        deadline,
+        arrival,
+        constraint,
+    };
+    let generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
     state.metrics.request_submitted(params.n);
     Ok(Started {
         generation,

@@ -9,6 +9,7 @@ use lapidary_engine::{SamplingParams, TokenId};
 use lapidary_text::{StopError, StopMatcher};
 
 use super::Endpoint;
+use super::structured::{self, Form};
 use super::types::{Choice, Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
@@ -58,6 +59,8 @@ pub(crate) struct Params {
     pub(crate) priority: i32,
     /// Separates prefix caches.
     pub(crate) cache_salt: u128,
+    /// What the answer must look like.
+    pub(crate) form: Option<Form>,
     /// `None`: one body at the end.
     pub(crate) stream: Option<Streaming>,
 }
@@ -87,7 +90,13 @@ impl Params {
             return Err(above("n", format!("n must be at most {limit}, got {n}.")));
         }
         let (max_tokens, min_tokens) = token_limits(endpoint, body)?;
+        let form = structured::form(body)?;
         let ignore_eos = is_set(body.ignore_eos);
+        // A form that is complete has to end; until then it goes on for as long as it can.
+        let (ignore_eos, min_tokens) = match form {
+            Some(_) if ignore_eos => (false, u32::MAX),
+            _ => (ignore_eos, min_tokens),
+        };
         let (stop_token_ids, eos_is_silent) = stop_tokens(body, model, ignore_eos)?;
         let stop_strings = match &body.stop {
             Some(Stop(strings)) => strings.clone(),
@@ -112,6 +121,7 @@ impl Params {
             echo: endpoint == Endpoint::Completions && is_set(body.echo),
             priority: priority(body.priority)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
+            form,
             stream: streaming(body)?,
         })
     }
@@ -472,17 +482,12 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
 }
 
 fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 16] = [
+    let used: [(&'static str, Extension); 11] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
         ("use_beam_search", body.use_beam_search),
         ("prompt_logprobs", body.prompt_logprobs),
-        ("structured_outputs", body.structured_outputs),
-        ("guided_json", body.guided_json),
-        ("guided_regex", body.guided_regex),
-        ("guided_choice", body.guided_choice),
-        ("guided_grammar", body.guided_grammar),
         ("bad_words", body.bad_words),
         ("allowed_token_ids", body.allowed_token_ids),
         ("truncate_prompt_tokens", body.truncate_prompt_tokens),
@@ -503,25 +508,7 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
         let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
         return Err(ApiError::unsupported("logprobs", message));
     }
-    match body
-        .response_format
-        .as_ref()
-        .map(|Object(format)| format.r#type.as_deref())
-    {
-        None | Some(Some("text")) => Ok(()),
-        Some(None) => Err(ApiError::missing("response_format.type")),
-        Some(Some(kind @ ("json_object" | "json_schema" | "structural_tag"))) => Err(ApiError::unsupported(
-            "response_format.type",
-            format!("response_format of type '{kind}' is not supported: the answer's form cannot be guaranteed."),
-        )),
-        Some(Some(other)) => Err(ApiError::invalid(
-            "response_format.type",
-            format!(
-                "response_format.type must be 'text', 'json_object' or 'json_schema', got '{}'.",
-                shorten(other)
-            ),
-        )),
-    }
+    Ok(())
 }
 
 /// Asking for the best of as many as are returned is no use of `best_of`.

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 use crate::lenient::{Flag, Int, Number, Object};
 
@@ -44,7 +45,7 @@ pub(crate) struct GenerationBody {
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
-    pub(crate) response_format: Option<Object<Tagged>>,
+    pub(crate) response_format: Option<Object<ResponseFormat>>,
     pub(crate) tools: Option<Vec<IgnoredAny>>,
     pub(crate) tool_choice: Option<Choice>,
     pub(crate) function_call: Option<Choice>,
@@ -54,11 +55,11 @@ pub(crate) struct GenerationBody {
     pub(crate) suffix: Extension,
     pub(crate) use_beam_search: Extension,
     pub(crate) prompt_logprobs: Extension,
-    pub(crate) structured_outputs: Extension,
-    pub(crate) guided_json: Extension,
-    pub(crate) guided_regex: Extension,
-    pub(crate) guided_choice: Extension,
-    pub(crate) guided_grammar: Extension,
+    pub(crate) structured_outputs: Option<Object<StructuredOutputs>>,
+    pub(crate) guided_json: Option<Value>,
+    pub(crate) guided_regex: Option<String>,
+    pub(crate) guided_choice: Option<Vec<String>>,
+    pub(crate) guided_grammar: Option<String>,
     pub(crate) bad_words: Extension,
     pub(crate) allowed_token_ids: Extension,
     pub(crate) truncate_prompt_tokens: Extension,
@@ -148,11 +149,32 @@ pub(crate) enum Logprobs {
     Count(i64),
 }
 
-/// An object known by its `type`.
+/// `response_format`.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-pub(crate) struct Tagged {
+pub(crate) struct ResponseFormat {
     pub(crate) r#type: Option<String>,
+    pub(crate) json_schema: Option<Object<NamedSchema>>,
+}
+
+/// A schema with its name. `strict` makes no difference: a schema is always kept to.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct NamedSchema {
+    pub(crate) name: Option<String>,
+    pub(crate) schema: Option<Value>,
+}
+
+/// `structured_outputs`, of which one field may be set.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct StructuredOutputs {
+    pub(crate) json: Option<Value>,
+    pub(crate) regex: Option<String>,
+    pub(crate) choice: Option<Vec<String>>,
+    pub(crate) grammar: Option<String>,
+    pub(crate) json_object: Option<Flag>,
+    pub(crate) structural_tag: Extension,
 }
 
 /// `tool_choice` or `function_call`.
