@@ -1,9 +1,27 @@
 """openai-python, sync and async, against the demo model."""
 
+import json
+from typing import Literal
+
 import openai
+import pydantic
 import pytest
 
 SUM = [{"role": "user", "content": "What is 12 + 7?"}]
+ADA = [{"role": "user", "content": "Ada is 36 years old. Answer in JSON."}]
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+class Ticket(pydantic.BaseModel):
+    kind: Literal["bug", "wish"]
+    votes: int = pydantic.Field(ge=0, le=99)
+    owner: Person | None
+    tags: list[Literal["red", "green", "blue"]] = pydantic.Field(max_length=3)
+    code: str = pydantic.Field(pattern="^[A-Z]{2}-[0-9]{3}$")
 
 
 def test_a_chat_answers_rightly(client):
@@ -90,6 +108,60 @@ def test_completions_take_batches_of_text_and_of_ids(client):
     streamed = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0, stream=True)
     whole = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0)
     assert "".join(c.choices[0].text for c in streamed if c.choices) == whole.choices[0].text
+
+
+def test_parse_gives_what_the_model_said_as_an_object(client):
+    completion = client.chat.completions.parse(model="demo", messages=ADA, response_format=Person, temperature=0)
+    assert completion.choices[0].message.parsed == Person(name="Ada", age=36)
+    assert completion.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(model="demo", messages=ADA, response_format=Person, temperature=0) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == Person(name="Ada", age=36)
+
+
+def test_any_answer_that_ends_is_valid(client):
+    num_ended = 0
+    for seed in range(10):
+        schema = {"name": "ticket", "strict": True, "schema": Ticket.model_json_schema()}
+        completion = client.chat.completions.create(
+            model="demo",
+            messages=SUM,
+            response_format={"type": "json_schema", "json_schema": schema},
+            temperature=1.5,
+            seed=seed,
+            max_tokens=300,
+            n=2,
+        )
+        for choice in completion.choices:
+            if choice.finish_reason == "stop":
+                Ticket.model_validate_json(choice.message.content)
+                num_ended += 1
+    assert num_ended >= 10
+
+
+def test_json_mode_and_guided_extras_shape_answers(client):
+    completion = client.chat.completions.create(
+        model="demo", messages=ADA, response_format={"type": "json_object"}, temperature=0
+    )
+    assert json.loads(completion.choices[0].message.content) == {"name": "Ada", "age": 36}
+    for extra in ({"guided_choice": ["18", "19", "20"]}, {"structured_outputs": {"regex": "[0-9]{2}"}}):
+        completion = client.chat.completions.create(model="demo", messages=SUM, temperature=0, extra_body=extra)
+        assert len(completion.choices[0].message.content) == 2 and completion.choices[0].message.content.isdigit()
+    text = client.completions.create(
+        model="demo", prompt="One", extra_body={"structured_outputs": {"grammar": 'start: "a"+ "b"'}, "seed": 3}
+    )
+    assert set(text.choices[0].text) <= {"a", "b"}
+
+
+def test_a_schema_that_cannot_be_kept_is_a_bad_request(client):
+    schema = {"name": "x", "schema": {"type": "object", "properties": {"a": {"type": "strin"}}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            model="demo", messages=SUM, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert "Invalid schema for response_format 'x'" in error.value.message
+    assert error.value.param == "response_format.json_schema.schema"
 
 
 def test_vllm_extras_are_taken(client):

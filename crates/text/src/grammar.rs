@@ -35,6 +35,9 @@ const INITIAL_LEXER_FUEL: u64 = 500_000;
 /// What one mask may cost the lexer: about 70 us for each 1000.
 const STEP_LEXER_FUEL: u64 = 50_000;
 
+/// States of one text's lexer at most, at 1 to 2 KB each.
+const MAX_LEXER_STATES: usize = 20_000;
+
 /// Symbols of a compiled grammar at most.
 const MAX_GRAMMAR_SIZE: usize = 200_000;
 
@@ -164,12 +167,12 @@ impl GrammarCompiler {
         if let Some(reason) = matcher.get_error() {
             return Err(invalid(&reason));
         }
-        let state = GrammarState {
+        let mut state = GrammarState {
             matcher,
             vocab_size: self.vocab_size,
         };
         // A grammar that allows nothing at all, or too much to keep track of, shows it here.
-        match state.clone().allowed_tokens() {
+        match state.allowed_tokens() {
             Ok(_) => Ok(state),
             Err(GrammarError::Lost { reason }) => Err(GrammarError::Invalid { reason }),
             Err(error) => Err(error),
@@ -252,6 +255,7 @@ fn limits() -> ParserLimits {
     ParserLimits {
         initial_lexer_fuel: INITIAL_LEXER_FUEL,
         step_lexer_fuel: STEP_LEXER_FUEL,
+        max_lexer_states: MAX_LEXER_STATES,
         max_grammar_size: MAX_GRAMMAR_SIZE,
         // A client is told what is wrong, not the state of the parser.
         verbose_errors: false,
