@@ -29,11 +29,12 @@ pub trait TokenConstraint: fmt::Debug + Send {
     /// The constraint cannot go on; the request fails.
     fn advance(&mut self, token: TokenId) -> Result<(), ConstraintError>;
 
-    /// The tokens that may come next, at least one: a stop token where the form may end here.
+    /// The tokens that may come next, at least one: a stop token where the form may end here. `None` where anything may
+    /// come from now on; the constraint is dropped then.
     ///
     /// # Errors
     /// The constraint cannot go on; the request fails.
-    fn allowed_tokens(&mut self) -> Result<TokenMask, ConstraintError>;
+    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError>;
 
     /// Another one in the same state that goes on by itself.
     fn fork(&self) -> Box<dyn TokenConstraint>;
@@ -70,8 +71,8 @@ pub struct MaskJob {
     pub token: Option<TokenId>,
 }
 
-/// A computed mask and the constraint that it came from.
-pub type MaskOutcome = Result<(Box<dyn TokenConstraint>, TokenMask), ConstraintError>;
+/// A computed mask and the constraint that it came from; `None` where anything may come from now on.
+pub type MaskOutcome = Result<Option<(Box<dyn TokenConstraint>, TokenMask)>, ConstraintError>;
 
 impl MaskJob {
     /// Computes the mask.
@@ -86,11 +87,13 @@ impl MaskJob {
             if let Some(token) = token {
                 constraint.advance(token)?;
             }
-            let mask = constraint.allowed_tokens()?;
+            let Some(mask) = constraint.allowed_tokens()? else {
+                return Ok(None);
+            };
             if mask.iter().all(|word| *word == 0) {
                 return Err(ConstraintError::NoToken);
             }
-            Ok((constraint, mask))
+            Ok(Some((constraint, mask)))
         };
         catch_unwind(AssertUnwindSafe(compute)).unwrap_or(Err(ConstraintError::Panicked))
     }

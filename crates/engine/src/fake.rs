@@ -150,7 +150,7 @@ impl ScriptedExecutor {
             }
             num_hashed = tokens.len();
             let num_generated = tokens.len() - request.prompt.len();
-            let mask = constraint.as_mut().map(|constraint| {
+            let mask = constraint.as_mut().and_then(|constraint| {
                 constraint
                     .allowed_tokens()
                     .expect("constraints that are compared do not fail")
@@ -166,6 +166,9 @@ impl ScriptedExecutor {
                 reached = tokens.iter().fold(reached, |hash, &token| mix(hash, u64::from(token)));
             }
             let token = choose(reached, request.sampling.seed, tokens.len() as u32, vocab_size, limits);
+            if mask.is_none() {
+                constraint = None;
+            }
             if let Some(constraint) = &mut constraint {
                 constraint
                     .advance(token)
@@ -454,6 +457,8 @@ pub struct ScriptedConstraint {
     stop: TokenId,
     /// Fails once so many tokens were taken in.
     fails_after: Option<usize>,
+    /// Allows anything once so many tokens were taken in.
+    free_after: Option<usize>,
     /// Each mask takes this long.
     delay: Duration,
     state: u64,
@@ -470,6 +475,7 @@ impl ScriptedConstraint {
             length,
             stop,
             fails_after: None,
+            free_after: None,
             delay: Duration::ZERO,
             state: ROOT,
             num_tokens: 0,
@@ -481,6 +487,15 @@ impl ScriptedConstraint {
     pub fn failing_after(self, num_tokens: usize) -> Self {
         Self {
             fails_after: Some(num_tokens),
+            ..self
+        }
+    }
+
+    /// Allows anything once `num_tokens` tokens were taken in.
+    #[must_use]
+    pub fn free_after(self, num_tokens: usize) -> Self {
+        Self {
+            free_after: Some(num_tokens),
             ..self
         }
     }
@@ -509,8 +524,11 @@ impl TokenConstraint for ScriptedConstraint {
         Ok(())
     }
 
-    fn allowed_tokens(&mut self) -> Result<TokenMask, ConstraintError> {
+    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError> {
         std::thread::sleep(self.delay);
+        if self.free_after.is_some_and(|limit| self.num_tokens >= limit) {
+            return Ok(None);
+        }
         if self.fails_after.is_some_and(|limit| self.num_tokens >= limit) {
             let attempt = self.num_tokens as u64;
             return Err(ConstraintError::Failed(ScriptedFailure { attempt }.into()));
@@ -519,7 +537,7 @@ impl TokenConstraint for ScriptedConstraint {
         for token in (0..self.vocab_size).filter(|token| self.allows(*token)) {
             mask[token as usize / 32] |= 1 << (token % 32);
         }
-        Ok(mask.into())
+        Ok(Some(mask.into()))
     }
 
     fn fork(&self) -> Box<dyn TokenConstraint> {

@@ -217,10 +217,11 @@ impl Scheduler {
         self.mask_jobs.drain(..)
     }
 
-    /// Says which token may come next; nothing if the sequence is gone.
-    pub fn set_mask(&mut self, id: RequestId, constraint: Box<dyn TokenConstraint>, mask: TokenMask) {
+    /// Says which token may come next, `None` for any from now on; nothing if the sequence is gone.
+    pub fn set_mask(&mut self, id: RequestId, mask: Option<(Box<dyn TokenConstraint>, TokenMask)>) {
         if let Some(&index) = self.indices.get(&id) {
-            self.sequence_mut(index).guide = Guide::Ready(constraint, mask);
+            self.sequence_mut(index).guide =
+                mask.map_or(Guide::Free, |(constraint, mask)| Guide::Ready(constraint, mask));
         }
     }
 

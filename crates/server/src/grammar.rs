@@ -97,7 +97,7 @@ impl TokenConstraint for GrammarConstraint {
         self.0.advance(token).map_err(failed)
     }
 
-    fn allowed_tokens(&mut self) -> Result<TokenMask, ConstraintError> {
+    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError> {
         self.0.allowed_tokens().map_err(failed)
     }
 

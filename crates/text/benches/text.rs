@@ -171,7 +171,7 @@ fn masks(tokenizer: &Tokenizer) {
         for _ in 0..NUM_RUNS {
             let mut state = state.clone();
             for &id in &ids {
-                let (mask, elapsed) = timed(|| state.allowed_tokens().unwrap());
+                let (mask, elapsed) = timed(|| state.allowed_tokens().unwrap().unwrap());
                 mask_times.push(elapsed);
                 assert!(
                     mask[id as usize / 32] >> (id % 32) & 1 == 1,

@@ -16,6 +16,7 @@ use thiserror::Error;
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokRxInfo, TokTrie};
 
 use crate::tokenizer::Tokenizer;
+use crate::tool_calls::{CallGrammar, OPENING, Otherwise};
 
 /// Bytes of a JSON schema, or of a list of choices, at most.
 pub const MAX_SCHEMA_BYTES: usize = 128 << 10;
@@ -64,6 +65,8 @@ pub enum Grammar {
     Choice(Vec<String>),
     /// A text of this Lark grammar, whose rule `start` is the whole.
     Lark(String),
+    /// Calls of functions.
+    Calls(CallGrammar),
 }
 
 /// Why a grammar cannot be used.
@@ -167,9 +170,11 @@ impl GrammarCompiler {
         if let Some(reason) = matcher.get_error() {
             return Err(invalid(&reason));
         }
+        let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
         let mut state = GrammarState {
             matcher,
             vocab_size: self.vocab_size,
+            hold: if is_optional { Hold::Undecided(0) } else { Hold::Fast },
         };
         // A grammar that allows nothing at all, or too much to keep track of, shows it here.
         match state.allowed_tokens() {
@@ -184,6 +189,33 @@ impl GrammarCompiler {
 pub struct GrammarState {
     matcher: Matcher,
     vocab_size: usize,
+    hold: Hold,
+}
+
+/// Whether the text is held to the grammar at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    Fast,
+    /// It has begun like a call, with so many bytes of [`OPENING`].
+    Undecided(usize),
+    /// It is no call, and free.
+    Released,
+}
+
+impl Hold {
+    fn step(self, token: &[u8]) -> Self {
+        let Self::Undecided(num_matched) = self else {
+            return self;
+        };
+        let rest = &OPENING.as_bytes()[num_matched..];
+        if token.starts_with(rest) {
+            Self::Fast
+        } else if rest.starts_with(token) {
+            Self::Undecided(num_matched + token.len())
+        } else {
+            Self::Released
+        }
+    }
 }
 
 impl Clone for GrammarState {
@@ -192,6 +224,7 @@ impl Clone for GrammarState {
         Self {
             matcher: self.matcher.deep_clone(),
             vocab_size: self.vocab_size,
+            hold: self.hold,
         }
     }
 }
@@ -210,16 +243,27 @@ impl GrammarState {
     /// # Errors
     /// [`GrammarError::Lost`]: it was not allowed.
     pub fn advance(&mut self, token: u32) -> Result<(), GrammarError> {
+        if let Hold::Undecided(_) = self.hold {
+            let env = self.matcher.tok_env().map_err(|error| lost(&error.to_string()))?;
+            self.hold = self.hold.step(env.tok_trie().token(token));
+        }
+        if self.hold == Hold::Released {
+            return Ok(());
+        }
         self.matcher
             .consume_token(token)
             .map_err(|error| lost(&error.to_string()))
     }
 
     /// The tokens that may come next, `[ceil(vocab_size / 32)]`: bit `t % 32` of word `t / 32` stands for token `t`.
+    /// `None`: anything, from now on.
     ///
     /// # Errors
     /// [`GrammarError::Lost`]: working it out takes too much.
-    pub fn allowed_tokens(&mut self) -> Result<Arc<[u32]>, GrammarError> {
+    pub fn allowed_tokens(&mut self) -> Result<Option<Arc<[u32]>>, GrammarError> {
+        if self.hold == Hold::Released {
+            return Ok(None);
+        }
         let mask = self
             .matcher
             .compute_mask_or_eos()
@@ -231,12 +275,12 @@ impl GrammarState {
         if let Some(last) = words.last_mut() {
             *last &= u32::MAX >> num_unused;
         }
-        Ok(words.into())
+        Ok(Some(words.into()))
     }
 
     /// Whether the text may end here.
     pub fn may_end(&mut self) -> bool {
-        self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)
+        self.hold == Hold::Released || self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)
     }
 }
 
@@ -297,6 +341,11 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
                 return Err(GrammarError::TooDeep { limit: MAX_NESTING });
             }
             Ok(TopLevelGrammar::from_lark(grammar.clone()))
+        }
+        Grammar::Calls(calls) => {
+            let lark = calls.to_lark(with_options)?;
+            check_size("list of functions", lark.len(), MAX_SCHEMA_BYTES)?;
+            Ok(TopLevelGrammar::from_lark(lark))
         }
     }
 }

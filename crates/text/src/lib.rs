@@ -10,6 +10,7 @@
 //! | [`rendered`] | why text inside a message can never become a turn marker |
 //! | [`detokenizer`] | a stream of ids to text that is never half a character |
 //! | [`stop`] | stop strings that span tokens |
+//! | [`tool_calls`] | functions in the prompt, calls in the answer |
 //! | [`grammar`] | JSON schemas, regular expressions and Lark grammars to the tokens that may come next |
 //!
 //! A request passes through them in this order:
@@ -52,6 +53,7 @@ mod template_functions;
 mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
+pub mod tool_calls;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
 pub use conversation::{ConversationError, Message, SystemRole};
@@ -60,3 +62,4 @@ pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarState};
 pub use rendered::Rendered;
 pub use stop::{StopError, StopMatcher};
 pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tool_calls::{CallEvent, CallGrammar, CallReader, Function, Otherwise};

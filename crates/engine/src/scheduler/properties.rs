@@ -132,8 +132,7 @@ impl Rig {
         let num_left = self.mask_jobs.len() / 3;
         for job in self.mask_jobs.split_off(num_left) {
             let id = job.id;
-            let (constraint, mask) = job.run().unwrap();
-            self.scheduler.set_mask(id, constraint, mask);
+            self.scheduler.set_mask(id, job.run().unwrap());
         }
     }
 
@@ -239,7 +238,7 @@ fn requests() -> impl Strategy<Value = Request> {
     let sampling = (
         0..3_u64,
         prop::bool::weighted(0.2),
-        prop::option::weighted(0.4, 0..20_usize),
+        prop::option::weighted(0.4, (0..20_usize, prop::option::weighted(0.3, 0..8_usize))),
     );
     (
         shared,
@@ -267,7 +266,12 @@ fn requests() -> impl Strategy<Value = Request> {
                     },
                     priority,
                     cache_salt,
-                    constraint: form.map(|length| ScriptedConstraint::new(VOCAB_SIZE, length, 3).fork()),
+                    constraint: form.map(|(length, free_after)| {
+                        let form = ScriptedConstraint::new(VOCAB_SIZE, length, 3);
+                        free_after
+                            .map_or(form.clone(), |num_tokens| form.free_after(num_tokens))
+                            .fork()
+                    }),
                     ..Request::for_test(prompt, max_tokens)
                 }
             },

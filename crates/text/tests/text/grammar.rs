@@ -2,7 +2,9 @@
 
 use std::sync::LazyLock;
 
-use lapidary_text::{Grammar, GrammarCompiler, GrammarError, GrammarState};
+use lapidary_text::{
+    CallEvent, CallGrammar, CallReader, Function, Grammar, GrammarCompiler, GrammarError, GrammarState, Otherwise,
+};
 use serde_json::{Value, json};
 
 use crate::schemas::{Random, random_schema, validate};
@@ -30,7 +32,10 @@ fn lark(grammar: &str) -> Grammar {
 }
 
 fn allowed(state: &mut GrammarState) -> Vec<u32> {
-    let mask = state.allowed_tokens().unwrap();
+    let mask = state
+        .allowed_tokens()
+        .unwrap()
+        .expect("the text is held to the grammar");
     assert_eq!(mask.len(), VOCAB_SIZE.div_ceil(32));
     let bits = |(&word, index): (&u32, u32)| {
         (0..32)
@@ -250,7 +255,7 @@ fn hostile_grammars_end() {
         };
         let mut random = Random::new(7);
         for _ in 0..40 {
-            let Ok(mask) = state.allowed_tokens() else { break };
+            let Ok(Some(mask)) = state.allowed_tokens() else { break };
             let allowed: Vec<u32> = (0..VOCAB_SIZE as u32)
                 .filter(|id| mask[*id as usize / 32] >> (id % 32) & 1 == 1)
                 .collect();
@@ -261,4 +266,104 @@ fn hostile_grammars_end() {
             }
         }
     }
+}
+
+fn weather(otherwise: Otherwise, is_parallel: bool) -> CallGrammar {
+    let function = |name: &str, parameters: Value| Function {
+        name: name.to_owned(),
+        description: None,
+        parameters,
+    };
+    let units = json!({ "enum": ["C", "F"] });
+    let parameters = json!({ "type": "object", "properties": { "unit": { "$ref": "#/$defs/u" } }, "required": ["unit"],
+                             "additionalProperties": false, "$defs": { "u": units } });
+    CallGrammar {
+        functions: vec![
+            function("get_weather", parameters),
+            function(
+                "now",
+                json!({ "type": "object", "properties": {}, "additionalProperties": false }),
+            ),
+        ],
+        is_parallel,
+        otherwise,
+    }
+}
+
+fn read_calls(text: &str) -> Vec<(String, Value)> {
+    let (mut reader, mut events) = (CallReader::default(), Vec::new());
+    reader.push(text, &mut events);
+    reader.finish(&mut events);
+    let mut calls = Vec::new();
+    for event in events {
+        match event {
+            CallEvent::Call(name) => calls.push((name, Value::Null)),
+            CallEvent::Arguments(arguments) => calls.last_mut().unwrap().1 = serde_json::from_str(&arguments).unwrap(),
+            CallEvent::Text(text) => panic!("text: {text}"),
+        }
+    }
+    calls
+}
+
+#[test]
+fn forced_calls_are_calls_of_what_there_is() {
+    let mut numbers = Vec::new();
+    for seed in 0..60 {
+        let is_parallel = seed % 2 == 0;
+        let state = compile(&Grammar::Calls(weather(Otherwise::Never, is_parallel)));
+        let Some(text) = draw(state, &mut Random::new(seed)) else {
+            continue;
+        };
+        let calls = read_calls(&text);
+        assert!(!calls.is_empty() && (is_parallel || calls.len() == 1), "{text}");
+        for (name, arguments) in &calls {
+            match name.as_str() {
+                "get_weather" => assert!(
+                    [json!({ "unit": "C" }), json!({ "unit": "F" })].contains(arguments),
+                    "{text}"
+                ),
+                "now" => assert_eq!(*arguments, json!({})),
+                other => panic!("no function {other}"),
+            }
+        }
+        numbers.push(calls.len());
+    }
+    assert!(
+        numbers.len() > 30 && numbers.iter().any(|number| *number > 1),
+        "{numbers:?}"
+    );
+}
+
+#[test]
+fn a_text_that_begins_otherwise_is_free_and_a_call_is_not() {
+    let push = |state: &mut GrammarState, text: &str| {
+        for token in TINY.encode(text, false).unwrap() {
+            if let Some(mask) = state.allowed_tokens().unwrap() {
+                assert!(
+                    mask[token as usize / 32] >> (token % 32) & 1 == 1,
+                    "{:?} in {text:?}",
+                    TINY.token_str(token)
+                );
+            }
+            state.advance(token).unwrap();
+        }
+    };
+    let calls = Grammar::Calls(weather(Otherwise::Text, true));
+    for text in ["hello", "<tool", "<b>x", "<tool_calls>", "\n<tool_call>", "東"] {
+        let mut state = compile(&calls);
+        assert!(state.may_end(), "an answer may be empty");
+        push(&mut state, text);
+        assert!(state.may_end(), "{text}");
+        assert_eq!(state.allowed_tokens().unwrap().is_none(), text != "<tool", "{text}");
+    }
+    let mut state = compile(&calls);
+    push(&mut state, "<tool_call>");
+    assert!(!state.may_end());
+    assert!(!allowed(&mut state).contains(&id("x")));
+    push(&mut state, "\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>");
+    assert!(state.may_end());
+    let mut state = compile(&Grammar::Calls(weather(Otherwise::Json(json!({ "const": "x" })), true)));
+    assert!(!state.may_end() && !allowed(&mut state).contains(&id("h")));
+    push(&mut state, "\"x\"");
+    assert_eq!(allowed(&mut state), [EOS, END_OF_TURN]);
 }
