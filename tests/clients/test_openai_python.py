@@ -164,6 +164,37 @@ def test_a_schema_that_cannot_be_kept_is_a_bad_request(client):
     assert error.value.param == "response_format.json_schema.schema"
 
 
+def test_a_forced_call_has_arguments_that_parse(client):
+    tools = [openai.pydantic_function_tool(Ticket, name="file_ticket", description="Files a ticket.")]
+    ask = {"model": "demo", "messages": SUM, "tools": tools, "tool_choice": "required", "temperature": 0, "max_tokens": 300}
+    completion = client.chat.completions.parse(**ask, parallel_tool_calls=False)
+    message = completion.choices[0].message
+    assert completion.choices[0].finish_reason == "tool_calls" and message.content is None
+    assert message.tool_calls[0].function.name == "file_ticket"
+    assert isinstance(message.tool_calls[0].function.parsed_arguments, Ticket)
+    with client.chat.completions.stream(**ask, parallel_tool_calls=False) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+    assert streamed.tool_calls[0].function.parsed_arguments == message.tool_calls[0].function.parsed_arguments
+
+    history = SUM + [
+        message.model_dump(exclude_none=True, exclude={"parsed"}),
+        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "filed"},
+    ]
+    answer = client.chat.completions.create(model="demo", messages=history, tools=tools, max_tokens=5)
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_functions_that_are_only_offered_leave_the_model_its_words(client):
+    tools = [{"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {}}}]
+    for choice in ("auto", "none", openai.omit):
+        completion = client.chat.completions.create(
+            model="demo", messages=SUM, tools=tools, tool_choice=choice, temperature=0, max_tokens=20
+        )
+        assert completion.choices[0].message.content and completion.choices[0].message.tool_calls is None
+
+
 def test_vllm_extras_are_taken(client):
     completion = client.chat.completions.create(
         model="demo",

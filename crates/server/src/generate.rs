@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use lapidary_engine::{
     EngineError, FinishReason, Request, StopCriteria, TokenEvent, TokenId, TokenLogprobs, TokenStream,
 };
-use lapidary_text::{Detokenizer, GrammarState, StopMatcher, Tokenizer};
+use lapidary_text::{CallEvent, CallReader, Detokenizer, GrammarState, StopMatcher, Tokenizer};
 
 use crate::error::ApiError;
 use crate::grammar::GrammarConstraint;
@@ -83,6 +83,8 @@ pub(crate) struct Choice {
     first_token: Option<Instant>,
     last_token: Instant,
     queue_time: Duration,
+    /// Reads calls of functions, where there are any to call.
+    calls: Option<CallReader>,
     /// What the latest event added.
     pub(crate) delta: Delta,
 }
@@ -94,6 +96,8 @@ pub(crate) struct Delta {
     pub(crate) text: String,
     /// In order; each token exactly once.
     pub(crate) logprobs: Vec<LogprobEntry>,
+    /// Calls of functions, piece by piece; never text.
+    pub(crate) calls: Vec<CallEvent>,
     /// The answer is complete.
     pub(crate) finish: Option<Finish>,
 }
@@ -120,6 +124,8 @@ pub(crate) enum Finish {
     StopString(usize),
     /// At `max_tokens`.
     Length,
+    /// After calls of functions.
+    ToolCalls,
 }
 
 impl Generation {
@@ -332,6 +338,7 @@ impl Choice {
             first_token: None,
             last_token: now,
             queue_time: Duration::ZERO,
+            calls: params.tools.is_some().then(CallReader::default),
             delta: Delta::default(),
         }
     }
@@ -348,6 +355,7 @@ impl Choice {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Arrived, EngineError>> {
         self.delta.text.clear();
         self.delta.logprobs.clear();
+        self.delta.calls.clear();
         let Some(stream) = &mut self.stream else {
             self.delta.finish = Some(Finish::Length);
             return Poll::Ready(Ok(Arrived {
@@ -408,9 +416,32 @@ impl Choice {
             Some(_) => self.stop.finish(&mut self.delta.text),
             None => {}
         }
+        self.read_calls();
         Arrived {
             num_cached_tokens: event.num_cached_tokens,
             since_last,
+        }
+    }
+
+    /// Tells calls of functions from text.
+    fn read_calls(&mut self) {
+        let Some(reader) = &mut self.calls else { return };
+        let Delta {
+            text, calls, finish, ..
+        } = &mut self.delta;
+        reader.push(&std::mem::take(text), calls);
+        if finish.is_some() {
+            reader.finish(calls);
+        }
+        calls.retain(|event| match event {
+            CallEvent::Text(more) => {
+                text.push_str(more);
+                false
+            }
+            CallEvent::Call(_) | CallEvent::Arguments(_) => true,
+        });
+        if reader.num_calls() > 0 && matches!(finish, Some(Finish::Eos | Finish::StopToken(_))) {
+            *finish = Some(Finish::ToolCalls);
         }
     }
 

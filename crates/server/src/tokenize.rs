@@ -44,7 +44,7 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
         },
         (None, Some(messages)) => {
             let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
-            Source::Chat(render(model, Some(messages), end)?)
+            Source::Chat(render(model, Some(messages), None, end)?)
         }
         (None, None) => return Err(ApiError::missing("prompt")),
         (Some(_), Some(_)) => {

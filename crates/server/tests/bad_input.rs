@@ -397,6 +397,66 @@ async fn forms_that_cannot_be_kept() {
 }
 
 #[tokio::test]
+async fn tools_that_are_none() {
+    let server = Setup::default().start();
+    let tool = |function: Value| json!([{ "type": "function", "function": function }]);
+    let bad = |tools: Value, param| fault(&chat("tools", tools), param, "invalid_value");
+    let choose = |choice: Value, param, code| {
+        let mut body = chat("tools", tool(json!({ "name": "f" })));
+        body["tool_choice"] = choice;
+        fault(&body, param, code)
+    };
+    let mut beside_regex = chat("tools", tool(json!({ "name": "f" })));
+    beside_regex["guided_regex"] = json!("a");
+    let faults = vec![
+        bad(json!([{ "type": "function" }]), "tools[0].function"),
+        bad(tool(json!({})), "tools[0].function.name"),
+        bad(tool(json!({ "name": "a b" })), "tools[0].function.name"),
+        bad(tool(json!({ "name": "a".repeat(65) })), "tools[0].function.name"),
+        bad(
+            tool(json!({ "name": "f", "parameters": [] })),
+            "tools[0].function.parameters",
+        ),
+        bad(
+            tool(json!({ "name": "f", "parameters": { "type": "string" } })),
+            "tools[0].function.parameters",
+        ),
+        fault(
+            &chat("tools", json!([{ "type": "web_search" }])),
+            "tools[0].type",
+            "unsupported_parameter",
+        ),
+        fault(&chat("tools", json!([1])), "tools[0]", "invalid_type"),
+        fault(
+            &chat("tools", json!(vec![tool(json!({ "name": "f" }))[0].clone(); 129])),
+            "tools",
+            "array_above_max_length",
+        ),
+        choose(json!("always"), "tool_choice", "invalid_value"),
+        choose(
+            json!({ "type": "function", "function": { "name": "g" } }),
+            "tool_choice",
+            "invalid_value",
+        ),
+        choose(
+            json!({ "type": "function" }),
+            "tool_choice.function.name",
+            "missing_required_parameter",
+        ),
+        choose(
+            json!({ "type": "allowed_tools" }),
+            "tool_choice.type",
+            "unsupported_parameter",
+        ),
+        fault(&chat("tool_choice", json!("required")), "tool_choice", "invalid_value"),
+        fault(&beside_regex, "tools", "unsupported_parameter"),
+    ];
+    let num_faults = faults.len() as u64;
+    check(&server, CHAT, faults).await;
+    assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
 async fn parameters_that_are_not_supported() {
     let server = Setup::default().start();
     let no = |field: &'static str, value: Value| fault(&chat(field, value), field, "unsupported_parameter");

@@ -23,3 +23,5 @@ mod structured;
 mod support;
 #[path = "http/tokenize.rs"]
 mod tokenize;
+#[path = "http/tools.rs"]
+mod tools;

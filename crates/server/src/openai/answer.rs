@@ -5,11 +5,12 @@ use std::fmt::Write;
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 
-use lapidary_text::Tokenizer;
+use lapidary_text::{CallEvent, Tokenizer};
 
 use super::Endpoint;
 use super::logprobs::LogprobsJson;
 use super::params::{Params, Streaming};
+use super::tools::Tools;
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
@@ -33,6 +34,8 @@ pub(crate) struct Head {
     pub(crate) has_logprobs: bool,
     /// For each prompt, the text before the answer; empty without `echo`.
     pub(crate) echoes: Vec<String>,
+    /// Whether answers have to be calls of functions.
+    pub(crate) is_call: bool,
     /// Names tokens in `logprobs`.
     pub(crate) tokenizer: Arc<Tokenizer>,
 }
@@ -55,6 +58,7 @@ impl Head {
             stop_strings: Arc::clone(&params.stop_strings),
             has_logprobs: params.sampling.logprobs.is_some(),
             echoes,
+            is_call: params.tools.as_ref().is_some_and(Tools::is_forced),
             tokenizer: Arc::clone(&model.tokenizer),
         }
     }
@@ -88,10 +92,14 @@ impl Head {
 
     /// `"finish_reason":…,"stop_reason":…`
     fn write_finish(&self, out: &mut BytesMut, finish: Finish) {
-        let reason = if finish == Finish::Length { "length" } else { "stop" };
+        let reason = match finish {
+            Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
+            Finish::Eos | Finish::StopToken(_) | Finish::StopString(_) => "stop",
+        };
         write!(out, "\"finish_reason\":\"{reason}\",\"stop_reason\":").expect("BytesMut grows");
         match finish {
-            Finish::Eos | Finish::Length => json::push(out, "null"),
+            Finish::Eos | Finish::Length | Finish::ToolCalls => json::push(out, "null"),
             Finish::StopToken(token) => json::push_int(out, u64::from(token)),
             Finish::StopString(index) => json::push_string(out, &self.stop_strings[index]),
         }
@@ -124,6 +132,8 @@ pub(crate) struct ChunkWriter {
     prefix_without_choice: Bytes,
     /// For each choice, whether anything of it was sent.
     has_begun: Vec<bool>,
+    /// For each choice, how many calls have begun.
+    num_calls: Vec<usize>,
 }
 
 impl ChunkWriter {
@@ -139,6 +149,7 @@ impl ChunkWriter {
             prefix: prefix.freeze(),
             prefix_without_choice,
             has_begun: vec![false; num_choices],
+            num_calls: vec![0; num_choices],
         }
     }
 
@@ -165,6 +176,9 @@ impl ChunkWriter {
             json::push(out, "\"finish_reason\":null}]");
             self.end(out, generation);
         }
+        for event in &delta.calls {
+            self.write_call(out, generation, index, event);
+        }
         if let Some(finish) = delta.finish {
             self.begin(out, index);
             json::push(
@@ -178,6 +192,34 @@ impl ChunkWriter {
             json::push(out, "}]");
             self.end(out, generation);
         }
+    }
+
+    /// Writes the beginning of a call, or more of its arguments.
+    fn write_call(&mut self, out: &mut BytesMut, generation: &Generation, index: usize, event: &CallEvent) {
+        let begun = &mut self.num_calls[index];
+        if let CallEvent::Call(_) = event {
+            *begun += 1;
+        }
+        let call_index = begun.saturating_sub(1) as u64;
+        self.begin(out, index);
+        json::push(out, ",\"delta\":{\"tool_calls\":[{\"index\":");
+        json::push_int(out, call_index);
+        match event {
+            CallEvent::Call(name) => {
+                json::push(out, ",\"id\":");
+                json::push_string(out, &call_id());
+                json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
+                json::push_string(out, name);
+                json::push(out, ",\"arguments\":\"\"}}]},");
+            }
+            CallEvent::Arguments(text) | CallEvent::Text(text) => {
+                json::push(out, ",\"function\":{\"arguments\":");
+                json::push_string(out, text);
+                json::push(out, "}}]},");
+            }
+        }
+        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.end(out, generation);
     }
 
     /// Writes the usage chunk, if it was asked for, and the end mark.
@@ -204,7 +246,8 @@ impl ChunkWriter {
         match self.head.endpoint {
             Endpoint::Chat => {
                 self.begin(out, index);
-                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"\"},");
+                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":");
+                json::push(out, if self.head.is_call { "null}," } else { "\"\"}," });
             }
             Endpoint::Completions if echo.is_empty() => return,
             Endpoint::Completions => {
@@ -257,6 +300,8 @@ pub(crate) struct WholeWriter {
 #[derive(Debug)]
 struct WholeChoice {
     text: String,
+    /// Name and arguments of each call.
+    calls: Vec<(String, String)>,
     logprobs: LogprobsJson,
     finish: Option<Finish>,
 }
@@ -265,6 +310,7 @@ impl WholeWriter {
     pub(crate) fn new(head: Head, generation: &Generation) -> Self {
         let choice = |index| WholeChoice {
             text: head.echo_of(generation.choice(index)).to_owned(),
+            calls: Vec::new(),
             logprobs: LogprobsJson::new(head.endpoint),
             finish: None,
         };
@@ -281,6 +327,13 @@ impl WholeWriter {
             let shift = self.head.echo_of(choice).chars().count();
             for entry in &choice.delta.logprobs {
                 whole.logprobs.push(entry, &self.head.tokenizer, shift);
+            }
+        }
+        for event in &choice.delta.calls {
+            match (event, whole.calls.last_mut()) {
+                (CallEvent::Call(name), _) => whole.calls.push((name.clone(), String::new())),
+                (CallEvent::Arguments(more), Some((_, arguments))) => arguments.push_str(more),
+                (CallEvent::Arguments(_) | CallEvent::Text(_), _) => {}
             }
         }
         whole.finish = choice.delta.finish;
@@ -309,11 +362,16 @@ impl WholeWriter {
         match self.head.endpoint {
             Endpoint::Chat => {
                 json::push(out, ",\"message\":{\"role\":\"assistant\",\"content\":");
-                json::push_string(out, &choice.text);
+                match choice.text.is_empty() && !choice.calls.is_empty() {
+                    true => json::push(out, "null"),
+                    false => json::push_string(out, &choice.text),
+                }
                 json::push(
                     out,
-                    ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null}",
+                    ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null",
                 );
+                write_calls(out, &choice.calls);
+                json::push(out, "}");
             }
             Endpoint::Completions => {
                 json::push(out, ",\"text\":");
@@ -334,4 +392,32 @@ impl WholeWriter {
         );
         json::push(out, "}");
     }
+}
+
+/// `,"tool_calls":[…]`, or nothing if there are none.
+fn write_calls(out: &mut BytesMut, calls: &[(String, String)]) {
+    for (index, (name, arguments)) in calls.iter().enumerate() {
+        json::push(
+            out,
+            if index == 0 {
+                ",\"tool_calls\":[{\"id\":"
+            } else {
+                ",{\"id\":"
+            },
+        );
+        json::push_string(out, &call_id());
+        json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
+        json::push_string(out, name);
+        json::push(out, ",\"arguments\":");
+        json::push_string(out, arguments);
+        json::push(out, "}}");
+    }
+    if !calls.is_empty() {
+        json::push(out, "]");
+    }
+}
+
+/// What the client names a call by when it sends the result.
+fn call_id() -> String {
+    format!("call_{:016x}", crate::request_id::random_u64())
 }

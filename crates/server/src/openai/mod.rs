@@ -5,10 +5,12 @@ pub(crate) mod answer;
 mod chat;
 mod completions;
 mod logprobs;
+mod messages;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
 mod structured;
+mod tools;
 pub(crate) mod types;
 
 use std::future::poll_fn;
@@ -142,18 +144,10 @@ async fn start(
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
-    let constraint = match &params.form {
-        None => None,
-        Some(form) => Some(
-            model
-                .grammars
-                .compile(form.grammar.clone(), &form.param, &form.what)
-                .await?,
-        ),
-    };
+    let constraint = tools::compile(model, &params).await?;
     let deadline = deadline(&parts.headers, &state.limits, arrival)?;
     let prompts = match endpoint {
-        Endpoint::Chat => chat::prompts(state, model, body).await?,
+        Endpoint::Chat => chat::prompts(state, model, body, params.tools.as_ref()).await?,
         Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
     };
     check_lengths(endpoint, &prompts.tokens, model, &params)?;

@@ -1,6 +1,5 @@
 //! Checks what a client asked for and turns it into the engine's terms.
 
-use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, OnceLock};
@@ -10,7 +9,8 @@ use lapidary_text::{StopError, StopMatcher};
 
 use super::Endpoint;
 use super::structured::{self, Form};
-use super::types::{Choice, Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
+use super::tools::{self, Tools};
+use super::types::{Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::state::{Limits, ServedModel};
@@ -61,6 +61,8 @@ pub(crate) struct Params {
     pub(crate) cache_salt: u128,
     /// What the answer must look like.
     pub(crate) form: Option<Form>,
+    /// What it may call.
+    pub(crate) tools: Option<Tools>,
     /// `None`: one body at the end.
     pub(crate) stream: Option<Streaming>,
 }
@@ -83,7 +85,6 @@ impl Params {
         limits: &Limits,
     ) -> Result<Self, ApiError> {
         refuse_unsupported(endpoint, body)?;
-        check_tools(body)?;
         let n = integer("n", body.n, 1..=i64::from(u32::MAX), "n must be at least 1")?.unwrap_or(1);
         if i64::from(limits.max_sequences_per_request) < n {
             let limit = limits.max_sequences_per_request;
@@ -91,11 +92,16 @@ impl Params {
         }
         let (max_tokens, min_tokens) = token_limits(endpoint, body)?;
         let form = structured::form(body)?;
+        let tools = match endpoint {
+            Endpoint::Chat => tools::tools(body, form.as_ref())?,
+            Endpoint::Completions => None,
+        };
+        let is_held = form.is_some() || tools.is_some();
         let ignore_eos = is_set(body.ignore_eos);
         // A form that is complete has to end; until then it goes on for as long as it can.
-        let (ignore_eos, min_tokens) = match form {
-            Some(_) if ignore_eos => (false, u32::MAX),
-            _ => (ignore_eos, min_tokens),
+        let (ignore_eos, min_tokens) = match is_held && ignore_eos {
+            true => (false, u32::MAX),
+            false => (ignore_eos, min_tokens),
         };
         let (stop_token_ids, eos_is_silent) = stop_tokens(body, model, ignore_eos)?;
         let stop_strings = match &body.stop {
@@ -122,6 +128,7 @@ impl Params {
             priority: priority(body.priority)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             form,
+            tools,
             stream: streaming(body)?,
         })
     }
@@ -517,35 +524,4 @@ fn best_of(body: &GenerationBody) -> Extension {
     Extension {
         is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n),
     }
-}
-
-/// Tools may be offered: the model, which knows no tool calls, then answers in text. They cannot be forced.
-fn check_tools(body: &GenerationBody) -> Result<(), ApiError> {
-    if body.tools.as_ref().is_some_and(Vec::is_empty) {
-        let message =
-            "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.";
-        return Err(ApiError::invalid("tools", message));
-    }
-    for (param, choice) in [
-        ("tool_choice", &body.tool_choice),
-        ("function_call", &body.function_call),
-    ] {
-        let forced: Cow<'_, str> = match choice {
-            None => continue,
-            Some(Choice::Mode(mode)) if mode == "none" => continue,
-            Some(_) if param == "tool_choice" && body.tools.is_none() => {
-                return Err(ApiError::invalid(
-                    param,
-                    "When using `tool_choice`, `tools` must be set.",
-                ));
-            }
-            Some(Choice::Mode(mode)) if mode == "auto" => continue,
-            Some(Choice::Mode(mode)) => format!("'{}'", shorten(mode)).into(),
-            Some(Choice::Named) => "a certain tool".into(),
-        };
-        let message =
-            format!("{param} of {forced} is not supported: this model has no tool calls. Use 'none' or 'auto'.");
-        return Err(ApiError::unsupported(param, message));
-    }
-    Ok(())
 }

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use lapidary_engine::TokenId;
-use lapidary_text::{ChatTemplate, Message, PromptEnd, Rendered, TemplateError, Tokenizer, TokenizerError};
+use lapidary_text::{ChatTemplate, PromptEnd, Rendered, TemplateError, Tokenizer, TokenizerError};
 
-use super::types::{ChatMessage, Content, ContentPart};
-use crate::error::{ApiError, shorten};
+use super::messages::{convert, instruct};
+use super::types::ChatMessage;
+use crate::error::ApiError;
 use crate::lenient::{Flag, Object};
 use crate::state::{AppState, ServedModel};
 
@@ -76,10 +77,11 @@ fn check_bytes(model: &ServedModel, num_bytes: usize, param: &'static str) -> Re
     Err(ApiError::context_length(param, model.max_model_len, &detail))
 }
 
-/// Renders a chat with the model's template.
+/// Renders a chat with the model's template; `instructions` go in front of it.
 pub(crate) fn render(
     model: &ServedModel,
     messages: Option<Vec<Object<ChatMessage>>>,
+    instructions: Option<String>,
     end: PromptEnd,
 ) -> Result<Rendered, ApiError> {
     let template: &ChatTemplate = model.chat_template.as_deref().ok_or_else(|| {
@@ -96,11 +98,10 @@ pub(crate) fn render(
         let detail = format!("However, you sent {} messages.", messages.len());
         return Err(ApiError::context_length("messages", model.max_model_len, &detail));
     }
-    let messages = messages
-        .into_iter()
-        .enumerate()
-        .map(|(index, Object(message))| convert(index, message));
-    let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    let mut messages = convert(messages)?;
+    if let Some(instructions) = instructions {
+        instruct(&mut messages, instructions, model.system_role);
+    }
     // Templates trim. Rendering, too, takes time that a hopeless text should not cost.
     let num_bytes = messages.iter().map(|message| message.content.trim().len()).sum();
     check_bytes(model, num_bytes, "messages")?;
@@ -130,49 +131,6 @@ pub(crate) fn prompt_end(
         (Some(Flag(false)), _) => Ok(PromptEnd::LastTurn),
         _ => Ok(PromptEnd::GenerationPrompt),
     }
-}
-
-fn convert(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
-    let missing = |field: &str| ApiError::InvalidRequest {
-        message: format!("Missing required parameter: 'messages[{index}].{field}'."),
-        param: Some(format!("messages[{index}].{field}").into()),
-        code: Some("missing_required_parameter"),
-    };
-    let role = message.role.ok_or_else(|| missing("role"))?;
-    match message.content {
-        Some(Content::Text(text)) => Ok(Message::new(role, text)),
-        Some(Content::Parts(parts)) => {
-            let texts = parts.into_iter().enumerate().map(|(part_index, part)| {
-                part_text(part).map_err(|(field, message)| {
-                    let param = format!("messages[{index}].content[{part_index}].{field}");
-                    ApiError::unsupported(param, message)
-                })
-            });
-            Ok(Message::from_parts(role, &texts.collect::<Result<Vec<_>, _>>()?))
-        }
-        // An assistant message that only called tools has no content.
-        None if role == "assistant" => Ok(Message::new(role, String::new())),
-        None => Err(missing("content")),
-    }
-}
-
-/// The text of a part, or the field at fault and what is wrong with it.
-fn part_text(part: ContentPart) -> Result<String, (&'static str, String)> {
-    let text = match part.r#type.as_deref() {
-        // Some clients leave the type out.
-        Some("text" | "input_text" | "output_text") | None => part.text,
-        Some("refusal") => part.refusal,
-        Some(other) => {
-            return Err((
-                "type",
-                format!(
-                    "Content of type '{}' is not supported: this model reads text.",
-                    shorten(other)
-                ),
-            ));
-        }
-    };
-    text.ok_or_else(|| ("text", "A content part must have a text.".to_owned()))
 }
 
 fn template_error(error: &TemplateError) -> ApiError {

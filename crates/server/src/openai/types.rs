@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
@@ -46,7 +47,8 @@ pub(crate) struct GenerationBody {
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
     pub(crate) response_format: Option<Object<ResponseFormat>>,
-    pub(crate) tools: Option<Vec<IgnoredAny>>,
+    pub(crate) tools: Option<Vec<Object<Tool>>>,
+    pub(crate) parallel_tool_calls: Option<Flag>,
     pub(crate) tool_choice: Option<Choice>,
     pub(crate) function_call: Option<Choice>,
     pub(crate) modalities: Option<Vec<String>>,
@@ -95,6 +97,46 @@ pub(crate) struct DetokenizeBody {
 pub(crate) struct ChatMessage {
     pub(crate) role: Option<String>,
     pub(crate) content: Option<Content>,
+    /// Of an assistant.
+    pub(crate) tool_calls: Option<Vec<Object<ToolCall>>>,
+    /// Of a tool: what it answers.
+    pub(crate) tool_call_id: Option<String>,
+    pub(crate) name: Option<String>,
+}
+
+/// A call that an assistant made.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct ToolCall {
+    pub(crate) id: Option<String>,
+    pub(crate) function: Option<Object<CalledFunction>>,
+}
+
+/// What was called, and with what.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct CalledFunction {
+    pub(crate) name: Option<String>,
+    /// JSON as text; some clients send the JSON itself.
+    pub(crate) arguments: Option<Value>,
+}
+
+/// One of `tools`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct Tool {
+    pub(crate) r#type: Option<String>,
+    pub(crate) function: Option<Object<ToolFunction>>,
+}
+
+/// A function that may be called.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct ToolFunction {
+    pub(crate) name: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) parameters: Option<Value>,
+    pub(crate) strict: Option<Flag>,
 }
 
 /// A message's content: text, or parts.
@@ -182,8 +224,13 @@ pub(crate) struct StructuredOutputs {
 pub(crate) enum Choice {
     /// `none`, `auto`, `required`.
     Mode(String),
-    /// A certain tool.
-    Named,
+    /// An object, which names a tool as a rule.
+    Named {
+        /// Its `type`.
+        kind: Option<String>,
+        /// `name` of its `function`.
+        name: Option<String>,
+    },
 }
 
 /// A parameter that is known but not supported. Values that ask for nothing (`null`, `false`, empty) are no use of it.
@@ -390,9 +437,12 @@ impl<'de> Deserialize<'de> for Choice {
                 Ok(Choice::Mode(mode.to_owned()))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Choice, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Choice::Named)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Choice, A::Error> {
+                let tool = Tool::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Choice::Named {
+                    kind: tool.r#type,
+                    name: tool.function.and_then(|Object(function)| function.name),
+                })
             }
         }
         deserializer.deserialize_any(ChoiceVisitor)

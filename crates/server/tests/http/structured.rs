@@ -153,7 +153,7 @@ async fn hostile_grammars_are_refused_and_hold_up_nobody() {
             Grammar::JsonSchema(schema) => json!({ "json": schema }),
             Grammar::Lark(grammar) => json!({ "grammar": grammar }),
             Grammar::Choice(choice) => json!({ "choice": choice }),
-            Grammar::JsonObject => json!({ "json_object": true }),
+            Grammar::JsonObject | Grammar::Calls(_) => panic!("{name} has no field"),
         };
         let hostile = server.chat(json!({ "structured_outputs": outputs, "max_tokens": 20 }));
         let start = Instant::now();
