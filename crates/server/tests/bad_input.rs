@@ -382,6 +382,7 @@ async fn forms_that_cannot_be_kept() {
         schema(json!({ "$ref": "http://localhost/schema.json" })),
         schema(json!({ "not": {} })),
         outputs(json!({}), "structured_outputs"),
+        outputs(json!({ "regex": "", "json_object": false }), "structured_outputs"),
         outputs(json!({ "regex": "(" }), "structured_outputs.regex"),
         outputs(json!({ "regex": "a", "choice": ["a"] }), "structured_outputs.choice"),
         outputs(json!({ "choice": [] }), "structured_outputs.choice"),

@@ -166,6 +166,7 @@ fn masks(tokenizer: &Tokenizer) {
     for (name, grammar, text) in cases {
         let (state, compile_elapsed) = timed(|| compiler.compile(&grammar).unwrap());
         let ids = tokenizer.encode(text, false).unwrap();
+        let (_, copy_elapsed) = timed(|| state.clone());
         let mut mask_times = Vec::new();
         let mut advance_time = Duration::ZERO;
         for _ in 0..NUM_RUNS {
@@ -185,7 +186,7 @@ fn masks(tokenizer: &Tokenizer) {
         mask_times.sort_unstable();
         let percentile = |percent: usize| mask_times[(mask_times.len() - 1) * percent / 100];
         println!(
-            "masks of {name}: compile {compile_elapsed:.1?}; {} masks, median {:.1?}, p99 {:.1?}, worst {:.1?}; taking a token in {:.1?}",
+            "masks of {name}: compile {compile_elapsed:.1?}, copy {copy_elapsed:.1?}; {} masks, median {:.1?}, p99 {:.1?}, worst {:.1?}; taking a token in {:.1?}",
             mask_times.len(),
             percentile(50),
             percentile(99),

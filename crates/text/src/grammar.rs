@@ -52,6 +52,20 @@ const MAX_REASON_BYTES: usize = 300;
 /// with it for ever.
 const JSON_WHITE_SPACE: &str = r"\x20|\n[\x20\t]{0,40}";
 
+/// The formats of strings that are kept. Others are annotations, as JSON Schema has it.
+const FORMATS: [&str; 10] = [
+    "date-time",
+    "time",
+    "date",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uuid",
+    "uri",
+];
+
 /// What a text must look like.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Grammar {
@@ -357,8 +371,28 @@ fn with_options(schema: Value) -> Result<Value, GrammarError> {
         schema @ Value::Object(_) => schema,
         _ => return Err(invalid("a JSON schema must be an object")),
     };
+    drop_unknown_formats(&mut schema);
     schema["x-guidance"] = json!({ "whitespace_pattern": JSON_WHITE_SPACE });
     Ok(schema)
+}
+
+/// The compiler refuses formats that it does not know.
+fn drop_unknown_formats(schema: &mut Value) {
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(drop_unknown_formats),
+        Value::Object(map) => {
+            let is_unknown = |name: &str| !FORMATS.contains(&name);
+            if map.get("format").and_then(Value::as_str).is_some_and(is_unknown) {
+                map.shift_remove("format");
+            }
+            // Those hold values, not schemas.
+            let schemas = map
+                .iter_mut()
+                .filter(|(key, _)| !matches!(key.as_str(), "enum" | "const" | "default" | "examples"));
+            schemas.for_each(|(_, part)| drop_unknown_formats(part));
+        }
+        _ => {}
+    }
 }
 
 fn check_size(what: &'static str, bytes: usize, limit: usize) -> Result<(), GrammarError> {
@@ -427,6 +461,22 @@ mod tests {
         assert_eq!(lark_nesting(r#"start: "\"((" (("#), 2);
         assert_eq!(lark_nesting("start: / (\n((("), 3, "a lone slash ends with its line");
         assert_eq!(lark_nesting(&"(".repeat(5000)), 5000);
+    }
+
+    #[test]
+    fn formats_that_nobody_knows_are_dropped() {
+        let mut schema = json!({
+            "properties": { "format": { "type": "string", "format": "password" }, "day": { "format": "date" } },
+            "anyOf": [{ "format": "int32" }],
+            "enum": [{ "format": "x" }],
+        });
+        drop_unknown_formats(&mut schema);
+        let expected = json!({
+            "properties": { "format": { "type": "string" }, "day": { "format": "date" } },
+            "anyOf": [{}],
+            "enum": [{ "format": "x" }],
+        });
+        assert_eq!(schema, expected);
     }
 
     #[test]

@@ -101,13 +101,13 @@ fn structured_outputs(outputs: &StructuredOutputs) -> Result<Vec<Form>, ApiError
     if let Some(schema) = &outputs.json {
         forms.push(json("structured_outputs.json", schema)?);
     }
-    if let Some(regex) = &outputs.regex {
+    if let Some(regex) = given(outputs.regex.as_ref()) {
         forms.push(Form::new("structured_outputs.regex", Grammar::Regex(regex.clone())));
     }
     if let Some(choice) = &outputs.choice {
         forms.push(Form::new("structured_outputs.choice", Grammar::Choice(choice.clone())));
     }
-    if let Some(grammar) = &outputs.grammar {
+    if let Some(grammar) = given(outputs.grammar.as_ref()) {
         forms.push(Form::new("structured_outputs.grammar", Grammar::Lark(grammar.clone())));
     }
     if outputs.json_object == Some(Flag(true)) {
@@ -122,16 +122,21 @@ fn guided(body: &GenerationBody) -> Result<Vec<Form>, ApiError> {
     if let Some(schema) = &body.guided_json {
         forms.push(json("guided_json", schema)?);
     }
-    if let Some(regex) = &body.guided_regex {
+    if let Some(regex) = given(body.guided_regex.as_ref()) {
         forms.push(Form::new("guided_regex", Grammar::Regex(regex.clone())));
     }
     if let Some(choice) = &body.guided_choice {
         forms.push(Form::new("guided_choice", Grammar::Choice(choice.clone())));
     }
-    if let Some(grammar) = &body.guided_grammar {
+    if let Some(grammar) = given(body.guided_grammar.as_ref()) {
         forms.push(Form::new("guided_grammar", Grammar::Lark(grammar.clone())));
     }
     Ok(forms)
+}
+
+/// Forms in a browser send what was left empty.
+fn given(text: Option<&String>) -> Option<&String> {
+    text.filter(|text| !text.is_empty())
 }
 
 /// A schema, which vLLM takes as an object or as its text.
