@@ -9,7 +9,8 @@ use tokio::sync::Semaphore;
 
 use crate::error::ApiError;
 
-/// A grammar that takes longer is refused. Its compilation goes on to its own limits and holds its place until then.
+/// A grammar that takes longer is refused. Its compilation goes on to its own limits and holds its place until then. A
+/// request waits as long for a place before it is sent away.
 const COMPILE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Grammars compiled at the same time; more wait. Whoever sends hostile ones slows other grammars down, not other requests.
@@ -62,7 +63,13 @@ impl Grammars {
             tracing::error!(error, "grammars cannot be compiled");
             ApiError::Internal { is_deterministic: true }
         };
-        let place = Arc::clone(&self.places).acquire_owned().await;
+        let place = Arc::clone(&self.places).acquire_owned();
+        let place = tokio::time::timeout(COMPILE_TIMEOUT, place)
+            .await
+            .map_err(|_elapsed| ApiError::QueueFull {
+                message: "The server is overloaded: too many grammars wait to be compiled.".to_owned(),
+                retry_after: COMPILE_TIMEOUT,
+            })?;
         let this = Arc::clone(self);
         let work = tokio::task::spawn_blocking(move || {
             let compiled = this.compiler().and_then(|compiler| compiler.compile(&grammar));

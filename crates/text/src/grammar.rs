@@ -25,7 +25,7 @@ pub const MAX_SCHEMA_BYTES: usize = 128 << 10;
 pub const MAX_LARK_BYTES: usize = 32 << 10;
 
 /// Bytes of a regular expression at most: an automaton grows faster than its expression.
-pub const MAX_REGEX_BYTES: usize = 16 << 10;
+pub const MAX_REGEX_BYTES: usize = 8 << 10;
 
 /// Brackets within brackets at most: compilers recurse.
 const MAX_NESTING: usize = 100;

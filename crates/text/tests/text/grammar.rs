@@ -222,7 +222,7 @@ fn what_cannot_be_compiled_says_why() {
         (regex("("), "unclosed group"),
         (regex("(?=a)b"), "look-around"),
         (regex(r"[^\s\S]"), "NoExtension"),
-        (regex(&"a".repeat(1 << 20)), "1048576 bytes, the limit is 16384"),
+        (regex(&"a".repeat(1 << 20)), "1048576 bytes, the limit is 8192"),
         (schema(json!({ "type": "strin" })), "Invalid type: strin"),
         (schema(json!({ "not": { "type": "string" } })), "\"not\""),
         (

@@ -9,9 +9,9 @@ pub(crate) fn grammars() -> Vec<(&'static str, Grammar)> {
     let lark = |name, grammar: String| (name, Grammar::Lark(grammar));
     vec![
         regex("a megabyte", "a".repeat(1 << 20)),
-        regex("optionals", "a?b?".repeat(4000)),
-        regex("groups in groups", format!("{}a{}", "(".repeat(5000), ")".repeat(5000))),
-        regex("alternatives that overlap", "(a|aa)+b".repeat(1500)),
+        regex("optionals", "a?b?".repeat(2000)),
+        regex("groups in groups", format!("{}a{}", "(".repeat(4000), ")".repeat(4000))),
+        regex("alternatives that overlap", "(a|aa)+b".repeat(900)),
         regex("repetitions in repetitions", "((a{1,100}){1,100}){1,100}".to_owned()),
         regex(
             "more of them",
@@ -25,7 +25,7 @@ pub(crate) fn grammars() -> Vec<(&'static str, Grammar)> {
         ),
         schema("a product of alternatives", product(10, 10)),
         schema("a small product", product(7, 3)),
-        schema("a chain of references", chain(2000)),
+        schema("a chain of references", chain(1000)),
         schema(
             "a circle",
             json!({ "$ref": "#/$defs/a", "$defs": { "a": { "$ref": "#/$defs/b" }, "b": { "$ref": "#/$defs/a" } } }),
