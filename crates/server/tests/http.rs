@@ -16,6 +16,8 @@ mod logprobs;
 mod probes;
 #[path = "http/protocol.rs"]
 mod protocol;
+#[path = "http/responses.rs"]
+mod responses;
 #[path = "http/streams.rs"]
 mod streams;
 #[path = "http/structured.rs"]

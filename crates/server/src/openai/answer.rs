@@ -122,6 +122,27 @@ fn write_usage(out: &mut BytesMut, usage: Usage) {
 }
 
 /// Writes an answer as server-sent events.
+pub(crate) trait StreamWriter: std::fmt::Debug + Send {
+    /// Writes what the latest event added to a choice; nothing if there is nothing to show.
+    fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize);
+
+    /// Writes what comes after all choices.
+    fn write_end(&mut self, out: &mut BytesMut, usage: Usage);
+
+    /// Writes an error that came too late for a status, and what comes after it.
+    fn write_error(&mut self, out: &mut BytesMut, error: &ApiError);
+}
+
+/// Collects an answer that is sent in one piece.
+pub(crate) trait BodyWriter {
+    /// Takes what the latest event added to a choice.
+    fn add_delta(&mut self, generation: &Generation, index: usize);
+
+    /// The body.
+    fn finish(self: Box<Self>, usage: Usage) -> Bytes;
+}
+
+/// Writes chunks of chats and completions.
 #[derive(Debug)]
 pub(crate) struct ChunkWriter {
     head: Head,
@@ -153,8 +174,86 @@ impl ChunkWriter {
         }
     }
 
-    /// Writes what the latest event added to a choice; nothing if there is nothing to show.
-    pub(crate) fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+    /// Writes the beginning of a call, or more of its arguments.
+    fn write_call(&mut self, out: &mut BytesMut, generation: &Generation, index: usize, event: &CallEvent) {
+        let begun = &mut self.num_calls[index];
+        if let CallEvent::Call(_) = event {
+            *begun += 1;
+        }
+        let call_index = begun.saturating_sub(1) as u64;
+        self.begin(out, index);
+        json::push(out, ",\"delta\":{\"tool_calls\":[{\"index\":");
+        json::push_int(out, call_index);
+        match event {
+            CallEvent::Call(name) => {
+                json::push(out, ",\"id\":");
+                json::push_string(out, &call_id());
+                json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
+                json::push_string(out, name);
+                json::push(out, ",\"arguments\":\"\"}}]},");
+            }
+            CallEvent::Arguments(text) | CallEvent::Text(text) => {
+                json::push(out, ",\"function\":{\"arguments\":");
+                json::push_string(out, text);
+                json::push(out, "}}]},");
+            }
+        }
+        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.end(out, generation);
+    }
+
+    /// What comes before a choice's first text: the role, or the echoed prompt.
+    fn write_opening(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let echo = self.head.echo_of(generation.choice(index));
+        match self.head.endpoint {
+            Endpoint::Chat | Endpoint::Responses => {
+                self.begin(out, index);
+                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":");
+                json::push(out, if self.head.is_call { "null}," } else { "\"\"}," });
+            }
+            Endpoint::Completions if echo.is_empty() => return,
+            Endpoint::Completions => {
+                self.begin(out, index);
+                self.write_text(out, echo);
+            }
+        }
+        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.end(out, generation);
+    }
+
+    fn begin(&self, out: &mut BytesMut, index: usize) {
+        out.extend_from_slice(&self.prefix);
+        json::push_int(out, index as u64);
+    }
+
+    fn write_text(&self, out: &mut BytesMut, text: &str) {
+        match self.head.endpoint {
+            Endpoint::Chat | Endpoint::Responses => {
+                json::push(out, ",\"delta\":{\"content\":\"");
+                json::push_escaped(out, text);
+                json::push(out, "\"},");
+            }
+            Endpoint::Completions => {
+                json::push(out, ",\"text\":\"");
+                json::push_escaped(out, text);
+                json::push(out, "\",");
+            }
+        }
+    }
+
+    fn end(&self, out: &mut BytesMut, generation: &Generation) {
+        if self.streaming.continuous_usage {
+            json::push(out, ",\"usage\":");
+            write_usage(out, generation.usage());
+        } else if self.streaming.include_usage {
+            json::push(out, ",\"usage\":null");
+        }
+        json::push(out, "}\n\n");
+    }
+}
+
+impl StreamWriter for ChunkWriter {
+    fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
         let choice = generation.choice(index);
         let delta = &choice.delta;
         if !std::mem::replace(&mut self.has_begun[index], true) {
@@ -184,7 +283,7 @@ impl ChunkWriter {
             json::push(
                 out,
                 match self.head.endpoint {
-                    Endpoint::Chat => ",\"delta\":{},\"logprobs\":null,",
+                    Endpoint::Chat | Endpoint::Responses => ",\"delta\":{},\"logprobs\":null,",
                     Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
                 },
             );
@@ -194,36 +293,8 @@ impl ChunkWriter {
         }
     }
 
-    /// Writes the beginning of a call, or more of its arguments.
-    fn write_call(&mut self, out: &mut BytesMut, generation: &Generation, index: usize, event: &CallEvent) {
-        let begun = &mut self.num_calls[index];
-        if let CallEvent::Call(_) = event {
-            *begun += 1;
-        }
-        let call_index = begun.saturating_sub(1) as u64;
-        self.begin(out, index);
-        json::push(out, ",\"delta\":{\"tool_calls\":[{\"index\":");
-        json::push_int(out, call_index);
-        match event {
-            CallEvent::Call(name) => {
-                json::push(out, ",\"id\":");
-                json::push_string(out, &call_id());
-                json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
-                json::push_string(out, name);
-                json::push(out, ",\"arguments\":\"\"}}]},");
-            }
-            CallEvent::Arguments(text) | CallEvent::Text(text) => {
-                json::push(out, ",\"function\":{\"arguments\":");
-                json::push_string(out, text);
-                json::push(out, "}}]},");
-            }
-        }
-        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
-        self.end(out, generation);
-    }
-
     /// Writes the usage chunk, if it was asked for, and the end mark.
-    pub(crate) fn write_end(&self, out: &mut BytesMut, usage: Usage) {
+    fn write_end(&mut self, out: &mut BytesMut, usage: Usage) {
         if self.streaming.include_usage {
             out.extend_from_slice(&self.prefix_without_choice);
             json::push(out, "],\"usage\":");
@@ -233,64 +304,14 @@ impl ChunkWriter {
         json::push(out, "data: [DONE]\n\n");
     }
 
-    /// Writes an error that came too late for a status, and the end mark.
-    pub(crate) fn write_error(&self, out: &mut BytesMut, error: &ApiError) {
+    fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
         json::push(out, "data: ");
         json::push(out, &error.to_json());
         json::push(out, "\n\ndata: [DONE]\n\n");
     }
-
-    /// What comes before a choice's first text: the role, or the echoed prompt.
-    fn write_opening(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
-        let echo = self.head.echo_of(generation.choice(index));
-        match self.head.endpoint {
-            Endpoint::Chat => {
-                self.begin(out, index);
-                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":");
-                json::push(out, if self.head.is_call { "null}," } else { "\"\"}," });
-            }
-            Endpoint::Completions if echo.is_empty() => return,
-            Endpoint::Completions => {
-                self.begin(out, index);
-                self.write_text(out, echo);
-            }
-        }
-        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
-        self.end(out, generation);
-    }
-
-    fn begin(&self, out: &mut BytesMut, index: usize) {
-        out.extend_from_slice(&self.prefix);
-        json::push_int(out, index as u64);
-    }
-
-    fn write_text(&self, out: &mut BytesMut, text: &str) {
-        match self.head.endpoint {
-            Endpoint::Chat => {
-                json::push(out, ",\"delta\":{\"content\":\"");
-                json::push_escaped(out, text);
-                json::push(out, "\"},");
-            }
-            Endpoint::Completions => {
-                json::push(out, ",\"text\":\"");
-                json::push_escaped(out, text);
-                json::push(out, "\",");
-            }
-        }
-    }
-
-    fn end(&self, out: &mut BytesMut, generation: &Generation) {
-        if self.streaming.continuous_usage {
-            json::push(out, ",\"usage\":");
-            write_usage(out, generation.usage());
-        } else if self.streaming.include_usage {
-            json::push(out, ",\"usage\":null");
-        }
-        json::push(out, "}\n\n");
-    }
 }
 
-/// Collects an answer that is sent in one piece.
+/// Collects chats and completions.
 #[derive(Debug)]
 pub(crate) struct WholeWriter {
     head: Head,
@@ -318,49 +339,9 @@ impl WholeWriter {
         Self { head, choices }
     }
 
-    /// Takes what the latest event added to a choice.
-    pub(crate) fn add_delta(&mut self, generation: &Generation, index: usize) {
-        let choice = generation.choice(index);
-        let whole = &mut self.choices[index];
-        whole.text.push_str(&choice.delta.text);
-        if !choice.delta.logprobs.is_empty() {
-            let shift = self.head.echo_of(choice).chars().count();
-            for entry in &choice.delta.logprobs {
-                whole.logprobs.push(entry, &self.head.tokenizer, shift);
-            }
-        }
-        for event in &choice.delta.calls {
-            match (event, whole.calls.last_mut()) {
-                (CallEvent::Call(name), _) => whole.calls.push((name.clone(), String::new())),
-                (CallEvent::Arguments(more), Some((_, arguments))) => arguments.push_str(more),
-                (CallEvent::Arguments(_) | CallEvent::Text(_), _) => {}
-            }
-        }
-        whole.finish = choice.delta.finish;
-    }
-
-    /// The body.
-    pub(crate) fn finish(self, usage: Usage) -> Bytes {
-        let mut out = BytesMut::new();
-        self.head.write_start(&mut out, self.head.endpoint.object());
-        json::push(&mut out, ",\"choices\":[");
-        for (index, choice) in self.choices.iter().enumerate() {
-            json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
-            json::push_int(&mut out, index as u64);
-            self.write_choice(&mut out, choice);
-        }
-        json::push(&mut out, "],\"usage\":");
-        write_usage(&mut out, usage);
-        if self.head.endpoint == Endpoint::Chat {
-            json::push(&mut out, ",\"service_tier\":null");
-        }
-        json::push(&mut out, "}");
-        out.freeze()
-    }
-
     fn write_choice(&self, out: &mut BytesMut, choice: &WholeChoice) {
         match self.head.endpoint {
-            Endpoint::Chat => {
+            Endpoint::Chat | Endpoint::Responses => {
                 json::push(out, ",\"message\":{\"role\":\"assistant\",\"content\":");
                 match choice.text.is_empty() && !choice.calls.is_empty() {
                     true => json::push(out, "null"),
@@ -394,6 +375,46 @@ impl WholeWriter {
     }
 }
 
+impl BodyWriter for WholeWriter {
+    fn add_delta(&mut self, generation: &Generation, index: usize) {
+        let choice = generation.choice(index);
+        let whole = &mut self.choices[index];
+        whole.text.push_str(&choice.delta.text);
+        if !choice.delta.logprobs.is_empty() {
+            let shift = self.head.echo_of(choice).chars().count();
+            for entry in &choice.delta.logprobs {
+                whole.logprobs.push(entry, &self.head.tokenizer, shift);
+            }
+        }
+        for event in &choice.delta.calls {
+            match (event, whole.calls.last_mut()) {
+                (CallEvent::Call(name), _) => whole.calls.push((name.clone(), String::new())),
+                (CallEvent::Arguments(more), Some((_, arguments))) => arguments.push_str(more),
+                (CallEvent::Arguments(_) | CallEvent::Text(_), _) => {}
+            }
+        }
+        whole.finish = choice.delta.finish;
+    }
+
+    fn finish(self: Box<Self>, usage: Usage) -> Bytes {
+        let mut out = BytesMut::new();
+        self.head.write_start(&mut out, self.head.endpoint.object());
+        json::push(&mut out, ",\"choices\":[");
+        for (index, choice) in self.choices.iter().enumerate() {
+            json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
+            json::push_int(&mut out, index as u64);
+            self.write_choice(&mut out, choice);
+        }
+        json::push(&mut out, "],\"usage\":");
+        write_usage(&mut out, usage);
+        if self.head.endpoint == Endpoint::Chat {
+            json::push(&mut out, ",\"service_tier\":null");
+        }
+        json::push(&mut out, "}");
+        out.freeze()
+    }
+}
+
 /// `,"tool_calls":[…]`, or nothing if there are none.
 fn write_calls(out: &mut BytesMut, calls: &[(String, String)]) {
     for (index, (name, arguments)) in calls.iter().enumerate() {
@@ -418,6 +439,6 @@ fn write_calls(out: &mut BytesMut, calls: &[(String, String)]) {
 }
 
 /// What the client names a call by when it sends the result.
-fn call_id() -> String {
+pub(crate) fn call_id() -> String {
     format!("call_{:016x}", crate::request_id::random_u64())
 }

@@ -93,7 +93,7 @@ impl Params {
         let (max_tokens, min_tokens) = token_limits(endpoint, body)?;
         let form = structured::form(body)?;
         let tools = match endpoint {
-            Endpoint::Chat => tools::tools(body, form.as_ref())?,
+            Endpoint::Chat | Endpoint::Responses => tools::tools(body, form.as_ref())?,
             Endpoint::Completions => None,
         };
         let is_held = form.is_some() || tools.is_some();
@@ -280,7 +280,7 @@ fn sampling(
 
 fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Result<Option<u32>, ApiError> {
     let (param, count) = match endpoint {
-        Endpoint::Chat => {
+        Endpoint::Chat | Endpoint::Responses => {
             let wanted = matches!(body.logprobs, Some(Logprobs::Flag(true) | Logprobs::Count(1..)));
             match body.top_logprobs {
                 Some(Int(count)) if count != 0 && !wanted => {
@@ -376,7 +376,7 @@ fn token_limits(endpoint: Endpoint, body: &GenerationBody) -> Result<(Option<u32
     let max_tokens = max_tokens.map(|max_tokens| u32::try_from(max_tokens).unwrap_or(u32::MAX));
     let max_tokens = match endpoint {
         Endpoint::Completions => max_tokens.or(Some(DEFAULT_COMPLETION_TOKENS)),
-        Endpoint::Chat => max_tokens,
+        Endpoint::Chat | Endpoint::Responses => max_tokens,
     };
     let complaint = "min_tokens must be greater than or equal to 0";
     let min_tokens = integer("min_tokens", body.min_tokens, 0..=i64::MAX, complaint)?.unwrap_or(0);
