@@ -12,14 +12,14 @@
 // every kPromoteEvery panels.
 #include "common/gemm.cuh"
 
+namespace {
+
 constexpr int kTileRows = 128;
 constexpr int kConsumerRows = 64;
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 384;
 /// Tiles whose scales are in shared memory at once.
 constexpr int kJobs = 2;
-/// Row tiles that are done together for each column tile.
-constexpr int kRowTilesTogether = 16;
 
 struct E4m3 {
   static constexpr bool kPromotes = true;
@@ -48,7 +48,7 @@ struct Tiling {
   static constexpr int kXBytes = kTileRows * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + Columns * kPanelBytes;
   static constexpr int kJobBytes = (kTileRows + Columns + 4) * 4;
-  static constexpr int kBarriers = 2 * Stages + 2 * kJobs;
+  static constexpr int kBarriers = 2 * Stages + 2 * kJobs + 1;
   static constexpr int kSharedBytes = Stages * kStageBytes + kJobs * kJobBytes + kBarriers * 8;
   static_assert(kSharedBytes <= 227 << 10, "what a block has");
 };
@@ -81,6 +81,7 @@ struct Shared {
   DEVICE uint32_t empty(int stage) const { return barrier(T::kStages + stage); }
   DEVICE uint32_t job_full(int job) const { return barrier(2 * T::kStages + job); }
   DEVICE uint32_t job_empty(int job) const { return barrier(2 * T::kStages + kJobs + job); }
+  DEVICE uint32_t lead() const { return barrier(2 * T::kStages + 2 * kJobs); }
 };
 
 /// A position in a ring of buffers, and the parity of the barriers' phase there.
@@ -101,18 +102,18 @@ struct Ring {
 /// gridDim.x / kBlocks.
 template <class T>
 struct Tiles {
-  int row_tiles, column_tiles;  // row tiles of a whole cluster
+  int row_tiles, column_tiles, max_together;  // row tiles of a whole cluster
 
-  DEVICE Tiles(int rows, int columns)
+  DEVICE Tiles(const GemmParams& p, int rows)
       : row_tiles((rows + kTileRows * T::kBlocks - 1) / (kTileRows * T::kBlocks)),
-        column_tiles((columns + T::kColumns - 1) / T::kColumns) {}
+        column_tiles((p.columns + T::kColumns - 1) / T::kColumns),
+        max_together(p.row_tiles_together / T::kBlocks) {}
   DEVICE int first() const { return blockIdx.x / T::kBlocks; }
   DEVICE int step() const { return gridDim.x / T::kBlocks; }
   DEVICE int count() const { return row_tiles * column_tiles; }
   DEVICE Tile at(int index) const {
-    constexpr int kTogether = kRowTilesTogether / T::kBlocks;
-    const int above = index / (kTogether * column_tiles) * kTogether;
-    const int together = min(kTogether, row_tiles - above);
+    const int above = index / (max_together * column_tiles) * max_together;
+    const int together = min(max_together, row_tiles - above);
     const int inside = index - above * column_tiles;
     const int row = (above + inside % together) * T::kBlocks + (T::kBlocks > 1 ? cluster_rank() : 0);
     return {row * kTileRows, inside / together * T::kColumns};
@@ -209,9 +210,10 @@ DEVICE void multiply_stage(const Shared<T>& shared, int stage, int consumer, flo
 }
 
 /// `sums` = the products of the next `panels` stages. A stage is freed when the products of the following one have been
-/// started, so that the tensor cores have work meanwhile.
+/// started, so that the tensor cores have work meanwhile. After `announced` panels it arrives at the barrier `lead`.
 template <class T>
-DEVICE void multiply_stages(const Shared<T>& shared, Ring<T::kStages>& ring, int panels, int consumer, float (&sums)[T::kColumns / 2]) {
+DEVICE void multiply_stages(const Shared<T>& shared, Ring<T::kStages>& ring, int panels, int consumer, int announced,
+                            float (&sums)[T::kColumns / 2]) {
   uint32_t held = 0;
 #pragma unroll 1
   for (int panel = 0; panel < panels; panel++) {
@@ -221,6 +223,7 @@ DEVICE void multiply_stages(const Shared<T>& shared, Ring<T::kStages>& ring, int
     if (panel > 0) release_stage<T>(held);
     held = shared.empty(ring.index);
     ring.advance();
+    if (panel + 1 == announced) release(shared.lead());
   }
   wgmma_wait<0>();
   pin_registers(sums);
@@ -229,18 +232,21 @@ DEVICE void multiply_stages(const Shared<T>& shared, Ring<T::kStages>& ring, int
 
 /// The sums of one tile.
 template <class T>
-DEVICE void multiply_tile(const Shared<T>& shared, Ring<T::kStages>& ring, int panels, int consumer, float (&sums)[T::kColumns / 2]) {
+DEVICE void multiply_tile(const GemmParams& p, const Shared<T>& shared, Ring<T::kStages>& ring, int consumer,
+                          float (&sums)[T::kColumns / 2]) {
+  int announced = consumer == 0 ? p.lead_panels : 0;
   if constexpr (T::Operand::kPromotes) {
 #pragma unroll
     for (int i = 0; i < T::kColumns / 2; i++) sums[i] = 0.0f;
-    for (int left = panels; left > 0; left -= kPromoteEvery) {
+    for (int left = p.panels; left > 0; left -= kPromoteEvery) {
       float part[T::kColumns / 2];
-      multiply_stages<T>(shared, ring, min(left, kPromoteEvery), consumer, part);
+      multiply_stages<T>(shared, ring, min(left, kPromoteEvery), consumer, announced, part);
+      announced = 0;
 #pragma unroll
       for (int i = 0; i < T::kColumns / 2; i++) sums[i] += part[i];
     }
   } else {
-    multiply_stages<T>(shared, ring, panels, consumer, sums);
+    multiply_stages<T>(shared, ring, p.panels, consumer, announced, sums);
   }
 }
 
@@ -261,30 +267,33 @@ DEVICE void store_tile(const GemmParams& p, const Shared<T>& shared, int slot, c
   const Job& job = shared.job(slot);
   const int inside = (threadIdx.x / 32 - 4) * 16;
   const SumsTarget to{job.row + inside, job.column, job.num_rows,
-                      p.x_scales == nullptr ? nullptr : shared.x_scales(slot) + inside,
-                      p.w_scales == nullptr ? nullptr : shared.w_scales(slot)};
+                      shared.x_scales(slot) + inside, shared.w_scales(slot)};
   store_warp_sums<typename T::Out, T::kColumns>(p, to, sums);
 }
 
-/// A warpgroup: multiplies and stores its 64 rows of every tile. It keeps little in registers besides sums: what it must
-/// know of a tile it reads again. The shuffles tell the compiler that all lanes agree, without which it does not let
-/// wgmma run ahead.
+/// A warpgroup: multiplies and stores its 64 rows of every tile. The second begins a tile some panels after the first:
+/// while one adds to its full sums or stores a tile, the tensor cores have work of the other.
+/// It keeps little in registers besides sums: what it must know of a tile it reads again. The shuffles tell the compiler
+/// that all lanes agree, without which it does not let wgmma run ahead.
 template <class T>
 DEVICE void consume(const GemmParams& p, const Shared<T>& shared) {
   const int consumer = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0);
   Ring<T::kStages> ring;
+  Ring<1> lead;
   for (Ring<kJobs> jobs;; jobs.advance()) {
     mbarrier_wait(shared.job_full(jobs.index), jobs.parity);
     const int num_rows = __shfl_sync(~0u, shared.job(jobs.index).num_rows, 0);
     if (num_rows == 0) break;
     const int row = __shfl_sync(~0u, shared.job(jobs.index).row, 0);
     if (row + consumer * kConsumerRows < num_rows) {
+      if (consumer > 0 && p.lead_panels > 0) mbarrier_wait(shared.lead(), lead.parity);
       float sums[T::kColumns / 2];
-      multiply_tile<T>(shared, ring, p.panels, consumer, sums);
+      multiply_tile<T>(p, shared, ring, consumer, sums);
       store_tile<T>(p, shared, jobs.index, sums);
     } else {
       skip_tile<T>(shared, ring, p.panels);
     }
+    if (row < num_rows) lead.advance();
     __syncwarp();
     release(shared.job_empty(jobs.index));
   }
@@ -298,7 +307,7 @@ DEVICE void sync_blocks() {
 }
 
 template <class T>
-DEVICE void start_barriers(const Shared<T>& shared) {
+DEVICE void prepare(const GemmParams& p, const Shared<T>& shared) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; stage++) {
       mbarrier_init(shared.full(stage), 1);
@@ -308,7 +317,15 @@ DEVICE void start_barriers(const Shared<T>& shared) {
       mbarrier_init(shared.job_full(job), 1);
       mbarrier_init(shared.job_empty(job), kConsumerWarps);
     }
+    mbarrier_init(shared.lead(), kConsumerWarps / 2);
     fence_mbarrier_init();
+  }
+  // Scales that are not copied are 1.
+  for (int i = threadIdx.x; i < kJobs * kTileRows && p.x_scales == nullptr; i += kThreads) {
+    shared.x_scales(i / kTileRows)[i % kTileRows] = 1.0f;
+  }
+  for (int i = threadIdx.x; i < kJobs * T::kColumns && p.w_scales == nullptr; i += kThreads) {
+    shared.w_scales(i / T::kColumns)[i % T::kColumns] = 1.0f;
   }
   sync_blocks<T>();
 }
@@ -317,12 +334,12 @@ template <class T>
 DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
   let_next_kernel_start();
   const Shared<T> shared{memory};
-  start_barriers<T>(shared);
+  prepare<T>(p, shared);
   wait_for_previous_kernels();
   if (threadIdx.x < 128) {
     decrease_registers<32>();
     const int num_rows = *p.num_rows;
-    if (threadIdx.x == 0) produce<T>(p, shared, Tiles<T>(num_rows, p.columns), num_rows);
+    if (threadIdx.x == 0) produce<T>(p, shared, Tiles<T>(p, num_rows), num_rows);
   } else {
     increase_registers<240>();
     consume<T>(p, shared);
@@ -330,6 +347,8 @@ DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
   // A block must not end while another may copy to it or arrive at its barriers.
   if constexpr (T::kBlocks > 1) sync_blocks<T>();
 }
+
+}  // namespace
 
 #define GEMM(name, Operand, Out, Columns, Stages)              \
   KERNEL(name, GemmParams, kThreads, 1) {                      \

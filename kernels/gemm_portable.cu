@@ -12,6 +12,8 @@
 // every kPromoteEvery panels. 99 KB of shared memory suffice.
 #include "common/gemm.cuh"
 
+namespace {
+
 struct E4m3 {
   static constexpr bool kPromotes = true;
   static DEVICE void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -171,16 +173,23 @@ DEVICE void multiply_tile(const GemmParams& p, const Tile& tile, uint32_t memory
   }
 }
 
+/// Stores the tile. Where there are no scales, ones take their place, in shared memory that is no longer needed.
 template <class T>
-DEVICE void store_tile(const GemmParams& p, const Tile& tile, const Sums<T>& sums) {
+DEVICE void store_tile(const GemmParams& p, const Tile& tile, uint8_t* memory, const Sums<T>& sums) {
+  float* const ones = reinterpret_cast<float*>(memory);
+  if (p.x_scales == nullptr || p.w_scales == nullptr) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < 128; i += T::kThreads) ones[i] = 1.0f;
+    __syncthreads();
+  }
   const int warp = threadIdx.x / 32;
   const int column = tile.column + warp % T::kColumnWarps * T::kWarpColumns;
   if (column >= p.columns) return;
 #pragma unroll
   for (int i = 0; i < T::kWarpRows / 16; i++) {
     const int row = tile.row + warp / T::kColumnWarps * T::kWarpRows + i * 16;
-    const SumsTarget to{row, column, tile.num_rows, p.x_scales == nullptr ? nullptr : p.x_scales + row,
-                        p.w_scales == nullptr ? nullptr : p.w_scales + column};
+    const SumsTarget to{row, column, tile.num_rows, p.x_scales == nullptr ? ones : p.x_scales + row,
+                        p.w_scales == nullptr ? ones : p.w_scales + column};
     store_warp_sums<typename T::Out, T::kWarpColumns>(p, to, sums.at[i]);
   }
 }
@@ -193,8 +202,10 @@ DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
   if (tile.row >= tile.num_rows) return;
   Sums<T> sums;
   multiply_tile<T>(p, tile, shared_address(memory), sums);
-  store_tile<T>(p, tile, sums);
+  store_tile<T>(p, tile, memory, sums);
 }
+
+}  // namespace
 
 #define GEMM(name, Operand, Out, RowWarps, ColumnWarps, WarpRows, WarpColumns, Stages)                   \
   KERNEL(name, GemmParams, (RowWarps) * (ColumnWarps) * 32, 1) {                                         \

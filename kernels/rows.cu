@@ -99,10 +99,14 @@ struct Row {
     max = warp_max(max);
     if (threadIdx.x % 32 == 0) scratch[warp] = sum, scratch[kScratch + warp] = max;
     __syncthreads();
-    sum = 0.0f;
-    max = 0.0f;
+    float sums[4] = {}, maxima[4] = {};
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) sum += scratch[w], max = fmaxf(max, scratch[kScratch + w]);
+    for (int w = 0; w < kWarps; w++) {
+      sums[w % 4] += scratch[w];
+      maxima[w % 4] = fmaxf(maxima[w % 4], scratch[kScratch + w]);
+    }
+    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    max = fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3]));
   }
 
   DEVICE float sum_of_squares(float* scratch) const {
@@ -117,8 +121,13 @@ struct Row {
   }
 };
 
-DEVICE float inverse_rms(float sum_of_squares, int cols, float eps) {
-  return rsqrtf(sum_of_squares / float(cols) + eps);
+/// What a norm is besides its weights.
+struct RmsNorm {
+  float eps;
+  float inverse_cols;
+};
+DEVICE float inverse_rms(float sum_of_squares, const RmsNorm& norm) {
+  return rsqrtf(sum_of_squares * norm.inverse_cols + norm.eps);
 }
 
 /// Writes `x * factor` quantised. `amax` is the largest magnitude of `x`: a product with a positive number keeps order,
@@ -140,7 +149,7 @@ DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Gro
 /// Writes `norm(x)` quantised; `weights` hold 1 + w.
 template <int Threads, int Groups>
 DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, Groups>& x,
-                         const Row<Threads, Groups>& weights, float eps, float* scratch) {
+                         const Row<Threads, Groups>& weights, const RmsNorm& norm, float* scratch) {
   float sum = 0.0f, amax = 0.0f;
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
@@ -152,14 +161,14 @@ DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, 
     }
   }
   x.reduce(sum, amax, scratch);
-  write_row(out, row, cols, x, inverse_rms(sum, cols, eps), amax);
+  write_row(out, row, cols, x, inverse_rms(sum, norm), amax);
 }
 
 /// `residual += norm(x)`, row by row.
 template <int Threads, int Groups>
 DEVICE void add_normed(Row<Threads, Groups>& residual, const Row<Threads, Groups>& x,
-                       const Row<Threads, Groups>& weights, int cols, float eps, float* scratch) {
-  const float factor = inverse_rms(x.sum_of_squares(scratch), cols, eps);
+                       const Row<Threads, Groups>& weights, const RmsNorm& norm, float* scratch) {
+  const float factor = inverse_rms(x.sum_of_squares(scratch), norm);
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
 #pragma unroll
@@ -201,8 +210,7 @@ struct NormParams {
   Activation out;
   int allocated_rows;  // of x
   int cols;
-  float eps;
-  int padding;
+  RmsNorm norm;
 };
 
 /// out = quantise(norm(x))
@@ -217,7 +225,7 @@ DEVICE void norm(const NormParams& p) {
   Row<Threads, Groups> x, weights;
   x.load(static_cast<const T*>(p.x) + size_t(row) * cols, cols);
   weights.load(p.weights, cols);
-  write_normed(p.out, row, cols, x, weights, p.eps, scratch);
+  write_normed(p.out, row, cols, x, weights, p.norm, scratch);
 }
 
 /// out = quantise(x)
@@ -252,8 +260,7 @@ struct AddNormParams {
   Activation out;
   int allocated_rows;  // of x and residual
   int cols;
-  float eps;
-  int padding;
+  RmsNorm norm;
 };
 
 /// residual += norm_post(x), out = quantise(norm_pre(residual))
@@ -275,10 +282,10 @@ DEVICE void add_norm(const AddNormParams& p) {
   residual.load(p.residual + offset, cols);
   if (row >= *p.num_rows) return;
   if (!kEarly) post.load(p.post_weights, cols);
-  add_normed(residual, x, post, cols, p.eps, scratch);
+  add_normed(residual, x, post, p.norm, scratch);
   residual.store(p.residual + offset, cols);
   if (!kEarly) pre.load(p.pre_weights, cols);
-  write_normed(p.out, row, cols, residual, pre, p.eps, scratch + 2 * Values::kScratch);
+  write_normed(p.out, row, cols, residual, pre, p.norm, scratch + 2 * Values::kScratch);
 }
 
 /// out[s] = quantise(norm_pre(residual[rows[s]] + norm_post(x[rows[s]]))); the residual stays as it is.
@@ -296,9 +303,9 @@ DEVICE void last_norm(const AddNormParams& p) {
   x.load(p.x + offset, cols);
   residual.load(p.residual + offset, cols);
   weights.load(p.post_weights, cols);
-  add_normed(residual, x, weights, cols, p.eps, scratch);
+  add_normed(residual, x, weights, p.norm, scratch);
   weights.load(p.pre_weights, cols);
-  write_normed(p.out, index, cols, residual, weights, p.eps, scratch + 2 * Values::kScratch);
+  write_normed(p.out, index, cols, residual, weights, p.norm, scratch + 2 * Values::kScratch);
 }
 
 struct GegluParams {
@@ -390,10 +397,10 @@ KERNEL(norm_f32_16384, NormParams, 512, 1) { norm<float, 512, 4>(p); }
 KERNEL(norm_bf16_16384, NormParams, 512, 1) { norm<bf16, 512, 4>(p); }
 KERNEL(quantize_4096, NormParams, 512, 2) { quantize_rows<512, 1>(p); }
 KERNEL(quantize_16384, NormParams, 512, 1) { quantize_rows<512, 4>(p); }
-KERNEL(add_norm_2560, AddNormParams, 320, 3) { add_norm<320, 1>(p); }
+KERNEL(add_norm_2560, AddNormParams, 320, 4) { add_norm<320, 1>(p); }
 KERNEL(add_norm_3584, AddNormParams, 448, 2) { add_norm<448, 1>(p); }
 KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1>(p); }
 KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4>(p); }
 KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4>(p); }
 KERNEL(geglu, GegluParams, kGegluThreads, 8) { geglu_piece(p); }
-KERNEL(geglu_token, GegluParams, 512, 1) { geglu_row<512, 4>(p); }
+KERNEL(geglu_token, GegluParams, 512, 2) { geglu_row<512, 4>(p); }

@@ -10,9 +10,9 @@
 //   sample_restore   puts the raw logits back
 //   sample_logprobs  log-sum-exp, rank and best alternatives of the raw logits, also of rows whose token was given
 //
-// All but the first and the fifth run a grid of (slices, rows): blocks look at 4096 logits, and the last block of a row
-// to arrive ends the row's work, so that one row of 256000 logits keeps 63 SMs busy for a few microseconds and 256 rows
-// are bound by memory: 4 bytes a logit and kernel. Masses are integers and keys of (value, token) are all different:
+// All but the first and the fifth run a grid of (blocks, rows): a block looks at one or more slices of 4096 logits, and the
+// last block of a row to arrive ends the row's work, so that one row of 256000 logits keeps 63 SMs busy for a few
+// microseconds and 256 rows are bound by memory: 4 bytes a logit and kernel. Masses are integers and keys of (value, token) are all different:
 // results do not depend on the order in which blocks or atomics happen, on the row, or on its neighbours.
 #include "common/sampling.cuh"
 
@@ -43,6 +43,7 @@ KERNEL(sample_adjust, SampleParams, kSampleThreads, 1) {
   __syncthreads();
   for (int i = int(threadIdx.x); i < row.num_entries - row.counts_input; i += kSampleThreads) {
     const SampleEntry entry = entries[i];
+    if (entry.token >= p.vocab) continue;
     int used = entry.used;
     if (entry.token == input) used = max(used, 0) + 1, is_listed = 1;
     const float raw = logits[entry.token];
@@ -67,7 +68,7 @@ KERNEL(sample_restore, SampleParams, kSampleThreads, 1) {
   const SampleEntry* entries = reinterpret_cast<const SampleEntry*>(p.packed + row.entries);
   for (int i = int(threadIdx.x); i < row.num_entries; i += kSampleThreads) {
     const SampleEntry entry = entries[i];
-    if (entry.token >= 0) logits_of(p, index)[entry.token] = entry.raw;
+    if (entry.token >= 0 && entry.token < p.vocab) logits_of(p, index)[entry.token] = entry.raw;
   }
 }
 
@@ -84,31 +85,39 @@ KERNEL(sample_scan, SampleParams, kSampleThreads, 4) {
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   let_next_kernel_start();
   wait_for_previous_kernels();
-  const int slice = int(blockIdx.x), index = int(blockIdx.y);
+  const int index = int(blockIdx.y);
+  const SliceRange range = slices_of_block(p);
+  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
   float x[kSliceEach];
-  load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
-  if (index >= p.step.counts->num_samples) return;
+  load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, range.first, x);
   const SampleRow& row = sample_row(p, index);
-  if (row.given >= 0) {
-    if (slice == 0 && threadIdx.x == 0) write_token(p, index, row.given);
+  const int given = row.given;
+  if (index >= p.step.counts->num_samples) return;
+  if (given >= 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) write_token(p, index, given);
     return;
   }
-  mask_slice<Deal::kInTurn>(p, row, slice, x);
-  unsigned top = ordered(x[0]);
-  int at = 0;
+  u64 best = 0;
+  for (int slice = range.first; slice < range.end; slice++) {
+    if (slice > range.first) load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
+    mask_slice<Deal::kInTurn>(p, row, slice, x);
+    unsigned top = ordered(x[0]);
+    int at = 0;
 #pragma unroll
-  for (int i = 1; i < kSliceEach; i++) {
-    const unsigned order = ordered(x[i]);
-    if (order > top) top = order, at = i;
-  }
-  u64 best = block_max(key_of(top, slice_token<Deal::kInTurn>(slice, at)), shared);
-  if (threadIdx.x == 0) p.slice_keys[size_t(index) * p.slices + slice] = best;
-  if (!arrive_last(p, index, shared)) return;
-  best = 0;
-  for (int s = int(threadIdx.x); s < p.slices; s += kSampleThreads) {
-    best = max(best, load_l2(p.slice_keys + size_t(index) * p.slices + s));
+    for (int i = 1; i < kSliceEach; i++) {
+      const unsigned order = ordered(x[i]);
+      if (order > top) top = order, at = i;
+    }
+    best = max(best, key_of(top, slice_token<Deal::kInTurn>(slice, at)));
   }
   best = block_max(best, shared);
+  u64* keys = p.block_keys + size_t(index) * p.slices;
+  if (threadIdx.x == 0) keys[blockIdx.x] = best;
+  if (!arrive_last(p, index, shared)) return;
+  if (gridDim.x > 1) {
+    const unsigned block = threadIdx.x;
+    best = block_max(block < gridDim.x ? load_l2(keys + block) : 0, shared);
+  }
   if (threadIdx.x == 0) {
     p.states[index].best = best;
     if (!is_drawn(row, best)) write_token(p, index, token_of(best));
@@ -119,16 +128,17 @@ KERNEL(sample_scan, SampleParams, kSampleThreads, 4) {
 
 /// What a row is drawn from.
 struct Distribution {
-  float max, scale, min_p;
+  float max, scale;
+  float min_weight;
   bool is_ranked;  // top_k or top_p cuts it
 };
 
 DEVICE Distribution distribution(const SampleRow& row, u64 best) {
-  return {from_ordered(unsigned(best >> 32)), weight_scale(row.temperature), fminf(row.min_p, 1.0f),
+  return {from_ordered(unsigned(best >> 32)), weight_scale(row.temperature), fmaxf(fminf(row.min_p, 1.0f), kMinWeight),
           row.top_k > 0 || row.top_p < 1.0f};
 }
 
-/// The weights of a slice, 0 for what has no mass.
+/// The weights of a slice; 0 for what is cut off, has no mass or is no number.
 template <Deal How>
 DEVICE void weigh_slice(const SampleParams& p, const SampleRow& row, const Distribution& from, int slice,
                         float (&x)[kSliceEach]) {
@@ -136,7 +146,7 @@ DEVICE void weigh_slice(const SampleParams& p, const SampleRow& row, const Distr
 #pragma unroll
   for (int i = 0; i < kSliceEach; i++) {
     const float weight = weight_of(x[i], from.max, from.scale);
-    x[i] = kept_mass(weight, from.min_p) != 0 ? weight : 0.0f;
+    x[i] = weight >= from.min_weight ? weight : 0.0f;
   }
 }
 
@@ -154,9 +164,14 @@ DEVICE void clear_bins(SampleShared& shared) {
   }
 }
 
-/// By the last block of a row that nothing cuts: draws in the order of ids.
-DEVICE void draw_in_order(const SampleParams& p, const SampleRow& row, const Distribution& from, int index,
-                          SampleShared& shared) {
+/// Where a draw ended.
+struct Drawn {
+  int slice;
+  u64 rest;  // mass from the slice's beginning
+};
+
+/// The slice that a row's draw ends in.
+DEVICE Drawn draw_slice(const SampleParams& p, const SampleRow& row, int index, SampleShared& shared) {
   const int each = (p.slices + kSampleThreads - 1) / kSampleThreads, first = int(threadIdx.x) * each;
   const u64* masses = p.slice_masses + size_t(index) * p.slices;
   u64 mine = 0, total;
@@ -169,21 +184,26 @@ DEVICE void draw_in_order(const SampleParams& p, const SampleRow& row, const Dis
     shared.picked[0] = u64(s), shared.picked[1] = target - before;
   }
   __syncthreads();
-  const int slice = int(shared.picked[0]);
-  const u64 rest = shared.picked[1];
+  return {int(shared.picked[0]), shared.picked[1]};
+}
+
+/// By the last block of a row that nothing cuts, which has mass `total` if it is one slice: draws in the order of ids.
+DEVICE void draw_in_order(const SampleParams& p, const SampleRow& row, const Distribution& from, int index, u64 total,
+                          SampleShared& shared) {
+  const Drawn end = p.slices == 1 ? Drawn{0, drawn(row, total)} : draw_slice(p, row, index, shared);
   float x[kSliceEach];
-  load_slice<Deal::kNeighbours>(logits_of(p, index), p.vocab, slice, x);
-  weigh_slice<Deal::kNeighbours>(p, row, from, slice, x);
-  mine = 0;
+  load_slice<Deal::kNeighbours>(logits_of(p, index), p.vocab, end.slice, x);
+  weigh_slice<Deal::kNeighbours>(p, row, from, end.slice, x);
+  u64 mine = 0;
 #pragma unroll
   for (int i = 0; i < kSliceEach; i++) mine += mass_of(x[i]);
-  before = block_scan(mine, total, shared);
-  if (before <= rest && rest < before + mine) {
+  u64 before = block_scan(mine, total, shared);
+  if (before <= end.rest && end.rest < before + mine) {
     int chosen = -1;
 #pragma unroll
     for (int i = 0; i < kSliceEach; i++) {
       before += mass_of(x[i]);
-      if (chosen < 0 && rest < before) chosen = slice_token<Deal::kNeighbours>(slice, i);
+      if (chosen < 0 && end.rest < before) chosen = slice_token<Deal::kNeighbours>(end.slice, i);
     }
     write_token(p, index, chosen);
   }
@@ -237,31 +257,39 @@ KERNEL(sample_weigh, SampleParams, kSampleThreads, 4) {
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   let_next_kernel_start();
   wait_for_previous_kernels();
-  const int slice = int(blockIdx.x), index = int(blockIdx.y);
+  const int index = int(blockIdx.y);
+  const SliceRange range = slices_of_block(p);
   const SampleRow& row = sample_row(p, index);
   const u64 best = p.states[index].best;
   const bool is_wanted = is_drawn(row, best);
   if (index >= p.step.counts->num_samples || !is_wanted) return;
   const Distribution from = distribution(row, best);
   float x[kSliceEach];
-  load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
-  weigh_slice<Deal::kInTurn>(p, row, from, slice, x);
   if (!from.is_ranked) {
-    u64 mass = 0, total;
+    u64 total = 0;
+    for (int slice = range.first; slice < range.end; slice++) {
+      load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
+      weigh_slice<Deal::kInTurn>(p, row, from, slice, x);
+      u64 mass = 0;
 #pragma unroll
-    for (int i = 0; i < kSliceEach; i++) mass += mass_of(x[i]);
-    block_scan(mass, total, shared);
-    if (threadIdx.x == 0) p.slice_masses[size_t(index) * p.slices + slice] = total;
-    if (arrive_last(p, index, shared)) draw_in_order(p, row, from, index, shared);
+      for (int i = 0; i < kSliceEach; i++) mass += mass_of(x[i]);
+      block_scan(mass, total, shared);
+      if (threadIdx.x == 0) p.slice_masses[size_t(index) * p.slices + slice] = total;
+    }
+    if (arrive_last(p, index, shared)) draw_in_order(p, row, from, index, total, shared);
     return;
   }
   clear_bins(shared);
   __syncthreads();
+  for (int slice = range.first; slice < range.end; slice++) {
+    load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
+    weigh_slice<Deal::kInTurn>(p, row, from, slice, x);
 #pragma unroll
-  for (int i = 0; i < kSliceEach; i++) {
-    if (x[i] == 0.0f) continue;
-    atomicAdd(&shared.counts[bin_of(x[i])], 1u);
-    add_mass(shared, bin_of(x[i]), mass_of(x[i]));
+    for (int i = 0; i < kSliceEach; i++) {
+      if (x[i] == 0.0f) continue;
+      atomicAdd(&shared.counts[bin_of(x[i])], 1u);
+      add_mass(shared, bin_of(x[i]), mass_of(x[i]));
+    }
   }
   __syncthreads();
   for (int bin = int(threadIdx.x); bin < kBins; bin += kSampleThreads) {
@@ -387,32 +415,38 @@ DEVICE void draw_ranked(const SampleParams& p, const SampleRow& row, const Distr
   }
 }
 
+/// Appends a slice's tokens in bins up to `last_bin` to the row's candidates.
+DEVICE void gather_slice(const SampleParams& p, int index, int slice, int last_bin, const float (&weights)[kSliceEach]) {
+  auto is_candidate = [&](float weight) { return weight != 0.0f && bin_of(weight) <= last_bin; };
+  unsigned count = 0;
+#pragma unroll
+  for (int i = 0; i < kSliceEach; i++) count += is_candidate(weights[i]);
+  if (count == 0) return;
+  u64* to = p.candidates + size_t(index) * kMaxCandidates + atomicAdd(&p.states[index].num_candidates, count);
+#pragma unroll
+  for (int i = 0; i < kSliceEach; i++) {
+    if (is_candidate(weights[i])) *to++ = key_of(__float_as_uint(weights[i]), slice_token<Deal::kInTurn>(slice, i));
+  }
+}
+
 KERNEL(sample_gather, SampleParams, kSampleThreads, 3) {
   DYNAMIC_SHARED(memory);
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   let_next_kernel_start();
   wait_for_previous_kernels();
-  const int slice = int(blockIdx.x), index = int(blockIdx.y);
+  const int index = int(blockIdx.y);
   const SampleRow& row = sample_row(p, index);
   SampleState& state = p.states[index];
   const bool is_wanted = is_drawn(row, state.best);
   const Distribution from = distribution(row, state.best);
   if (index >= p.step.counts->num_samples || !is_wanted || !from.is_ranked) return;
-  if (state.last_bin >= 0) {
+  const SliceRange range = slices_of_block(p);
+  const int last_bin = state.last_bin;
+  for (int slice = range.first; slice < range.end && last_bin >= 0; slice++) {
     float x[kSliceEach];
     load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
     weigh_slice<Deal::kInTurn>(p, row, from, slice, x);
-    auto is_candidate = [&](float weight) { return weight != 0.0f && bin_of(weight) <= state.last_bin; };
-    unsigned count = 0;
-#pragma unroll
-    for (int i = 0; i < kSliceEach; i++) count += is_candidate(x[i]);
-    if (count > 0) {
-      u64* to = p.candidates + size_t(index) * kMaxCandidates + atomicAdd(&state.num_candidates, count);
-#pragma unroll
-      for (int i = 0; i < kSliceEach; i++) {
-        if (is_candidate(x[i])) *to++ = key_of(__float_as_uint(x[i]), slice_token<Deal::kInTurn>(slice, i));
-      }
-    }
+    gather_slice(p, index, slice, last_bin, x);
   }
   if (!arrive_last(p, index, shared)) return;
   const int count = int(load_l2(&state.num_candidates));
@@ -486,20 +520,11 @@ DEVICE void write_logprobs(const SampleParams& p, const SampleRow& row, int inde
   }
 }
 
-KERNEL(sample_logprobs, SampleParams, kSampleThreads, 4) {
-  DYNAMIC_SHARED(memory);
-  SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
-  let_next_kernel_start();
-  wait_for_previous_kernels();
-  const int slice = int(blockIdx.x), index = int(blockIdx.y);
-  if (index >= p.step.counts->num_samples) return;
-  const SampleRow& row = sample_row(p, index);
-  if (row.num_top < 0) return;
-  const float* logits = logits_of(p, index);
+/// What a slice adds to a row's log-probabilities.
+DEVICE void score_slice(const SampleParams& p, const SampleRow& row, int index, int slice, int token, float chosen,
+                        SampleShared& shared) {
   float x[kSliceEach];
-  load_slice<Deal::kInTurn>(logits, p.vocab, slice, x);
-  const int token = p.results[index].token;
-  const float chosen = logits[token];
+  load_slice<Deal::kInTurn>(logits_of(p, index), p.vocab, slice, x);
   unsigned top = 0;
   u64 ahead = 0, total_ahead;
 #pragma unroll
@@ -519,5 +544,20 @@ KERNEL(sample_logprobs, SampleParams, kSampleThreads, 4) {
   const size_t at = size_t(index) * p.slices + slice;
   if (threadIdx.x == 0) p.slice_scores[at] = {largest, sum, int(total_ahead), 0};
   write_largest(x, slice, min(row.num_top, p.vocab), p.slice_tops + at * kMaxTop, shared);
+}
+
+KERNEL(sample_logprobs, SampleParams, kSampleThreads, 4) {
+  DYNAMIC_SHARED(memory);
+  SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
+  let_next_kernel_start();
+  wait_for_previous_kernels();
+  const int index = int(blockIdx.y);
+  if (index >= p.step.counts->num_samples) return;
+  const SampleRow& row = sample_row(p, index);
+  if (row.num_top < 0) return;
+  const int token = p.results[index].token;
+  const float chosen = logits_of(p, index)[token];
+  const SliceRange range = slices_of_block(p);
+  for (int slice = range.first; slice < range.end; slice++) score_slice(p, row, index, slice, token, chosen, shared);
   if (arrive_last(p, index, shared)) write_logprobs(p, row, index, chosen, shared);
 }

@@ -10,7 +10,7 @@ struct GemmParams {
   const float* x_scales;  // [x_stride], or null: all 1
   const uint8_t* w;       // [panels][w_rows][128 bytes]
   const float* w_scales;  // [w_rows], or null: all 1
-  void* out;              // [rows][out_stride]; for bf16 `columns` and `out_stride` are multiples of 8, `out` is aligned to 16
+  void* out;              // [rows][out_stride]; for bf16 both are multiples of 8 and `out` is aligned
   const int* num_rows;
   int x_stride;  // a multiple of 128
   int w_rows;    // `columns` rounded up to a multiple of 64
@@ -18,27 +18,15 @@ struct GemmParams {
   int panels;
   int out_stride;  // in elements
   float soft_cap;  // f32 output only: cap * tanh(x / cap); 0 for none
+  // Hopper only, and only about speed:
+  int row_tiles_together;  // that are done for each column tile
+  int lead_panels;         // how far the first warpgroup begins a tile ahead of the second; 0 where `panels` are few
 };
 
 /// The order of these products is part of the contract: every kernel gives the same bits.
 DEVICE float scaled_sum(float sum, float x_scale, float w_scale) { return sum * x_scale * w_scale; }
 
 DEVICE float soft_capped(float x, float cap) { return cap > 0.0f ? cap * tanh_precise(x / cap) : x; }
-
-/// Transposes a 4x4 matrix of words whose column `q` is held by lane `q` of each group of four lanes.
-DEVICE void transpose_in_quad(uint32_t (&words)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const uint32_t low = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
-  const uint32_t upper = __shfl_xor_sync(~0u, odd ? words[2] : words[3], 1);
-  const uint32_t a0 = odd ? low : words[0], a1 = odd ? words[1] : low;
-  const uint32_t b0 = odd ? upper : words[2], b1 = odd ? words[3] : upper;
-  const uint32_t c0 = __shfl_xor_sync(~0u, high ? a0 : b0, 2);
-  const uint32_t c1 = __shfl_xor_sync(~0u, high ? a1 : b1, 2);
-  words[0] = high ? c0 : a0;
-  words[1] = high ? c1 : a1;
-  words[2] = high ? b0 : c0;
-  words[3] = high ? b1 : c1;
-}
 
 /// Two f32 values of one row.
 DEVICE void store_two(float* row, int column, int columns, float a, float b) {
@@ -54,8 +42,8 @@ DEVICE void store_two(float* row, int column, int columns, float a, float b) {
 struct SumsTarget {
   int row, column;        // of the warp's first sum
   int num_rows;           // rows from here on are not stored
-  const float* x_scales;  // of the 16 rows, or null
-  const float* w_scales;  // of the columns, or null
+  const float* x_scales;  // of the 16 rows
+  const float* w_scales;  // of the columns
 };
 
 /// The two scaled values that the calling lane holds of row `half` (of two) in the eight columns from `8 * block`.
@@ -65,22 +53,22 @@ DEVICE float2 scaled_pair(const float (&sums)[Columns / 2], int block, int half,
                      scaled_sum(sums[block * 4 + half * 2 + 1], x_scale, w_scale.y));
 }
 
-DEVICE float2 column_scales(const float* w_scales, int column) {
-  return w_scales == nullptr ? make_float2(1.0f, 1.0f) : make_float2(w_scales[column], w_scales[column + 1]);
-}
-
-/// Stores sums in the layout of wgmma and mma.sync accumulators (wgmma.cuh): bf16, 64 bytes of a row at a time.
+/// Stores sums in the layout of wgmma and mma.sync accumulators (wgmma.cuh) as bf16. Neighbouring lanes exchange halves of
+/// two blocks of eight columns, so that four lanes store 32 bytes of a row, a whole sector.
 template <int Columns>
 DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&sums)[Columns / 2], const float (&x_scale)[2],
                        bf16*) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int end = min(p.columns, to.column + Columns);
+  const bool odd = lane & 1;
+  // Of two blocks, odd lanes store four columns of the second.
+  const int column = to.column + (odd ? 8 : 0) + quad / 2 * 4, end = min(p.columns, to.column + Columns);
+  bf16* const out = static_cast<bf16*>(p.out) + size_t(to.row + lane / 4) * p.out_stride + column;
 #pragma unroll
-  for (int block = 0; block < Columns / 8; block += 4) {
-    uint32_t words[2][4] = {};
+  for (int block = 0; block < Columns / 8; block += 2) {
+    uint32_t words[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < 4 && block + i < Columns / 8; i++) {
-      const float2 w_scale = column_scales(to.w_scales, (block + i) * 8 + quad * 2);
+    for (int i = 0; i < 2 && block + i < Columns / 8; i++) {
+      const float2 w_scale = *reinterpret_cast<const float2*>(to.w_scales + (block + i) * 8 + quad * 2);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float2 pair = scaled_pair<Columns>(sums, block + i, half, x_scale[half], w_scale);
@@ -89,11 +77,12 @@ DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      transpose_in_quad(words[half]);
-      const int row = to.row + lane / 4 + half * 8, column = to.column + (block + quad) * 8;
-      if (row >= to.num_rows || column >= end) continue;
-      bf16* out = static_cast<bf16*>(p.out) + size_t(row) * p.out_stride + column;
-      *reinterpret_cast<uint4*>(out) = make_uint4(words[half][0], words[half][1], words[half][2], words[half][3]);
+      const uint32_t first = words[half][0], second = words[half][1];
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      const uint2 four = odd ? make_uint2(other, second) : make_uint2(first, other);
+      if (to.row + lane / 4 + half * 8 < to.num_rows && column + block * 8 < end) {
+        *reinterpret_cast<uint2*>(out + size_t(half) * 8 * p.out_stride + block * 8) = four;
+      }
     }
   }
 }
@@ -106,7 +95,7 @@ DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&
 #pragma unroll
   for (int block = 0; block < Columns / 8; block++) {
     const int column = block * 8 + lane % 4 * 2;
-    const float2 w_scale = column_scales(to.w_scales, column);
+    const float2 w_scale = *reinterpret_cast<const float2*>(to.w_scales + column);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = to.row + lane / 4 + half * 8;
@@ -122,10 +111,6 @@ DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&
 template <class Out, int Columns>
 DEVICE void store_warp_sums(const GemmParams& p, const SumsTarget& to, const float (&sums)[Columns / 2]) {
   const int row = threadIdx.x % 32 / 4;
-  float x_scale[2] = {1.0f, 1.0f};
-  if (to.x_scales != nullptr) {
-    x_scale[0] = to.x_scales[row];
-    x_scale[1] = to.x_scales[row + 8];
-  }
+  const float x_scale[2] = {to.x_scales[row], to.x_scales[row + 8]};
   store_sums<Columns>(p, to, sums, x_scale, static_cast<Out*>(nullptr));
 }

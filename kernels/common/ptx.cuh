@@ -41,6 +41,7 @@ DEVICE unsigned long long multiply_high(unsigned long long a, unsigned long long
 // ---- memory
 DEVICE uint4 load_streaming(const uint4* p) { return *p; }
 DEVICE unsigned load_acquire(const unsigned* p) { return *p; }
+DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned value) { return atomicAdd(p, value); }
 DEVICE uint4 load_l2(const uint4* p) { return *p; }
 DEVICE float load_l2(const float* p) { return *p; }
 template <class T>
@@ -238,6 +239,12 @@ DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+/// Publishes what this thread, and threads it has passed a barrier with, wrote before, and sees what others published so.
+DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned value) {
+  unsigned old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  return old;
 }
 /// Reads what other SMs wrote during this kernel, or what is read before wait_for_previous_kernels(): past L1.
 DEVICE uint4 load_l2(const uint4* p) {

@@ -10,10 +10,11 @@ struct Divisor {
   float low, high;
 };
 
-/// `low` and `high` are 2^-21 below and above 1 / value. That is 8 roundings apart, and a product by either takes three:
-/// the bracket holds the rounded quotient. Where reciprocals might overflow the bracket says nothing.
+/// `low` and `high` are 2^-21, eight roundings, below and above 1 / value. The reciprocal takes two of them, the factor and
+/// a product one each, and so does the quotient that must lie between. Where reciprocals might overflow the bracket says
+/// nothing.
 DEVICE Divisor divisor(float value) {
-  const float inverse = __fdiv_rn(1.0f, value);
+  const float inverse = reciprocal_approx(value);
   const bool is_safe = value > 1e-30f && value < 1e30f;
   return {value, is_safe ? inverse * (1.0f - 0x1p-21f) : 0.0f, is_safe ? inverse * (1.0f + 0x1p-21f) : 1.0f / 0.0f};
 }
@@ -39,8 +40,14 @@ DEVICE void quantize(const float (&x)[N], const Divisor& by, uint32_t (&codes)[N
   }
 }
 
-/// Scale of a row whose largest magnitude is `amax`.
-DEVICE float token_scale(float amax) { return fmaxf(__fdiv_rn(amax, kFp8Max), kFp8MinTokenScale); }
+/// Scale of a row whose largest magnitude is `amax`. For this divisor one correction of the product gives the rounded
+/// quotient, as trying all mantissas shows.
+DEVICE float token_scale(float amax) {
+  constexpr float kInverse = 1.0f / kFp8Max;
+  const float product = __fmul_rn(amax, kInverse);
+  const float quotient = __fmaf_rn(__fmaf_rn(-product, kFp8Max, amax), kInverse, product);
+  return fmaxf(quotient, kFp8MinTokenScale);
+}
 
 /// Writes the N values, 8 or 16, at column `col` (a multiple of N) of a row with `cols` columns. Padding is left alone.
 template <int N>

@@ -40,8 +40,8 @@ static_assert(sizeof(SampleRow) == 64, "the host writes 16 words");
 
 /// A token whose logit is not the model's alone.
 struct SampleEntry {
-  int token;  // -1: none
-  float bias;  // -inf bans
+  int token;   // -1: none
+  float bias;    // -inf bans
   int used;    // how often it was generated; 0: it is in the prompt alone; -1: nowhere
   float raw;   // where the model's logit is kept meanwhile
 };
@@ -81,7 +81,7 @@ struct SampleParams {
   int* sampled_tokens;      // [2][max_samples], by parity
   SampleResult* results;    // [max_samples]
   SampleState* states;      // [max_samples]
-  u64* slice_keys;          // [max_samples][slices] the largest logit
+  u64* block_keys;          // [max_samples][blocks] the largest logit
   u64* slice_masses;        // [max_samples][slices]
   unsigned* bin_counts;     // [max_samples][kBins], zero between steps
   u64* bin_masses;          // [max_samples][kBins], zero between steps
@@ -90,12 +90,20 @@ struct SampleParams {
   u64* slice_tops;          // [max_samples][slices][kMaxTop] keys of the largest raw logits
   int vocab;
   int slices;
+  int slices_each;  // that a block looks at
   int max_samples;
-  int padding;
 };
 
 DEVICE const SampleRow& sample_row(const SampleParams& p, int row) {
   return reinterpret_cast<const SampleRow*>(p.packed + 8)[row];
+}
+/// The slices of this block.
+struct SliceRange {
+  int first, end;
+};
+DEVICE SliceRange slices_of_block(const SampleParams& p) {
+  const int first = int(blockIdx.x) * p.slices_each;
+  return {first, min(first + p.slices_each, p.slices)};
 }
 DEVICE float* logits_of(const SampleParams& p, int row) { return p.logits + size_t(row) * p.vocab; }
 
@@ -122,8 +130,7 @@ DEVICE float weight_of(float logit, float max, float scale) { return exp2_approx
 DEVICE float weight_scale(float temperature) { return fminf(__fdiv_rn(kLog2E, temperature), 3e38f); }
 /// A weight as a multiple of 2^-42: sums are exact, so that no order of adding matters. What is smaller has no mass.
 DEVICE u64 mass_of(float weight) { return u64(weight * 0x1p42f); }
-/// The mass a row's parameters leave to a weight; false for numbers that are none.
-DEVICE u64 kept_mass(float weight, float min_p) { return weight >= min_p ? mass_of(weight) : 0; }
+constexpr float kMinWeight = 0x1p-42f;
 /// 0 for weight 1, then 8 bins for each power of two.
 DEVICE int bin_of(float weight) { return int((127u << 3) - (__float_as_uint(weight) >> 20)); }
 
@@ -253,17 +260,15 @@ DEVICE float block_sum(float x, SampleShared& shared) {
 
 /// True in the last of a row's blocks: what the others wrote before is in L2.
 DEVICE bool arrive_last(const SampleParams& p, int row, SampleShared& shared) {
-  __threadfence();
   __syncthreads();
+  if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
     unsigned* arrived = &p.states[row].arrived;
-    shared.flag = atomicAdd(arrived, 1u) == unsigned(p.slices) - 1;
+    shared.flag = atomic_add_acq_rel(arrived, 1) == gridDim.x - 1;
     if (shared.flag != 0) *arrived = 0;
   }
   __syncthreads();
-  const bool is_last = shared.flag != 0;
-  if (is_last) __threadfence();
-  return is_last;
+  return shared.flag != 0;
 }
 
 DEVICE void write_token(const SampleParams& p, int row, int token) {

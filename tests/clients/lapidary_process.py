@@ -18,6 +18,8 @@ class Lapidary:
         self.process = subprocess.Popen(
             [binary, "serve", *args, "--port", "0"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
+        self.model = args[0]
+        """The name it is served by."""
         self.log: list[str] = []
         self.url = self._wait_for_address()
         # Keeps the pipe empty, so that the server never blocks on its log.

@@ -26,7 +26,7 @@ pub(crate) struct SampleScratch {
     raw: Vec<f32>,
 }
 
-/// Chooses the token of one row.
+/// Chooses the token of one row, or scores the one it is given.
 pub(crate) struct Choose<'a> {
     pub(crate) sample: &'a SampleRow,
     /// The row's input, if the previous step sampled it.
@@ -47,6 +47,13 @@ impl Kernel for Choose<'_> {
             logits,
             scratch,
         } = self;
+        if let Some(token) = sample.given {
+            let logprobs = |count| Box::new(logprobs(logits, token, count as usize, &mut scratch.candidates));
+            return SampledToken {
+                token,
+                logprobs: sample.params.logprobs.map(logprobs),
+            };
+        }
         if sample.params.logprobs.is_some() {
             scratch.raw.clear();
             scratch.raw.extend_from_slice(logits);

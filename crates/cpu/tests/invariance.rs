@@ -283,6 +283,7 @@ impl Step {
         batch.samples.push(SampleRow {
             row: row as u32,
             position,
+            given: None,
             params,
             banned: None,
             mask: None,

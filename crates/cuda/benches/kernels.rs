@@ -1,4 +1,4 @@
-//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,decode]`.
+//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,decode]`.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -11,6 +11,7 @@ use lapidary_cuda::measure::{Bench, MODELS};
 use lapidary_model::AttentionConfig;
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
+const SWEPT_TOKENS: [usize; 4] = [1, 16, 32, 64];
 const MANY_TOKENS: [usize; 6] = [128, 256, 512, 1024, 2048, 8192];
 const BATCHES: [usize; 5] = [1, 8, 32, 64, 128];
 const CONTEXTS: [usize; 3] = [512, 2048, 8192];
@@ -47,8 +48,28 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     }
+    if wanted("slabs") {
+        slabs(&mut bench, &models)?;
+    }
     if wanted("decode") {
         decode(&mut bench)?;
+    }
+    Ok(())
+}
+
+/// Other ways to cut products of few tokens: the standard one and the twelve fastest.
+fn slabs(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
+        let linears = matrices.linears.map(|shape| (shape, false));
+        for (shape, is_output) in linears.into_iter().chain([(matrices.output, true)]) {
+            for tokens in SWEPT_TOKENS {
+                let timings = bench.slab_sweep(shape, tokens, is_output)?;
+                timings.iter().take(13).for_each(|timing| println!("{timing}"));
+            }
+        }
     }
     Ok(())
 }

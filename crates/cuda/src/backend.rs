@@ -157,7 +157,7 @@ impl Prepared {
         let vocab = vocab.or(self.sampler.as_ref().map(|(_, vocab)| *vocab)).unwrap_or(1);
         let choices = batch.samples.iter().map(|sample| Choice {
             sample,
-            given: None,
+            given: sample.given,
             mask: sample.mask.as_deref(),
         });
         self.sampler_for(device, vocab)?.upload(device, batch, choices, vocab)

@@ -23,8 +23,31 @@ struct GemmParams {
     panels: i32,
     out_stride: i32,
     soft_cap: f32,
+    row_tiles_together: i32,
+    lead_panels: i32,
 }
 kernel_params!(GemmParams);
+
+/// What the Hopper kernel may vary without another result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tuning {
+    /// Row tiles that are done for each column tile before the next column tile.
+    pub(crate) row_tiles_together: usize,
+    /// By how many panels the first warpgroup begins a tile before the second; at most [`MAX_LEAD`].
+    pub(crate) lead_panels: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            row_tiles_together: 16,
+            lead_panels: 2,
+        }
+    }
+}
+
+/// The kernel announces the lead before it first adds to full sums.
+const MAX_LEAD: usize = 4;
 
 /// How a kernel's blocks share the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,7 +191,7 @@ impl Tiling {
         match self.work {
             Work::Persistent { .. } => {
                 let job = (self.rows + self.columns + 4) * 4;
-                stages + HOPPER_JOBS * job + (self.stages + HOPPER_JOBS) * 2 * 8
+                stages + HOPPER_JOBS * job + (2 * (self.stages + HOPPER_JOBS) + 1) * 8
             }
             Work::BlockPerTile => stages,
         }
@@ -239,9 +262,18 @@ impl Gemm {
     /// # Errors
     /// No kernel for the format, or the launch failed.
     pub(crate) fn multiply(&self, device: &mut dyn Device, product: &Product<'_>) -> Result<(), BackendError> {
-        let (tiling, kernel) = self.choose(product)?;
+        self.launch(device, product, self.choose(product)?, Tuning::default())
+    }
+
+    fn launch(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        (tiling, kernel): &(Tiling, Kernel),
+        tuning: Tuning,
+    ) -> Result<(), BackendError> {
         let grid = tiling.grid(product.max_rows, product.w.rows, self.multiprocessors);
-        launch(device, kernel, grid, &GemmParams::new(product))
+        launch(device, kernel, grid, &GemmParams::new(product, tiling, tuning))
     }
 
     fn choose(&self, product: &Product<'_>) -> Result<&(Tiling, Kernel), BackendError> {
@@ -263,7 +295,7 @@ impl Gemm {
 }
 
 impl GemmParams {
-    fn new(product: &Product<'_>) -> Self {
+    fn new(product: &Product<'_>, tiling: &Tiling, tuning: Tuning) -> Self {
         let Product { x, w, out, .. } = *product;
         Self {
             x: x.panels,
@@ -278,6 +310,12 @@ impl GemmParams {
             panels: w.panels as i32,
             out_stride: out.cols as i32,
             soft_cap: product.softcap.unwrap_or(0.0),
+            row_tiles_together: tuning.row_tiles_together.max(tiling.cluster()) as i32,
+            // With fewer panels than stages the first warpgroup could announce the next tile before the second has seen this.
+            lead_panels: match w.panels >= tiling.stages {
+                true => tuning.lead_panels.min(MAX_LEAD) as i32,
+                false => 0,
+            },
         }
     }
 }

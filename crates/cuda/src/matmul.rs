@@ -76,6 +76,15 @@ impl Matmul {
         })
     }
 
+    /// Those for few tokens.
+    ///
+    /// # Errors
+    /// The device is no Hopper.
+    pub(crate) fn slabs(&self) -> Result<&SlabGemm, BackendError> {
+        let none = || BackendError::Unsupported("products of slabs need compute capability 9.0".to_owned());
+        self.slabs.as_ref().ok_or_else(none)
+    }
+
     /// Computes a product. All kernels add in the same order, so that a row's bits do not depend on which one it was.
     ///
     /// # Errors

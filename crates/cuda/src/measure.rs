@@ -73,6 +73,60 @@ impl fmt::Display for Timing {
     }
 }
 
+/// Random tokens, and random weights of one shape many times over.
+struct Operands {
+    x: Activation,
+    weights: Vec<Panels>,
+    w_scales: DevicePtr,
+    out: Tensor,
+    num_rows: DevicePtr,
+}
+
+impl Operands {
+    fn random(
+        device: &mut Driver,
+        (n, k): (usize, usize),
+        max_tokens: usize,
+        is_output: bool,
+    ) -> Result<Self, BackendError> {
+        let element = if is_output { Element::Bf16 } else { Element::E4m3 };
+        let bytes = element.panels(k) * PANEL_BYTES * n.next_multiple_of(ROW_MULTIPLE);
+        let copies = (ROTATION_BYTES / bytes).clamp(2, MAX_COPIES);
+        let mut x = Activation::alloc(device, max_tokens, k)?;
+        random_activation(device, &mut x, element, max_tokens)?;
+        let w_scales = match element {
+            Element::E4m3 => random_floats(device, n.next_multiple_of(ROW_MULTIPLE))?,
+            Element::Bf16 => DevicePtr::NULL,
+        };
+        Ok(Self {
+            x,
+            weights: (0..copies as u64)
+                .map(|copy| random_panels(device, element, [n, k], copy))
+                .collect::<Result<_, _>>()?,
+            w_scales,
+            out: Tensor::alloc(device, "output", [max_tokens, n], is_output)?,
+            num_rows: device.alloc("count", 4)?,
+        })
+    }
+
+    fn timing(&self, tokens: usize, microseconds: f64, how: &str) -> Timing {
+        let Panels {
+            rows,
+            cols,
+            padded_rows,
+            panels,
+            ..
+        } = self.weights[0];
+        let kind = if self.out.is_wide { "output" } else { "fp8" };
+        Timing {
+            what: format!("{kind} {rows}x{cols} M {tokens}{how}"),
+            microseconds,
+            bytes: (panels * padded_rows * PANEL_BYTES) as f64,
+            flops: 2.0 * (rows * cols * tokens) as f64,
+        }
+    }
+}
+
 /// The bench.
 #[derive(Debug)]
 pub struct Bench {
@@ -99,49 +153,71 @@ impl Bench {
         tokens: &[usize],
         is_output: bool,
     ) -> Result<Vec<Timing>, BackendError> {
-        let element = if is_output { Element::Bf16 } else { Element::E4m3 };
+        let memory = self.device.mark();
         let max_tokens = tokens.iter().copied().max().unwrap_or(1);
-        let device = &mut self.device;
-        let memory = device.mark();
-        let bytes = element.panels(k) * PANEL_BYTES * n.next_multiple_of(ROW_MULTIPLE);
-        let copies = (ROTATION_BYTES / bytes).clamp(2, MAX_COPIES);
-        let weights = (0..copies as u64)
-            .map(|copy| random_panels(device, element, [n, k], copy))
-            .collect::<Result<Vec<_>, _>>()?;
-        let scales = random_floats(device, n.next_multiple_of(ROW_MULTIPLE))?;
-        let mut x = Activation::alloc(device, max_tokens, k)?;
-        random_activation(device, &mut x, element, max_tokens)?;
-        let out = Tensor::alloc(device, "output", [max_tokens, n], is_output)?;
-        let num_rows = device.alloc("count", 4)?;
+        let operands = Operands::random(&mut self.device, (n, k), max_tokens, is_output)?;
         let mut timings = Vec::new();
         for &count in tokens {
-            device.upload(num_rows, &(count as i32).to_le_bytes())?;
-            let matmul = &self.matmul;
-            let launches = copies * if count <= 64 { 4 } else { 1 };
-            let microseconds = device.time(REPEATS, &mut |device| {
-                for launch in 0..launches {
-                    let product = Product {
-                        x: &x.params(),
-                        w: &weights[launch % copies],
-                        w_scales: if is_output { DevicePtr::NULL } else { scales },
-                        out: &out,
-                        softcap: is_output.then_some(30.0),
-                        num_rows,
-                        max_rows: count,
-                    };
-                    matmul.run(device, &product)?;
-                }
-                Ok(())
-            })? / launches as f64;
-            timings.push(Timing {
-                what: format!("{} {n}x{k} M {count}", if is_output { "output" } else { "fp8" }),
-                microseconds,
-                bytes: bytes as f64,
-                flops: 2.0 * (n * k * count) as f64,
-            });
+            let microseconds =
+                self.time_product(&operands, count, |matmul, device, product| matmul.run(device, product))?;
+            timings.push(operands.timing(count, microseconds, ""));
         }
-        device.release(memory)?;
+        self.device.release(memory)?;
         Ok(timings)
+    }
+
+    /// The same product of at most 64 tokens, on Hopper: first as it is cut into slabs, then in every other way worth
+    /// trying, fastest first.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn slab_sweep(
+        &mut self,
+        shape: (usize, usize),
+        tokens: usize,
+        is_output: bool,
+    ) -> Result<Vec<Timing>, BackendError> {
+        let memory = self.device.mark();
+        let operands = Operands::random(&mut self.device, shape, tokens, is_output)?;
+        let plans = self.matmul.slabs()?.plans(&operands.weights[0], tokens);
+        let mut timings = Vec::new();
+        for plan in &plans {
+            let microseconds = self.time_product(&operands, tokens, |matmul, device, product| {
+                matmul.slabs()?.launch_plan(device, product, 0, plan)
+            })?;
+            timings.push(operands.timing(tokens, microseconds, &format!(" {plan}")));
+        }
+        timings[1..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
+        self.device.release(memory)?;
+        Ok(timings)
+    }
+
+    /// Microseconds of one `launch`, whose weights come from DRAM.
+    fn time_product(
+        &mut self,
+        operands: &Operands,
+        tokens: usize,
+        launch: impl Fn(&Matmul, &mut dyn Device, &Product<'_>) -> Result<(), BackendError>,
+    ) -> Result<f64, BackendError> {
+        let launches = operands.weights.len() * if tokens <= 64 { 4 } else { 1 };
+        self.device.upload(operands.num_rows, &(tokens as i32).to_le_bytes())?;
+        let (matmul, x) = (&self.matmul, operands.x.params());
+        let microseconds = self.device.time(REPEATS, &mut |device| {
+            for index in 0..launches {
+                let product = Product {
+                    x: &x,
+                    w: &operands.weights[index % operands.weights.len()],
+                    w_scales: operands.w_scales,
+                    out: &operands.out,
+                    softcap: operands.out.is_wide.then_some(30.0),
+                    num_rows: operands.num_rows,
+                    max_rows: tokens,
+                };
+                launch(matmul, device, &product)?;
+            }
+            Ok(())
+        })?;
+        Ok(microseconds / launches as f64)
     }
 
     /// Attention of `batch` sequences with `context` tokens each, one of them new.

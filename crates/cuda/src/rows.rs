@@ -66,7 +66,7 @@ struct NormParams {
     allocated_rows: i32,
     cols: i32,
     eps: f32,
-    padding: i32,
+    inverse_cols: f32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -82,7 +82,7 @@ struct AddNormParams {
     allocated_rows: i32,
     cols: i32,
     eps: f32,
-    padding: i32,
+    inverse_cols: f32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -124,7 +124,7 @@ impl Branch<'_> {
             allocated_rows: self.x.rows.min(self.residual.rows) as i32,
             cols: self.x.cols as i32,
             eps: self.eps,
-            padding: 0,
+            inverse_cols: 1.0 / self.x.cols as f32,
         }
     }
 }
@@ -289,7 +289,7 @@ fn norm_params(rows: RowCount, x: &Tensor, weights: DevicePtr, eps: f32, out: Ac
         allocated_rows: x.rows as i32,
         cols: x.cols as i32,
         eps,
-        padding: 0,
+        inverse_cols: 1.0 / x.cols as f32,
     }
 }
 

@@ -12,6 +12,8 @@ const THREADS: usize = 256;
 const SLICE: usize = 4096;
 /// The last block of a row looks at one slice a thread.
 const MAX_VOCAB: usize = SLICE * THREADS;
+/// Blocks of a launch for each multiprocessor, twice what it runs at a time.
+const BLOCKS_EACH: usize = 8;
 const BINS: usize = 352;
 const MAX_CANDIDATES: usize = 16384;
 /// At least what the kernels' `SampleShared` takes.
@@ -39,7 +41,7 @@ struct SampleParams {
     sampled_tokens: DevicePtr,
     results: DevicePtr,
     states: DevicePtr,
-    slice_keys: DevicePtr,
+    block_keys: DevicePtr,
     slice_masses: DevicePtr,
     bin_counts: DevicePtr,
     bin_masses: DevicePtr,
@@ -48,8 +50,8 @@ struct SampleParams {
     slice_tops: DevicePtr,
     vocab: i32,
     slices: i32,
+    slices_each: i32,
     max_samples: i32,
-    padding: i32,
 }
 
 kernel_params!(SampleParams);
@@ -92,6 +94,8 @@ impl Needs {
             params.logprobs.is_none()
                 && params.logit_bias.is_empty()
                 && sample.banned.is_none()
+                && sample.mask.is_none()
+                && sample.given.is_none()
                 && sample.history.is_none()
         })
     }
@@ -111,6 +115,8 @@ pub(crate) struct Sampler {
     max_vocab: usize,
     max_words: usize,
     max_samples: usize,
+    /// With more blocks than these in a launch, each looks at more of a row.
+    enough_blocks: usize,
 }
 
 /// The largest step a [`Sampler`] serves.
@@ -156,7 +162,7 @@ impl Sampler {
             sampled_tokens: step.sampled_tokens(),
             results: alloc(4 * RESULT_WORDS * max_samples)?,
             states: alloc(STATE_BYTES * max_samples)?,
-            slice_keys: alloc(8 * slices * max_samples)?,
+            block_keys: alloc(8 * slices * max_samples)?,
             slice_masses: alloc(8 * slices * max_samples)?,
             bin_counts: alloc(4 * BINS * max_samples)?,
             bin_masses: alloc(8 * BINS * max_samples)?,
@@ -165,8 +171,8 @@ impl Sampler {
             slice_tops: alloc(8 * MAX_TOP * slices * max_samples)?,
             vocab: 0,
             slices: 0,
+            slices_each: 0,
             max_samples: step.max_samples() as i32,
-            padding: 0,
         };
         let mut kernel = |name| device.kernel(name, THREADS as u32);
         Ok(Self {
@@ -181,6 +187,7 @@ impl Sampler {
             max_vocab,
             max_words,
             max_samples,
+            enough_blocks: BLOCKS_EACH * device.multiprocessors(),
         })
     }
 
@@ -225,15 +232,18 @@ impl Sampler {
             )));
         }
         let slices = logits.cols.div_ceil(SLICE);
+        // Masses are exact and keys are all different: how slices are grouped changes no result.
+        let slices_each = (samples * slices / self.enough_blocks).clamp(1, slices);
         let params = SampleParams {
             logits: logits.data,
             vocab: logits.cols as i32,
             slices: slices as i32,
+            slices_each: slices_each as i32,
             ..self.params
         };
         let by_row = Grid::line(samples).shared(SHARED_BYTES);
         let by_slice = Grid {
-            blocks: [slices as u32, samples as u32, 1],
+            blocks: [slices.div_ceil(slices_each) as u32, samples as u32, 1],
             ..by_row
         };
         let stages = [

@@ -4,7 +4,7 @@ use lapidary_model::BackendError;
 
 use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
 use crate::matmul::Product;
-use crate::pack::PANEL_BYTES;
+use crate::pack::{PANEL_BYTES, Panels};
 use crate::slab_gemm::plan::{Plan, Shape, Tuning, VARIANTS};
 use crate::tensor::Tensor;
 
@@ -79,8 +79,16 @@ impl SlabGemm {
         Ok(())
     }
 
+    /// Ways to cut a product of at most 64 tokens: the standard one first, then all that could be faster somewhere.
+    pub(crate) fn plans(&self, w: &Panels, tokens: usize) -> Vec<Plan> {
+        let shape = Shape::new(w, tokens);
+        let standard = Tuning::of(shape, self.multiprocessors);
+        let tunings = std::iter::once(standard).chain(standard.others());
+        tunings.filter_map(|tuning| Plan::new(shape, tuning)).collect()
+    }
+
     /// Computes the rows from `first_row` on as planned.
-    fn launch_plan(
+    pub(crate) fn launch_plan(
         &self,
         device: &mut dyn Device,
         product: &Product<'_>,

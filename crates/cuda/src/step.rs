@@ -296,6 +296,7 @@ pub(crate) mod tests {
         SampleRow {
             row,
             position: 0,
+            given: None,
             params: Arc::new(SamplingParams::default()),
             banned: None,
             mask: None,

@@ -66,6 +66,7 @@ impl Load {
                 min_tokens: 0,
                 stop_token_ids: Arc::from([1, 106, 107]),
             },
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             deadline: None,

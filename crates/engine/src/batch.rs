@@ -47,13 +47,17 @@ pub struct FedToken {
     pub prev_sample: u32,
 }
 
-/// A token to sample.
+/// A token to sample, or to score.
 #[derive(Debug, Clone)]
 pub struct SampleRow {
     /// Row of [`Batch::token_ids`] whose output predicts the token.
     pub row: u32,
     /// Position the sampled token will take; with [`SamplingParams::seed`] it keys the randomness.
     pub position: u32,
+    /// This token is the answer, whatever the distribution: nothing is chosen, and only its log-probability, its rank and
+    /// the best alternatives are wanted ([`SamplingParams::logprobs`] of `params`; the rest of the row is at its default).
+    /// No later step is fed by such a row.
+    pub given: Option<TokenId>,
     /// How to choose.
     pub params: Arc<SamplingParams>,
     /// Tokens that must not be chosen (`min_tokens` not reached).

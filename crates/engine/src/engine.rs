@@ -367,6 +367,7 @@ impl Callers {
         let SequenceOutput {
             id,
             sampled,
+            is_prompt,
             finish,
             num_cached_tokens,
         } = output;
@@ -374,6 +375,7 @@ impl Callers {
         let queue_time = caller.queue_time.unwrap_or_default();
         let event = TokenEvent {
             sampled,
+            is_prompt,
             finish,
             num_cached_tokens,
             queue_time,

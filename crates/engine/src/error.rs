@@ -10,7 +10,7 @@ pub enum SubmitError {
     /// There is nothing to continue.
     #[error("the prompt has no tokens")]
     EmptyPrompt,
-    /// `max_tokens` is 0: there is nothing to generate.
+    /// `max_tokens` is 0, and there is no prompt token to score either.
     #[error("max_tokens must be at least 1")]
     NoTokensWanted,
     /// Prompt and answer can never fit, however long the request waits.

@@ -108,8 +108,16 @@ pub struct ScriptedExecutor {
     num_attempts: u64,
     in_flight: VecDeque<StepInFlight>,
     /// What the last launched step sampled.
-    last_sampled: Vec<(RequestId, TokenId)>,
+    last_sampled: Vec<FakeSample>,
     last_end: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct FakeSample {
+    id: RequestId,
+    token: TokenId,
+    /// Of a given token.
+    score: Option<f32>,
 }
 
 #[derive(Debug)]
@@ -143,6 +151,9 @@ impl ScriptedExecutor {
         let (mut content, mut reached) = (ROOT, ROOT);
         let mut num_hashed = 0;
         let mut constraint = request.constraint.clone();
+        if request.stop.max_tokens == 0 {
+            return Vec::new();
+        }
         loop {
             for (position, &token) in tokens.iter().enumerate().skip(num_hashed) {
                 content = slot_content(content, token, position as u32);
@@ -186,10 +197,23 @@ impl ScriptedExecutor {
         }
     }
 
-    fn run(&mut self, batch: &Batch) -> Vec<(RequestId, TokenId)> {
+    /// The log-probabilities that a checked executor gives the tokens of `prompt` from the second on.
+    #[must_use]
+    pub fn expected_scores(prompt: &[TokenId]) -> Vec<f32> {
+        let (mut content, mut reached) = (ROOT, ROOT);
+        let pairs = prompt.windows(2).enumerate();
+        let scores = pairs.map(|(position, pair)| {
+            content = slot_content(content, pair[0], position as u32);
+            reached = mix(reached, content);
+            score(reached, pair[1])
+        });
+        scores.collect()
+    }
+
+    fn run(&mut self, batch: &Batch) -> Vec<FakeSample> {
         let mut tokens = batch.token_ids.clone();
         for fed in &batch.fed {
-            tokens[fed.row as usize] = self.last_sampled[fed.prev_sample as usize].1;
+            tokens[fed.row as usize] = self.last_sampled[fed.prev_sample as usize].token;
         }
         let mut samples = batch.samples.iter().peekable();
         let mut sampled = Vec::with_capacity(batch.samples.len());
@@ -203,14 +227,25 @@ impl ScriptedExecutor {
                     .map_or(ROOT, |before| self.slots[self.slot(blocks, before)]);
                 self.slots[batch.slot_mapping[row] as usize] = slot_content(before, tokens[row], position);
             }
-            if let Some(sample) = samples.next_if(|sample| rows.contains(&(sample.row as usize))) {
+            while let Some(sample) = samples.next_if(|sample| rows.contains(&(sample.row as usize))) {
                 let id = batch.request_ids[index];
                 let input = tokens[sample.row as usize];
                 let is_fed = batch
                     .fed
                     .iter()
                     .any(|fed| !self.config.is_cheap && fed.row == sample.row);
-                sampled.push((id, self.sample(id, blocks, sample, input, is_fed)));
+                sampled.push(match sample.given {
+                    Some(token) => FakeSample {
+                        id,
+                        token,
+                        score: Some(score(self.reached(blocks, sample, input), token)),
+                    },
+                    None => FakeSample {
+                        id,
+                        token: self.sample(id, blocks, sample, input, is_fed),
+                        score: None,
+                    },
+                });
             }
         }
         sampled
@@ -229,13 +264,7 @@ impl ScriptedExecutor {
             banned: sample.banned.as_deref().unwrap_or_default(),
             mask: sample.mask.as_deref(),
         };
-        let mut reached = if self.config.is_cheap {
-            mix(u64::from(input), u64::from(sample.position))
-        } else {
-            (0..sample.position).fold(ROOT, |hash, position| {
-                mix(hash, self.slots[self.slot(blocks, position)])
-            })
-        };
+        let mut reached = self.reached(blocks, sample, input);
         if let Some(history) = &sample.history {
             let fed = is_fed.then_some(input);
             let tokens = history.prompt.iter().chain(&history.output).copied().chain(fed);
@@ -248,6 +277,16 @@ impl ScriptedExecutor {
             self.config.vocab_size,
             limits,
         )
+    }
+
+    /// A hash of all that a row can see.
+    fn reached(&self, blocks: &[BlockId], sample: &SampleRow, input: TokenId) -> u64 {
+        if self.config.is_cheap {
+            return mix(u64::from(input), u64::from(sample.position));
+        }
+        (0..sample.position).fold(ROOT, |hash, position| {
+            mix(hash, self.slots[self.slot(blocks, position)])
+        })
     }
 
     fn slot(&self, blocks: &[BlockId], position: u32) -> usize {
@@ -298,8 +337,8 @@ impl ScriptedExecutor {
         }
         for sample in &batch.samples {
             assert!(
-                batch.query_start[1..].contains(&(sample.row + 1)),
-                "a sample that is not a sequence's last row"
+                sample.given.is_some() || batch.query_start[1..].contains(&(sample.row + 1)),
+                "a token chosen by a row that is not a sequence's last"
             );
             assert_eq!(sample.position, batch.positions[sample.row as usize] + 1);
             let is_ahead = sample.mask.is_some() && batch.fed.iter().any(|fed| fed.row == sample.row);
@@ -307,10 +346,9 @@ impl ScriptedExecutor {
         }
         for fed in &batch.fed {
             let index = batch.query_start.partition_point(|&start| start <= fed.row) - 1;
-            assert_eq!(
-                self.last_sampled[fed.prev_sample as usize].0, batch.request_ids[index],
-                "fed by another"
-            );
+            let source = self.last_sampled[fed.prev_sample as usize];
+            assert_eq!(source.id, batch.request_ids[index], "fed by another");
+            assert!(source.score.is_none(), "fed by a token that was given");
         }
         writes
     }
@@ -360,9 +398,9 @@ impl Executor for ScriptedExecutor {
             self.poison(batch);
             Err(ExecutorError::Step(ScriptedFailure { attempt }.into()))
         } else {
-            let token = |(sample, &(_, token)): (&SampleRow, _)| SampledToken {
-                token,
-                logprobs: logprobs(sample, token),
+            let token = |(row, sample): (&SampleRow, &FakeSample)| SampledToken {
+                token: sample.token,
+                logprobs: logprobs(row, sample),
             };
             Ok(batch.samples.iter().zip(&sampled).map(token).collect())
         };
@@ -404,6 +442,7 @@ impl Request {
                 min_tokens: 0,
                 stop_token_ids: Arc::from([]),
             },
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             deadline: None,
@@ -545,11 +584,18 @@ impl TokenConstraint for ScriptedConstraint {
     }
 }
 
-fn logprobs(sample: &SampleRow, token: TokenId) -> Option<Box<TokenLogprobs>> {
-    let num_top = sample.params.logprobs?;
-    let top = (0..num_top).map(|rank| (token + rank, -0.5 - rank as f32)).collect();
+/// In `-8..=-1`; seven digits write it exactly.
+fn score(reached: u64, token: TokenId) -> f32 {
+    -1.0 - (mix(reached, u64::from(token)) % 449) as f32 / 64.0
+}
+
+fn logprobs(row: &SampleRow, sample: &FakeSample) -> Option<Box<TokenLogprobs>> {
+    let num_top = row.params.logprobs?;
+    let top = (0..num_top)
+        .map(|rank| (sample.token + rank, -0.5 - rank as f32))
+        .collect();
     Some(Box::new(TokenLogprobs {
-        logprob: -0.5,
+        logprob: sample.score.unwrap_or(-0.5),
         rank: 1,
         top,
     }))

@@ -165,7 +165,7 @@ impl Shared {
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
-        if request.stop.max_tokens == 0 {
+        if request.stop.max_tokens == 0 && request.num_scores() == 0 {
             return Err(SubmitError::NoTokensWanted);
         }
         let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
@@ -252,7 +252,7 @@ impl EngineHandle {
         let shared = &self.owner.shared;
         shared.check(&request)?;
         // All tokens and a last error fit, so the engine never waits for a client. The channel allocates as it fills.
-        let (sender, events) = mpsc::channel(request.stop.max_tokens as usize + 2);
+        let (sender, events) = mpsc::channel(request.num_scores() + request.stop.max_tokens as usize + 2);
         let mut mailbox = shared.lock();
         if mailbox.closed || mailbox.draining {
             return Err(if shared.is_dead() {

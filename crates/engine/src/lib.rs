@@ -46,6 +46,7 @@
 //!     prompt: Arc::from([10, 11, 12]),
 //!     sampling: Arc::new(SamplingParams::default()),
 //!     stop: StopCriteria { max_tokens: 100, min_tokens: 0, stop_token_ids: Arc::from([5]) },
+//!     prompt_logprobs: None,
 //!     priority: 0,
 //!     cache_salt: 0,
 //!     deadline: None,

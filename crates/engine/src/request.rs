@@ -21,6 +21,8 @@ pub struct Request {
     pub sampling: Arc<SamplingParams>,
     /// When generation ends.
     pub stop: StopCriteria,
+    /// `Some(k)`: report the log-probability of every prompt token but the first, and the `k` most likely alternatives.
+    pub prompt_logprobs: Option<u32>,
     /// Lower runs first; equal priorities run in order of arrival.
     pub priority: i32,
     /// Requests share cached blocks only with requests of the same salt (a tenant, say).
@@ -29,6 +31,14 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Says which tokens may come next.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+}
+
+impl Request {
+    /// Prompt tokens whose log-probability is reported.
+    #[must_use]
+    pub fn num_scores(&self) -> usize {
+        self.prompt_logprobs.map_or(0, |_| self.prompt.len().saturating_sub(1))
+    }
 }
 
 /// How a token is chosen from logits. Defaults leave the distribution untouched.
@@ -84,7 +94,7 @@ impl SamplingParams {
 /// When a sequence ends. Stop strings are text and live above the engine: whoever matches one drops the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StopCriteria {
-    /// Generated tokens at most; at least 1.
+    /// Generated tokens at most; 0 only where a prompt of two tokens or more is to be scored.
     pub max_tokens: u32,
     /// No token of `stop_token_ids` can be sampled before this many tokens were generated, unless the request's
     /// constraint allows nothing else.
@@ -102,7 +112,7 @@ pub enum FinishReason {
     Length,
 }
 
-/// A token the executor chose.
+/// A token the executor chose, or was given to score.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampledToken {
     /// Its id.
@@ -114,7 +124,7 @@ pub struct SampledToken {
 /// Log-probabilities under the model's own distribution: after the soft-cap, before penalties and temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the sampled token.
+    /// Of the token itself.
     pub logprob: f32,
     /// 1 for the most likely token.
     pub rank: u32,
@@ -122,11 +132,14 @@ pub struct TokenLogprobs {
     pub top: Vec<(TokenId, f32)>,
 }
 
-/// One generated token on its way to the caller.
+/// One token on its way to the caller.
 #[derive(Debug, Clone)]
 pub struct TokenEvent {
     /// The token.
     pub sampled: SampledToken,
+    /// It was not generated: it is the prompt's next one, from the second on, with what [`Request::prompt_logprobs`] asked
+    /// for. All of the prompt comes before the first generated token.
+    pub is_prompt: bool,
     /// Set on the last event of a stream.
     pub finish: Option<FinishReason>,
     /// Prompt tokens that came from the prefix cache.

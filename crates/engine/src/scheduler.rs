@@ -15,7 +15,7 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::kv_cache::{BlockTable, KvCacheManager};
-use crate::sequence::{Guide, Rank, Sequence, SequenceIndex};
+use crate::sequence::{Guide, Rank, Scoring, Sequence, SequenceIndex};
 use crate::stats::{Gauges, StepCounts};
 use crate::{
     Batch, FinishReason, KvCacheConfig, MaskJob, Request, RequestId, SampledToken, TokenConstraint, TokenMask,
@@ -42,6 +42,8 @@ pub struct SequenceOutput {
     pub id: RequestId,
     /// The token.
     pub sampled: SampledToken,
+    /// It is one of the prompt's, scored.
+    pub is_prompt: bool,
     /// Set when it is the sequence's last.
     pub finish: Option<FinishReason>,
     /// Prompt tokens that came from the prefix cache.
@@ -98,6 +100,8 @@ struct StepRow {
     num_preemptions: u32,
     /// Tokens in the KV cache when it is done.
     end: usize,
+    /// Prompt tokens it scores; their samples come before the one of a generated token.
+    num_scores: usize,
     is_sampled: bool,
 }
 
@@ -150,7 +154,7 @@ impl Scheduler {
     /// When the request can never run, or its name is taken: the caller checks both.
     pub fn add(&mut self, id: RequestId, mut request: Request) {
         assert!(
-            !request.prompt.is_empty() && request.stop.max_tokens > 0,
+            !request.prompt.is_empty() && (request.stop.max_tokens > 0 || request.num_scores() > 0),
             "nothing to compute"
         );
         let num_tokens = request.prompt.len() + request.stop.max_tokens as usize;
@@ -163,7 +167,9 @@ impl Scheduler {
             arrival: self.num_arrivals,
         };
         self.num_arrivals += 1;
-        let guide = match request.constraint.take() {
+        // Scores are of given tokens: a request that generates nothing has nothing to constrain.
+        let constraint = request.constraint.take().filter(|_| request.stop.max_tokens > 0);
+        let guide = match constraint {
             None => Guide::Free,
             Some(constraint) => {
                 self.mask_jobs.push(MaskJob {
@@ -180,6 +186,7 @@ impl Scheduler {
             tokens: request.prompt.to_vec(),
             hashes: self.kv.hashes(request.cache_salt),
             table: BlockTable::new(request.cache_salt),
+            scoring: request.prompt_logprobs.map(Scoring::new),
             request,
             is_running: false,
             has_started: false,
@@ -246,7 +253,8 @@ impl Scheduler {
         Some(&self.batch)
     }
 
-    /// Takes in the tokens of the oldest step in flight, one for each of its samples.
+    /// Takes in the tokens of the oldest step in flight, one for each of its samples. What was generated counts in the
+    /// result; what was scored does not.
     ///
     /// # Panics
     /// When no step is in flight, or `sampled` has another length than [`num_samples`](Self::num_samples).
@@ -257,15 +265,17 @@ impl Scheduler {
         let mut num_ended = 0;
         let num_outputs = outputs.len();
         for row in &step.rows {
-            let token = if row.is_sampled { sampled.next() } else { None };
-            num_ended += usize::from(self.update_row(row, token, outputs));
+            let mut samples = sampled.by_ref().take(row.num_scores + usize::from(row.is_sampled));
+            num_ended += usize::from(self.update_row(row, &mut samples, outputs));
+            // Those of a sequence that is gone are in the way of the next one's.
+            samples.for_each(drop);
         }
         if num_ended > 0 {
             let sequences = &self.sequences;
             self.running.retain(|&index| sequences[index].is_some());
         }
         let counts = StepCounts {
-            generated_tokens: (outputs.len() - num_outputs) as u64,
+            generated_tokens: outputs[num_outputs..].iter().filter(|output| !output.is_prompt).count() as u64,
             ..step.counts
         };
         self.retire(&mut step);
@@ -346,7 +356,12 @@ impl Scheduler {
     }
 
     /// Takes in what a collected step did for one sequence. True when that was its end.
-    fn update_row(&mut self, row: &StepRow, token: Option<SampledToken>, outputs: &mut Vec<SequenceOutput>) -> bool {
+    fn update_row(
+        &mut self,
+        row: &StepRow,
+        samples: &mut dyn Iterator<Item = SampledToken>,
+        outputs: &mut Vec<SequenceOutput>,
+    ) -> bool {
         // The sequence may have ended since the launch, and its place be another's.
         let Some(sequence) = self.sequences[row.index]
             .as_mut()
@@ -363,22 +378,31 @@ impl Scheduler {
                     .publish(&mut sequence.table, &sequence.tokens, &sequence.hashes, row.end);
             }
         }
-        let Some(sampled) = token else { return false };
-        let finish = sequence.push(sampled.token);
-        if finish.is_none() {
-            self.mask_jobs.extend(sequence.mask_job(sampled.token));
+        let mut has_ended = false;
+        for (index, sampled) in samples.enumerate() {
+            let is_prompt = index < row.num_scores;
+            let token = sampled.token;
+            let finish = if is_prompt {
+                sequence.push_score()
+            } else {
+                sequence.push(token)
+            };
+            if !is_prompt && finish.is_none() {
+                self.mask_jobs.extend(sequence.mask_job(token));
+            }
+            has_ended |= finish.is_some();
+            outputs.push(SequenceOutput {
+                id: row.id,
+                sampled,
+                is_prompt,
+                finish,
+                num_cached_tokens: sequence.num_cached_tokens,
+            });
         }
-        let num_cached_tokens = sequence.num_cached_tokens;
-        outputs.push(SequenceOutput {
-            id: row.id,
-            sampled,
-            finish,
-            num_cached_tokens,
-        });
-        if finish.is_some() {
+        if has_ended {
             self.remove(row.index);
         }
-        finish.is_some()
+        has_ended
     }
 
     fn fail(&mut self, mut step: Step, failed: &mut Vec<RequestId>) -> StepCounts {

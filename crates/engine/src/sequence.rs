@@ -1,7 +1,10 @@
 //! A request's live state in the scheduler.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use crate::kv_cache::{BlockTable, PrefixHashes};
-use crate::{FinishReason, MaskJob, Request, RequestId, TokenConstraint, TokenId, TokenMask};
+use crate::{FinishReason, MaskJob, Request, RequestId, SamplingParams, TokenConstraint, TokenId, TokenMask};
 
 /// Runs before another where it is less: priority, then arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) num_pending: usize,
     /// Index of its row among the samples of the last launched step that samples for it.
     pub(crate) last_sample: u32,
+    /// Present when the prompt is to be scored.
+    pub(crate) scoring: Option<Scoring>,
     /// Also tells whether rows launched before still belong to the table.
     pub(crate) num_preemptions: u32,
     /// Prompt tokens matched when it first ran.
@@ -63,6 +68,33 @@ pub(crate) struct Sequence {
     pub(crate) guide: Guide,
     /// While waiting: who computes the same prefix.
     pub(crate) leader: Option<Leader>,
+}
+
+/// How far the scoring of a prompt has come. The first token has no score: nothing predicts it.
+#[derive(Debug)]
+pub(crate) struct Scoring {
+    /// Of every row that scores.
+    pub(crate) params: Arc<SamplingParams>,
+    /// Prompt tokens scored by launched steps. What predicts token `i + 1` is the row of token `i`, so it is also the first
+    /// position that must be computed and not taken from the prefix cache.
+    pub(crate) num_launched: usize,
+    /// Those of them that were collected.
+    pub(crate) num_collected: usize,
+}
+
+impl Scoring {
+    pub(crate) fn new(num_alternatives: u32) -> Self {
+        let params = SamplingParams {
+            temperature: 0.0,
+            logprobs: Some(num_alternatives),
+            ..SamplingParams::default()
+        };
+        Self {
+            params: Arc::new(params),
+            num_launched: 0,
+            num_collected: 0,
+        }
+    }
 }
 
 impl Sequence {
@@ -121,6 +153,35 @@ impl Sequence {
                 None
             }
         }
+    }
+
+    /// The first position whose row still scores a prompt token; all before it may come from the prefix cache. `None` when
+    /// no row does.
+    pub(crate) fn next_to_score(&self) -> Option<usize> {
+        let scoring = self.scoring.as_ref()?;
+        (scoring.num_launched + 1 < self.num_prompt_tokens()).then_some(scoring.num_launched)
+    }
+
+    /// Positions among `start..end` whose rows score a prompt token.
+    pub(crate) fn rows_to_score(&self, start: usize, end: usize) -> Range<usize> {
+        let Some(next) = self.next_to_score() else {
+            return end..end;
+        };
+        start.max(next)..end.min(self.num_prompt_tokens() - 1)
+    }
+
+    /// Nothing is to be generated, and every score wanted is on its way.
+    pub(crate) fn only_awaits_scores(&self) -> bool {
+        self.request.stop.max_tokens == 0 && self.next_to_score().is_none()
+    }
+
+    /// Takes in a collected score.
+    pub(crate) fn push_score(&mut self) -> Option<FinishReason> {
+        let num_wanted = self.num_prompt_tokens() - 1;
+        let scoring = self.scoring.as_mut().expect("a score was asked for");
+        scoring.num_collected += 1;
+        let is_last = scoring.num_collected == num_wanted && self.request.stop.max_tokens == 0;
+        is_last.then_some(FinishReason::Length)
     }
 
     /// Takes in a collected token.

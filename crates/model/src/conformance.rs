@@ -9,8 +9,9 @@
 //!
 //! # Sampling
 //!
-//! Log-probabilities and ranks are those of the raw soft-capped logits (`log_softmax`, before everything below). Then,
-//! as vLLM orders it:
+//! Log-probabilities and ranks are those of the raw soft-capped logits (`log_softmax`, before everything below). A row
+//! with a `given` token answers that token and its log-probabilities; nothing is chosen. For the others then, as vLLM
+//! orders it:
 //!
 //! 1. `logit_bias` is added; `banned` tokens and those that `mask` does not have are removed; penalties are applied: repetition (divides positive,
 //!    multiplies negative logits of every token of prompt or output), then frequency (times its count in the output)
@@ -43,8 +44,8 @@ pub use runner::{
 };
 pub use sampling::{
     bans_and_biases_hold, draws_depend_on_seed_and_position_alone, draws_follow_the_distribution,
-    fed_tokens_are_read_and_counted, greedy_takes_the_lowest_of_equals, logprobs_are_of_the_raw_logits, masks_hold,
-    penalties_follow_the_history,
+    fed_tokens_are_read_and_counted, given_tokens_are_scored, greedy_takes_the_lowest_of_equals,
+    logprobs_are_of_the_raw_logits, masks_hold, penalties_follow_the_history,
 };
 
 /// How far a backend may be from exact arithmetic.
@@ -108,7 +109,7 @@ macro_rules! conformance_tests {
             rope_matches_f64, attention_matches_f64, unused_cache_is_never_read, logits_match_f64,
             greedy_takes_the_lowest_of_equals, bans_and_biases_hold, masks_hold, penalties_follow_the_history,
             logprobs_are_of_the_raw_logits, draws_follow_the_distribution, draws_depend_on_seed_and_position_alone,
-            fed_tokens_are_read_and_counted, neighbours_do_not_change_logits, chunks_do_not_change_logits,
+            fed_tokens_are_read_and_counted, given_tokens_are_scored, neighbours_do_not_change_logits, chunks_do_not_change_logits,
             chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints,
             runner_refuses_what_was_not_reserved, runner_sizes_its_cache,
         );

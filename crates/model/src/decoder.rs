@@ -41,16 +41,12 @@ pub(crate) struct Scratch<B: Backend> {
 impl<B: Backend> Scratch<B> {
     /// Bytes [`Scratch::alloc`] takes.
     pub(crate) fn bytes(backend: &B, config: &ModelConfig, limits: StepLimits) -> u64 {
-        let (tensors, activations) = scratch_shapes(config, limits);
-        let tensors: u64 = tensors
-            .iter()
-            .map(|([rows, cols], width)| backend.tensor_bytes(*rows, *cols, *width))
-            .sum();
-        tensors
-            + activations
-                .iter()
-                .map(|[rows, cols]| backend.activation_bytes(*rows, *cols))
-                .sum::<u64>()
+        scratch_bytes(
+            config,
+            limits,
+            |rows, cols, width| backend.tensor_bytes(rows, cols, width),
+            |rows, cols| backend.activation_bytes(rows, cols),
+        )
     }
 
     pub(crate) fn alloc(backend: &mut B, config: &ModelConfig, limits: StepLimits) -> Result<Self, BackendError> {
@@ -69,8 +65,24 @@ impl<B: Backend> Scratch<B> {
     }
 }
 
-/// `[rows, cols]` of residual, qkv, branch, gate_up and logits; of normed, attended and gated.
-fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([([usize; 2], Width); 5], [[usize; 2]; 3]) {
+/// Bytes of all scratch where a tensor and an activation take so many.
+pub(crate) fn scratch_bytes(
+    config: &ModelConfig,
+    limits: StepLimits,
+    tensor: impl Fn(usize, usize, Width) -> u64,
+    activation: impl Fn(usize, usize) -> u64,
+) -> u64 {
+    let (tensors, activations) = scratch_shapes(config, limits);
+    let tensors = tensors.iter().map(|([rows, cols], width)| tensor(*rows, *cols, *width));
+    let activations = activations.iter().map(|[rows, cols]| activation(*rows, *cols));
+    tensors.chain(activations).sum()
+}
+
+/// `[rows, cols]`.
+type Shape = [usize; 2];
+
+/// Of residual, qkv, branch, gate_up and logits; of normed, attended and gated.
+fn scratch_shapes(config: &ModelConfig, limits: StepLimits) -> ([(Shape, Width); 5], [Shape; 3]) {
     let (tokens, hidden, inner) = (limits.max_tokens, config.hidden_size, config.intermediate_size);
     let (q, kv) = (config.q_size(), config.kv_size());
     let tensors = [

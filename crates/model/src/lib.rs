@@ -45,7 +45,7 @@ pub use backend::{
 };
 pub use checkpoint::{Checkpoint, CheckpointError, EmbeddedFiles};
 pub use config::{ConfigError, ConfigOverrides, GenerationDefaults, ModelConfig};
-pub use loader::{CheckpointReport, LoadError, LoadPhase, LoadProgress};
+pub use loader::{CheckpointReport, LoadError, LoadPhase, LoadProgress, ProjectionScales};
 pub use problem::{Problem, Problems};
 pub use quantization::{InputScheme, LinearScheme, Quantization, QuantizationError};
 pub use runner::{KvCacheSize, MemoryPlan, ModelRunner, RunnerConfig, RunnerError};

@@ -81,8 +81,37 @@ pub struct CheckpointReport {
     pub num_tensors: usize,
     /// Their bytes.
     pub weight_bytes: u64,
+    /// Of every projection of every layer, in order.
+    pub scales: Vec<ProjectionScales>,
     /// What is not an error.
     pub warnings: Vec<Warning>,
+}
+
+/// The scales of projections that run as one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProjectionScales {
+    /// Decoder layer.
+    pub layer: usize,
+    /// Weights by their names in the checkpoint.
+    pub names: Vec<String>,
+    /// Smallest and largest scale of the weights; `None` where those are not quantised.
+    pub weights: Option<(f32, f32)>,
+    /// How the input arrives.
+    pub input: ActivationScheme,
+}
+
+impl ProjectionScales {
+    fn of(layer: usize, linear: &Named<LinearWeights<'_>>) -> Self {
+        let scales = &linear.value.scales;
+        let smallest = scales.iter().copied().fold(f32::INFINITY, f32::min);
+        let largest = scales.iter().copied().fold(0.0, f32::max);
+        Self {
+            layer,
+            names: linear.names.clone(),
+            weights: (!scales.is_empty()).then_some((smallest, largest)),
+            input: linear.value.input,
+        }
+    }
 }
 
 impl Checkpoint {
@@ -111,9 +140,15 @@ impl Checkpoint {
             return Err(problems);
         }
         warnings.splice(0..0, self.warnings().iter().cloned());
+        let layers = tensors.layers.iter().enumerate();
+        let scales = layers.flat_map(|(index, layer)| {
+            let linears = [&layer.qkv, &layer.o, &layer.gate_up, &layer.down];
+            linears.map(|linear| ProjectionScales::of(index, linear))
+        });
         Ok(CheckpointReport {
             num_tensors,
             weight_bytes: total_bytes,
+            scales: scales.collect(),
             warnings,
         })
     }

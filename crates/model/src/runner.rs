@@ -7,10 +7,10 @@ use lapidary_engine::{
     Batch, BlockId, Executor, ExecutorError, KvCacheConfig, RequestId, SampleRow, SampledToken, SamplingParams, TokenId,
 };
 
-use crate::backend::{Backend, BackendError, StepLimits};
+use crate::backend::{Backend, BackendError, StepLimits, Width};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::decoder::{Decoder, Scratch};
+use crate::decoder::{Decoder, Scratch, scratch_bytes};
 use crate::loader::{LoadError, LoadPhase, LoadProgress, load};
 use crate::tensors::verify;
 use crate::warning::Warning;
@@ -168,6 +168,44 @@ impl MemoryPlan {
     #[must_use]
     pub fn capacity_tokens(&self) -> u64 {
         u64::from(self.num_blocks) * u64::from(self.block_size)
+    }
+
+    /// What a device of `device_bytes` that computes in bf16, with the residual stream and logits in f32, would have
+    /// room for if `share` of it may be used. An estimate: what a driver takes for itself is not in it.
+    #[must_use]
+    pub fn estimate(
+        model: &ModelConfig,
+        weight_bytes: u64,
+        limits: StepLimits,
+        block_size: u32,
+        device_bytes: u64,
+        share: f64,
+    ) -> Self {
+        const NATIVE_BYTES: usize = size_of::<half::bf16>();
+        let tensor = |rows, cols, width| {
+            let element = match width {
+                Width::Native => NATIVE_BYTES,
+                Width::Wide => size_of::<f32>(),
+            };
+            (rows * cols * element) as u64
+        };
+        let activation = |rows, cols| tensor(rows, cols, Width::Native);
+        let scratch_bytes = scratch_bytes(model, limits, tensor, activation);
+        let kv_bytes_per_token = (2 * model.num_layers * model.kv_size() * NATIVE_BYTES) as u64;
+        let block_bytes = (kv_bytes_per_token * u64::from(block_size)).max(1);
+        let usable = (device_bytes as f64 * share) as u64;
+        let blocks = usable.saturating_sub(weight_bytes + scratch_bytes) / block_bytes;
+        let blocks = blocks.min(u64::from(u32::MAX / block_size.max(1)));
+        Self {
+            weight_bytes,
+            scratch_bytes,
+            kv_cache_bytes: blocks * block_bytes,
+            num_blocks: blocks as u32,
+            block_size,
+            kv_bytes_per_token,
+            device_free_bytes: device_bytes,
+            device_total_bytes: device_bytes,
+        }
     }
 
     /// All that is reserved.
@@ -540,6 +578,7 @@ fn warm_up_batch(num_seqs: usize, plan: &MemoryPlan) -> Batch {
             .map(|row| SampleRow {
                 row,
                 position: 1,
+                given: None,
                 params: Arc::clone(&params),
                 banned: None,
                 mask: None,
@@ -559,6 +598,7 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
     let sample = |row| SampleRow {
         row,
         position: start + row + 1,
+        given: None,
         params: Arc::clone(&params),
         banned: None,
         mask: None,

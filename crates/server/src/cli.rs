@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::bench::BenchArgs;
 use crate::units::{ByteSize, Span};
 
 /// Serves Gemma-2 models behind the OpenAI HTTP API.
@@ -22,7 +23,15 @@ pub enum Command {
     /// Serve a model behind the OpenAI HTTP API.
     #[command(after_help = SERVE_AFTER_HELP)]
     Serve(Box<ServeArgs>),
+    /// Examine a checkpoint without serving it: every fault by name, scales, stop tokens, memory.
+    #[command(after_help = CHECK_AFTER_HELP)]
+    Check(CheckArgs),
+    /// Measure a server: send it requests, report latencies and throughput.
+    Bench(Box<BenchArgs>),
 }
+
+const CHECK_AFTER_HELP: &str = "\
+Reads every value of every tensor. Exits with 0 if the checkpoint can be served, with 1 if not.";
 
 const SERVE_AFTER_HELP: &str = "\
 Every setting can be given in three places; the later one wins:
@@ -54,6 +63,49 @@ pub struct ServeArgs {
     /// The settings given as flags.
     #[command(flatten)]
     pub settings: Settings,
+}
+
+/// Arguments of `lapidary check`.
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    /// `demo`, a checkpoint directory, or `org/name` on the Hugging Face hub.
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Memory of a device to plan for, e.g. 80GiB.
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+
+    /// Share of that memory that may be used.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
+    pub gpu_memory_utilization: f64,
+
+    /// Prompt and answer together, in tokens [default: the model's].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<u32>,
+
+    /// Sequences that run at the same time [default: 256].
+    #[arg(long, value_name = "N")]
+    pub max_num_seqs: Option<u32>,
+
+    /// Tokens computed in one step [default: 4096].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_batched_tokens: Option<u32>,
+
+    /// Attention scale, in place of the checkpoint's.
+    #[arg(long, value_name = "X")]
+    pub query_pre_attn_scalar: Option<f32>,
+}
+
+fn share(typed: &str) -> Result<f64, String> {
+    match typed.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err("must be more than 0 and at most 1".to_owned()),
+    }
 }
 
 /// What was typed, in one of the three places. Absent means: not typed there.
@@ -124,6 +176,23 @@ pub struct Settings {
     /// Alternatives a request may ask for at each token [default: 20].
     #[arg(long, value_name = "N")]
     pub max_logprobs: Option<u32>,
+
+    /// Take chat templates that come with requests: programs of clients, which decide what the model takes for a turn
+    /// [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub trust_request_chat_template: Option<bool>,
+
+    /// Show how many prompt tokens came from the cache in `usage.prompt_tokens_details` [default: true].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_prompt_tokens_details: Option<bool>,
+
+    /// End every stream with usage, asked for or not [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_force_include_usage: Option<bool>,
+
+    /// Put the times of each request into its answer, as `metrics` [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_per_request_metrics: Option<bool>,
 
     /// Sampling defaults: `auto` takes the checkpoint's generation_config.json, `vllm` none [default: auto].
     #[arg(long, value_name = "WHICH")]
@@ -261,6 +330,10 @@ impl Settings {
             gpu_memory_utilization: Some(0.9),
             enforce_eager: Some(false),
             max_logprobs: Some(20),
+            trust_request_chat_template: Some(false),
+            enable_prompt_tokens_details: Some(true),
+            enable_force_include_usage: Some(false),
+            enable_per_request_metrics: Some(false),
             generation_config: Some(GenerationConfigSource::Auto),
             chat_template: None,
             system_role: Some(SystemRoleSetting::Merge),

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::cli::{DeviceSetting, Cli, Command, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting};
+use crate::cli::{
+    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting,
+};
 use crate::state::Limits;
 use crate::units::Span;
 
@@ -227,6 +229,12 @@ impl Environment {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// What clients of OpenAI's API authenticate with.
+    #[must_use]
+    pub fn openai_api_key(&self) -> Option<&str> {
+        self.get("OPENAI_API_KEY")
+    }
+
     fn is_true(&self, name: &str) -> bool {
         self.get(name)
             .is_some_and(|value| matches!(value.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
@@ -279,6 +287,10 @@ impl Config {
             http: HttpConfig::new(&settings)?,
             limits: Limits {
                 max_logprobs: given(settings.max_logprobs),
+                trust_request_chat_template: given(settings.trust_request_chat_template),
+                prompt_tokens_details: given(settings.enable_prompt_tokens_details),
+                force_include_usage: given(settings.enable_force_include_usage),
+                per_request_metrics: given(settings.enable_per_request_metrics),
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
                 request_timeout: settings
                     .request_timeout
@@ -353,8 +365,9 @@ fn read_environment(environment: &Environment) -> Result<(Settings, Vec<String>)
             name: name.clone(),
             reason: first_line(&error),
         })?;
-        let Command::Serve(args) = cli.command;
-        settings = merge(&settings, &args.settings)?;
+        if let Command::Serve(args) = cli.command {
+            settings = merge(&settings, &args.settings)?;
+        }
     }
     Ok((settings, unknown))
 }

@@ -31,7 +31,7 @@ pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
 ///
 /// # Errors
 /// It is larger than `limits.max_body_bytes`, slower than `limits.body_timeout`, or broke off.
-async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
+pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
     let too_large = ApiError::BodyTooLarge {
         limit_bytes: limits.max_body_bytes,
     };

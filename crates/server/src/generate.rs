@@ -9,7 +9,8 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use lapidary_engine::{
-    EngineError, FinishReason, Request, StopCriteria, TokenEvent, TokenId, TokenLogprobs, TokenStream,
+    EngineError, FinishReason, Request, SampledToken, SamplingParams, StopCriteria, TokenEvent, TokenId, TokenLogprobs,
+    TokenStream,
 };
 use lapidary_text::{CallEvent, CallReader, Detokenizer, GrammarState, StopMatcher, Tokenizer};
 
@@ -41,12 +42,18 @@ pub(crate) struct Admission {
     pub(crate) constraint: Option<GrammarState>,
 }
 
-/// What is known of a prompt once its first token came.
+/// A prompt, and what is known of it once its first token came.
 #[derive(Debug)]
 struct PromptUsage {
-    num_tokens: u32,
+    tokens: Arc<[TokenId]>,
     /// Of its first answer: siblings always find the prompt in the cache.
     num_cached_tokens: Option<u32>,
+}
+
+impl PromptUsage {
+    fn num_tokens(&self) -> u32 {
+        u32::try_from(self.tokens.len()).expect("the length was checked against the context")
+    }
 }
 
 /// Tokens used so far.
@@ -58,6 +65,21 @@ pub(crate) struct Usage {
     pub(crate) completion_tokens: u32,
     /// Of the prompt tokens, those that were not computed.
     pub(crate) cached_tokens: u32,
+}
+
+/// How long a request took; all absent while there is no token.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Timings {
+    /// From its arrival.
+    pub(crate) to_first_token: Option<Duration>,
+    /// From the first step that computed for it to its last token.
+    pub(crate) generation: Option<Duration>,
+    /// From its arrival to that step.
+    pub(crate) queue: Option<Duration>,
+    /// Between two tokens of an answer.
+    pub(crate) mean_inter_token: Option<Duration>,
+    /// Of all answers together, in the time of `generation`.
+    pub(crate) tokens_per_second: Option<f64>,
 }
 
 /// One answer.
@@ -85,6 +107,8 @@ pub(crate) struct Choice {
     queue_time: Duration,
     /// Reads calls of functions, where there are any to call.
     calls: Option<CallReader>,
+    /// Scores of the prompt from its second token on, if they were asked for; complete before the first delta.
+    pub(crate) prompt_scores: Vec<SampledToken>,
     /// What the latest event added.
     pub(crate) delta: Delta,
 }
@@ -94,6 +118,8 @@ pub(crate) struct Choice {
 pub(crate) struct Delta {
     /// May be empty: half a character, or the beginning of a stop string, is held back.
     pub(crate) text: String,
+    /// The token that was generated; none when there was nothing to generate.
+    pub(crate) token: Option<TokenId>,
     /// In order; each token exactly once.
     pub(crate) logprobs: Vec<LogprobEntry>,
     /// Calls of functions, piece by piece; never text.
@@ -143,53 +169,39 @@ impl Generation {
             constraint,
         } = admission;
         check_fits_queue(model, &prompts, params.n)?;
+        check_scores(&prompts, params, state.limits.max_scored_logprobs)?;
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         let mut usages = Vec::with_capacity(prompts.len());
-        for (prompt_index, prompt) in prompts.into_iter().enumerate() {
-            let num_tokens = u32::try_from(prompt.len()).expect("the length was checked against the context");
-            usages.push(PromptUsage {
-                num_tokens,
+        for (prompt_index, tokens) in prompts.into_iter().enumerate() {
+            let prompt = PromptUsage {
+                tokens,
                 num_cached_tokens: None,
-            });
-            let room = model.max_model_len - num_tokens;
+            };
+            let room = model.max_model_len - prompt.num_tokens();
             // Only a default can exceed the room here: what a client names was checked.
             let max_tokens = params.max_tokens.map_or(room, |max_tokens| max_tokens.min(room));
             for choice in 0..params.n {
-                let mut sampling = params.sampling.clone();
-                sampling.seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
+                let seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
                 let request = Request {
-                    prompt: Arc::clone(&prompt),
-                    sampling: Arc::new(sampling),
-                    stop: StopCriteria {
-                        max_tokens,
-                        min_tokens: params.min_tokens.min(max_tokens),
-                        stop_token_ids: Arc::clone(&params.stop_token_ids),
-                    },
-                    priority: params.priority,
-                    cache_salt: params.cache_salt,
                     deadline,
                     // Each answer has its own.
                     constraint: constraint.clone().map(|state| Box::new(GrammarConstraint(state)) as _),
+                    ..request_of(&prompt.tokens, params, seed, max_tokens)
                 };
+                let submitted = Instant::now();
                 // With `echo`, nothing at all may be asked for.
-                let stream = match max_tokens {
-                    0 => None,
-                    _ => Some(
+                let stream = match max_tokens == 0 && request.num_scores() == 0 {
+                    true => None,
+                    false => Some(
                         model
                             .engine
                             .submit(request)
                             .map_err(|error| ApiError::refused(&error, &model.engine.stats()))?,
                     ),
                 };
-                choices.push(Choice::new(
-                    prompt_index,
-                    stream,
-                    &model.tokenizer,
-                    params,
-                    max_tokens,
-                    model.eos_token_id,
-                ));
+                choices.push(Choice::new(prompt_index, stream, model, params, max_tokens, submitted));
             }
+            usages.push(prompt);
         }
         let num_unfinished = choices.len();
         Ok(Self {
@@ -238,6 +250,11 @@ impl Generation {
         &self.choices[index]
     }
 
+    /// The prompt that an answer continues.
+    pub(crate) fn prompt_of(&self, index: usize) -> &[TokenId] {
+        &self.prompts[self.choices[index].prompt_index].tokens
+    }
+
     /// How many answers there will be.
     pub(crate) fn num_choices(&self) -> usize {
         self.choices.len()
@@ -246,9 +263,50 @@ impl Generation {
     /// What was used so far.
     pub(crate) fn usage(&self) -> Usage {
         Usage {
-            prompt_tokens: self.prompts.iter().map(|prompt| prompt.num_tokens).sum(),
+            prompt_tokens: self.prompts.iter().map(PromptUsage::num_tokens).sum(),
             completion_tokens: self.choices.iter().map(|choice| choice.num_tokens).sum(),
             cached_tokens: self.prompts.iter().filter_map(|prompt| prompt.num_cached_tokens).sum(),
+        }
+    }
+
+    /// How long it took so far.
+    pub(crate) fn timings(&self) -> Timings {
+        let first_token = self.choices.iter().filter_map(|choice| choice.first_token).min();
+        let Some(first_token) = first_token else {
+            return Timings::default();
+        };
+        let scheduled = self
+            .choices
+            .iter()
+            .map(|choice| choice.submitted + choice.queue_time)
+            .min();
+        let scheduled = scheduled.unwrap_or(self.arrival);
+        let last_token = self
+            .choices
+            .iter()
+            .map(|choice| choice.last_token)
+            .max()
+            .unwrap_or(first_token);
+        let generation = last_token.saturating_duration_since(scheduled);
+        let later = |choice: &Choice| {
+            choice
+                .first_token
+                .map(|first| (choice.last_token - first, choice.num_tokens - 1))
+        };
+        let (spans, num_spans) = self
+            .choices
+            .iter()
+            .filter_map(later)
+            .fold((Duration::ZERO, 0), |(spans, num_spans), (span, count)| {
+                (spans + span, num_spans + count)
+            });
+        let num_tokens = f64::from(self.usage().completion_tokens);
+        Timings {
+            to_first_token: Some(first_token - self.arrival),
+            generation: Some(generation),
+            queue: Some(scheduled - self.arrival),
+            mean_inter_token: (num_spans > 0).then(|| spans / num_spans),
+            tokens_per_second: (!generation.is_zero()).then(|| num_tokens / generation.as_secs_f64()),
         }
     }
 
@@ -266,7 +324,7 @@ impl Generation {
         let prompt = &mut self.prompts[choice.prompt_index];
         if prompt.num_cached_tokens.is_none() {
             prompt.num_cached_tokens = Some(event.num_cached_tokens);
-            metrics.prompt_tokens(prompt.num_tokens, event.num_cached_tokens);
+            metrics.prompt_tokens(prompt.num_tokens(), event.num_cached_tokens);
         }
         match event.since_last {
             _ if choice.num_tokens == 0 => {}
@@ -281,7 +339,7 @@ impl Generation {
             } else {
                 SequenceEnd::Stop
             },
-            prompt_tokens: prompt.num_tokens,
+            prompt_tokens: prompt.num_tokens(),
             generated_tokens: choice.num_tokens,
             max_tokens: choice.max_tokens,
             arrival: self.arrival,
@@ -315,12 +373,12 @@ impl Choice {
     fn new(
         prompt_index: usize,
         stream: Option<TokenStream>,
-        tokenizer: &Arc<Tokenizer>,
+        model: &ServedModel,
         params: &Params,
         max_tokens: u32,
-        eos_token_id: TokenId,
+        submitted: Instant,
     ) -> Self {
-        let now = Instant::now();
+        let tokenizer = &model.tokenizer;
         Self {
             prompt_index,
             stream,
@@ -328,17 +386,18 @@ impl Choice {
             detokenizer: Detokenizer::new(tokenizer, params.skip_special_tokens),
             stop: params.stop.clone(),
             include_stop: params.include_stop,
-            eos_token_id: params.eos_is_silent.then_some(eos_token_id),
+            eos_token_id: params.eos_is_silent.then_some(model.eos_token_id),
             fresh: String::new(),
             num_chars: 0,
             held: VecDeque::new(),
             num_tokens: 0,
             max_tokens,
-            submitted: now,
+            submitted,
             first_token: None,
-            last_token: now,
+            last_token: submitted,
             queue_time: Duration::ZERO,
             calls: params.tools.is_some().then(CallReader::default),
+            prompt_scores: Vec::new(),
             delta: Delta::default(),
         }
     }
@@ -356,6 +415,7 @@ impl Choice {
         self.delta.text.clear();
         self.delta.logprobs.clear();
         self.delta.calls.clear();
+        self.delta.token = None;
         let Some(stream) = &mut self.stream else {
             self.delta.finish = Some(Finish::Length);
             return Poll::Ready(Ok(Arrived {
@@ -363,16 +423,29 @@ impl Choice {
                 since_last: None,
             }));
         };
-        match ready!(stream.poll_recv(context)) {
-            Some(Ok(event)) => {
-                let arrived = self.take(event);
-                if self.is_finished() {
-                    self.stream = None;
+        loop {
+            let arrived = match ready!(stream.poll_recv(context)) {
+                Some(Ok(event)) if event.is_prompt => {
+                    self.prompt_scores.push(event.sampled);
+                    if event.finish.is_none() {
+                        continue;
+                    }
+                    // There is nothing to generate.
+                    self.queue_time = event.queue_time;
+                    self.delta.finish = Some(Finish::Length);
+                    Arrived {
+                        num_cached_tokens: event.num_cached_tokens,
+                        since_last: None,
+                    }
                 }
-                Poll::Ready(Ok(arrived))
+                Some(Ok(event)) => self.take(event),
+                Some(Err(error)) => return Poll::Ready(Err(error)),
+                None => unreachable!("a stream's last item finishes the choice, which is not polled again"),
+            };
+            if self.is_finished() {
+                self.stream = None;
             }
-            Some(Err(error)) => Poll::Ready(Err(error)),
-            None => unreachable!("a stream's last item finishes the choice, which is not polled again"),
+            return Poll::Ready(Ok(arrived));
         }
     }
 
@@ -384,6 +457,7 @@ impl Choice {
         self.queue_time = event.queue_time;
         self.num_tokens += 1;
         let token = event.sampled.token;
+        self.delta.token = Some(token);
         if let Some(logprobs) = event.sampled.logprobs {
             self.held.push_back(LogprobEntry {
                 token,
@@ -466,6 +540,45 @@ impl Choice {
             self.delta.logprobs.push(entry);
         }
     }
+}
+
+/// One sequence; the caller knows its deadline.
+fn request_of(prompt: &Arc<[TokenId]>, params: &Params, seed: u64, max_tokens: u32) -> Request {
+    let sampling = SamplingParams {
+        seed,
+        ..params.sampling.clone()
+    };
+    Request {
+        constraint: None,
+        prompt: Arc::clone(prompt),
+        sampling: Arc::new(sampling),
+        stop: StopCriteria {
+            max_tokens,
+            min_tokens: params.min_tokens.min(max_tokens),
+            stop_token_ids: Arc::clone(&params.stop_token_ids),
+        },
+        prompt_logprobs: params.scores(),
+        priority: params.priority,
+        cache_salt: params.cache_salt,
+        deadline: None,
+    }
+}
+
+/// Refuses to keep more log-probabilities of prompts than an answer can hold.
+fn check_scores(prompts: &[Arc<[TokenId]>], params: &Params, limit: u64) -> Result<(), ApiError> {
+    let Some(num_alternatives) = params.scores() else {
+        return Ok(());
+    };
+    let num_tokens: u64 = prompts.iter().map(|prompt| prompt.len() as u64).sum();
+    let num_logprobs = num_tokens * u64::from(params.n) * (1 + u64::from(num_alternatives));
+    if num_logprobs <= limit {
+        return Ok(());
+    }
+    let message = format!(
+        "The prompts would have {num_logprobs} log-probabilities in all; the limit is {limit}. Please send \
+         fewer prompts in a request, or ask for fewer alternatives."
+    );
+    Err(ApiError::invalid("prompt_logprobs", message))
 }
 
 /// Refuses for good what could never wait in the queue all at once: a 429 would be retried forever.

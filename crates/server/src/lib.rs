@@ -11,9 +11,13 @@
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
 //! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
+//! | [`check`] | what is wrong with a checkpoint |
+//! | [`bench`] | a load generator, which shares nothing with the rest |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
+pub mod bench;
+pub mod check;
 pub mod cli;
 pub mod config;
 mod demo;
@@ -67,15 +71,27 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/responses", post(openai::responses))
+        .route("/v1/chat/completions/render", post(openai::render::chat))
+        .route("/v1/completions/render", post(openai::render::completions))
+        .route("/invocations", post(openai::invocations))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*id}", get(openai::models::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route("/tokenizer_info", get(tokenize::tokenizer_info))
         .route("/version", get(probes::version))
         .route("/live", get(probes::live))
         .route("/ready", get(probes::ready))
         .route("/health", get(probes::health))
+        .route("/load", get(probes::load))
         .route("/metrics", get(probes::metrics))
+        // The same probes by other platforms' names: SageMaker's, NIM's, KServe's, vLLM's.
+        .route("/ping", get(probes::health).post(probes::health))
+        .route("/v1/health/live", get(probes::live))
+        .route("/v1/health/ready", get(probes::ready))
+        .route("/v2/health/live", get(probes::live))
+        .route("/v2/health/ready", get(probes::ready))
+        .route("/is_sleeping", get(probes::is_sleeping))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(state)

@@ -140,7 +140,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
     })
 }
 
-fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
+pub(crate) fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
     let overrides = ConfigOverrides {
         query_pre_attn_scalar: config.load.query_pre_attn_scalar,
     };
@@ -157,7 +157,7 @@ fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
     Ok(Checkpoint::open_dir(&folder, overrides)?)
 }
 
-fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
+pub(crate) fn load_tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
     let json = checkpoint.file("tokenizer.json")?.ok_or(LoadError::NoTokenizer)?;
     let tokenizer = Tokenizer::from_bytes(&json, checkpoint.file("tokenizer_config.json")?.as_deref())?;
     let (tokens, rows) = (tokenizer.vocab_size(), checkpoint.config().vocab_size);
@@ -177,7 +177,7 @@ fn system_role(config: &LoadConfig) -> SystemRole {
     }
 }
 
-fn load_chat_template(
+pub(crate) fn load_chat_template(
     config: &LoadConfig,
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
@@ -214,7 +214,7 @@ fn stop_token_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Vec<TokenId
     ids.into_iter().collect()
 }
 
-fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
+pub(crate) fn primary_eos(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Option<TokenId> {
     tokenizer
         .eos_id()
         .or_else(|| checkpoint.config().eos_token_ids.first().copied())
@@ -453,8 +453,13 @@ mod tests {
     #[test]
     fn the_limit_that_was_not_set_gives_way_to_the_one_that_was() {
         let limits = |max_num_seqs, max_num_batched_tokens| {
-            let flags = [("--max-num-seqs", max_num_seqs), ("--max-num-batched-tokens", max_num_batched_tokens)];
-            let typed = flags.iter().filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
+            let flags = [
+                ("--max-num-seqs", max_num_seqs),
+                ("--max-num-batched-tokens", max_num_batched_tokens),
+            ];
+            let typed = flags
+                .iter()
+                .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
             let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
             let config = Config::resolve(&args, &Environment::from([])).unwrap();
             config.scheduling.batch_limits((64, 512))

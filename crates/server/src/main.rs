@@ -4,7 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use lapidary_server::cli::{Cli, Command, LogFormat, ServeArgs};
+use lapidary_server::bench::{self, BenchArgs};
+use lapidary_server::check;
+use lapidary_server::cli::{CheckArgs, Cli, Command, LogFormat, ServeArgs};
 use lapidary_server::config::{Config, Environment};
 use lapidary_server::logging::{self, CauseChain};
 use lapidary_server::serve;
@@ -15,6 +17,8 @@ const USAGE_ERROR: u8 = 2;
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => run_serve(&args),
+        Command::Check(args) => run_check(&args),
+        Command::Bench(args) => run_bench(&args),
     }
 }
 
@@ -57,6 +61,39 @@ fn run_serve(args: &ServeArgs) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => fail(&error, 1),
+    }
+}
+
+fn run_check(args: &CheckArgs) -> ExitCode {
+    let report = match check::check(args, &Environment::of_process()) {
+        Ok(report) => report,
+        Err(error) => return fail(&error, USAGE_ERROR),
+    };
+    let text = match args.json {
+        false => report.to_string(),
+        true => match serde_json::to_string_pretty(&report) {
+            Ok(json) => json + "\n",
+            Err(error) => return fail(&error, 1),
+        },
+    };
+    match print(&text) {
+        ExitCode::SUCCESS if !report.is_sound => ExitCode::FAILURE,
+        code => code,
+    }
+}
+
+fn run_bench(args: &BenchArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error, 1),
+    };
+    match runtime.block_on(bench::run(args, &Environment::of_process())) {
+        Err(error @ bench::BenchError::Goal(_)) => fail(&error, USAGE_ERROR),
+        Err(error) => fail(&error, 1),
+        Ok(report) => match print(&report.to_string()) {
+            ExitCode::SUCCESS if !report.is_clean() => ExitCode::FAILURE,
+            code => code,
+        },
     }
 }
 

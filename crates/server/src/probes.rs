@@ -67,6 +67,28 @@ pub(crate) async fn version() -> Response {
     .into_response()
 }
 
+/// `GET /load`: requests that run or wait.
+pub(crate) async fn load(State(state): State<AppState>) -> Response {
+    #[derive(Serialize)]
+    struct Load {
+        server_load: u64,
+    }
+    let stats = state.model.get().map(|model| model.engine.stats());
+    Json(Load {
+        server_load: stats.map_or(0, |stats| stats.num_running + stats.num_waiting),
+    })
+    .into_response()
+}
+
+/// `GET /is_sleeping`: routers ask before they send anything. Nothing here sleeps.
+pub(crate) async fn is_sleeping() -> Response {
+    #[derive(Serialize)]
+    struct Sleep {
+        is_sleeping: bool,
+    }
+    Json(Sleep { is_sleeping: false }).into_response()
+}
+
 /// `GET /metrics`.
 pub(crate) async fn metrics(State(state): State<AppState>) -> Response {
     let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");

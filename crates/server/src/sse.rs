@@ -99,7 +99,7 @@ impl SseBody {
                 }
                 Poll::Ready(None) => {
                     let usage = self.generation.usage();
-                    self.writer.write_end(&mut self.buffer, usage);
+                    self.writer.write_end(&mut self.buffer, &self.generation, usage);
                     if let Some(mut outcome) = self.outcome.take() {
                         outcome.record(Outcome::of(&self.generation), usage);
                     }

@@ -168,17 +168,27 @@ impl Default for SamplingDefaults {
     }
 }
 
-/// Bounds on what one request may cost.
+/// Bounds on what one request may cost, and what it may ask for.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Alternatives a `logprobs` request may name (`--max-logprobs`).
     pub max_logprobs: u32,
+    /// Log-probabilities of prompt tokens and their alternatives in one request; an answer takes some 50 bytes for each.
+    pub max_scored_logprobs: u64,
     /// Sequences of one request: `n` times the number of prompts.
     pub max_sequences_per_request: u32,
     /// Stop strings of one request.
     pub max_stop_strings: usize,
     /// Bytes of a request body.
     pub max_body_bytes: usize,
+    /// Requests may bring a chat template of their own (`--trust-request-chat-template`).
+    pub trust_request_chat_template: bool,
+    /// Usage says how many prompt tokens were cached (`--enable-prompt-tokens-details`).
+    pub prompt_tokens_details: bool,
+    /// Every stream ends with usage (`--enable-force-include-usage`).
+    pub force_include_usage: bool,
+    /// Answers say how long they took (`--enable-per-request-metrics`).
+    pub per_request_metrics: bool,
     /// Silence on a stream after which a comment line is sent; zero sends none.
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
@@ -193,9 +203,15 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_logprobs: 20,
+            // 128 contexts of 8192 tokens with one alternative each, twice.
+            max_scored_logprobs: 1 << 22,
             max_sequences_per_request: 128,
             max_stop_strings: 16,
             max_body_bytes: 32 << 20,
+            trust_request_chat_template: false,
+            prompt_tokens_details: true,
+            force_include_usage: false,
+            per_request_metrics: false,
             sse_keep_alive: Duration::from_secs(15),
             request_timeout: None,
             body_timeout: Duration::from_secs(60),

@@ -1,4 +1,4 @@
-//! `/tokenize` and `/detokenize`, as vLLM has them.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them.
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::error::ApiError;
 use crate::extract::read_json;
 use crate::lenient::{Flag, Int};
-use crate::openai::prompt::{Source, check_num_tokens, encode, prompt_end, render};
+use crate::openai::prompt::{Chat, Source, check_num_tokens, encode, encode_chat, prompt_end};
 use crate::openai::types::{DetokenizeBody, TokenizeBody};
 use crate::state::AppState;
 
@@ -31,20 +31,23 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
     let (parts, body) = request.into_parts();
     let body: TokenizeBody = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
-    if body.chat_template.is_used {
-        return Err(ApiError::unsupported(
-            "chat_template",
-            "chat_template is not supported.",
-        ));
-    }
-    let source = match (body.prompt, body.messages) {
-        (Some(text), None) => Source::Text {
-            text,
-            add_bos: model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add),
-        },
+    let tokens = match (body.prompt, body.messages) {
+        (Some(text), None) => {
+            let add_bos = model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add);
+            encode(&state, model, vec![Source::Text { text, add_bos }], None, "prompt")
+                .await?
+                .concat()
+        }
         (None, Some(messages)) => {
-            let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
-            Source::Chat(render(model, Some(messages), None, end)?)
+            let chat = Chat {
+                messages: Some(messages),
+                instructions: None,
+                end: prompt_end(body.add_generation_prompt, body.continue_final_message)?,
+                template: body.chat_template,
+                variables: body.chat_template_kwargs,
+                truncation: None,
+            };
+            encode_chat(&state, model, chat).await?.to_vec()
         }
         (None, None) => return Err(ApiError::missing("prompt")),
         (Some(_), Some(_)) => {
@@ -54,8 +57,6 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
             ));
         }
     };
-    let encoded = encode(&state, model, vec![source], "prompt").await?;
-    let tokens = encoded.concat();
     let wants_strs = body.return_token_strs.is_some_and(|Flag(wanted)| wanted);
     let strs = || {
         tokens
@@ -96,4 +97,31 @@ pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) 
         prompt: model.tokenizer.decode(&ids, false),
     })
     .into_response())
+}
+
+/// What a client needs to use the tokenizer from afar, by the names of `tokenizer_config.json`.
+#[derive(Serialize)]
+struct TokenizerInfo<'a> {
+    bos_token: Option<&'a str>,
+    eos_token: Option<&'a str>,
+    pad_token: Option<&'a str>,
+    add_bos_token: bool,
+    model_max_length: u32,
+    chat_template: Option<&'a str>,
+}
+
+/// `GET /tokenizer_info`: lm-eval needs no tokenizer of its own where it finds this.
+pub(crate) async fn tokenizer_info(State(state): State<AppState>) -> Result<Response, ApiError> {
+    let model = state.served_model(None)?;
+    let tokenizer = &*model.tokenizer;
+    let text = |id: Option<TokenId>| id.and_then(|id| tokenizer.token_str(id));
+    let info = TokenizerInfo {
+        bos_token: text(tokenizer.bos_id()),
+        eos_token: text(tokenizer.eos_id()),
+        pad_token: text(tokenizer.pad_id()),
+        add_bos_token: tokenizer.adds_bos(),
+        model_max_length: model.max_model_len,
+        chat_template: model.chat_template.as_ref().map(|template| template.source()),
+    };
+    Ok(Json(info).into_response())
 }

@@ -172,6 +172,8 @@ async fn fields_of_the_wrong_type() {
         wrong("tools", json!({})),
         wrong("tool_choice", json!(1)),
         wrong("response_format", json!("text")),
+        wrong("chat_template_kwargs", json!("x")),
+        wrong("truncate_prompt_tokens", json!("5")),
         wrong("priority", json!("high")),
         wrong("ignore_eos", json!("no")),
         fault(
@@ -226,6 +228,9 @@ async fn values_out_of_range() {
         bad("max_completion_tokens", json!(0), "integer_below_min_value"),
         bad("min_tokens", json!(-1), "integer_below_min_value"),
         bad("priority", json!(1_i64 << 40), "integer_above_max_value"),
+        bad("truncate_prompt_tokens", json!(0), "integer_below_min_value"),
+        bad("truncate_prompt_tokens", json!(-2), "integer_below_min_value"),
+        bad("truncate_prompt_tokens", json!(257), "integer_above_max_value"),
     ];
     let num_faults = faults.len() as u64;
     check(&server, CHAT, faults).await;
@@ -262,6 +267,11 @@ async fn values_that_make_no_sense() {
         bad("logit_bias", json!({ "-1": 1 }), "invalid_value"),
         bad("top_logprobs", json!(3), "invalid_value"),
         bad("cache_salt", json!(""), "invalid_value"),
+        fault(
+            &json!({ "messages": [{ "role": "user", "content": "a" }], "truncate_prompt_tokens": 5, "truncation_side": "up" }),
+            "truncation_side",
+            "invalid_value",
+        ),
         bad("stream_options", json!({ "include_usage": true }), "invalid_value"),
         bad("tools", json!([]), "invalid_value"),
         bad("tool_choice", json!("auto"), "invalid_value"),
@@ -467,10 +477,9 @@ async fn parameters_that_are_not_supported() {
         no("prediction", json!({ "type": "content" })),
         no("use_beam_search", json!(true)),
         no("best_of", json!(3)),
-        no("prompt_logprobs", json!(0)),
         no("bad_words", json!(["x"])),
         no("allowed_token_ids", json!([1])),
-        no("truncate_prompt_tokens", json!(5)),
+        no("logprob_token_ids", json!([5])),
         no("chat_template", json!("{{ messages }}")),
         no("function_call", json!({ "name": "f" })),
         fault(
@@ -486,15 +495,12 @@ async fn parameters_that_are_not_supported() {
     ];
     let num_faults = faults.len() as u64;
     check(&server, CHAT, faults).await;
-    let mut scoring = completion("echo", json!(true));
-    scoring["logprobs"] = json!(1);
     let faults = vec![
         fault(&completion("suffix", json!("x")), "suffix", "unsupported_parameter"),
         fault(&completion("best_of", json!(2)), "best_of", "unsupported_parameter"),
-        fault(&scoring, "logprobs", "unsupported_parameter"),
     ];
     check(&server, COMPLETIONS, faults).await;
-    assert_healthy(&server, num_faults + 3).await;
+    assert_healthy(&server, num_faults + 2).await;
 }
 
 #[tokio::test]
@@ -531,6 +537,46 @@ async fn prompts_that_are_none() {
     let num_faults = faults.len() as u64;
     check(&server, COMPLETIONS, faults).await;
     assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
+async fn scores_that_cannot_be() {
+    let server = Setup::default().start();
+    let scored = |count: i64| completion("prompt_logprobs", json!(count));
+    let mut streamed = scored(1);
+    streamed["stream"] = json!(true);
+    let faults = vec![
+        fault(&scored(21), "prompt_logprobs", "integer_above_max_value"),
+        fault(&scored(-1), "prompt_logprobs", "integer_above_max_value"),
+        fault(&scored(-2), "prompt_logprobs", "invalid_value"),
+        fault(&streamed, "prompt_logprobs", "invalid_value"),
+        fault(
+            &completion("prompt_logprobs", json!("all")),
+            "prompt_logprobs",
+            "invalid_type",
+        ),
+    ];
+    let num_faults = faults.len() as u64;
+    check(&server, COMPLETIONS, faults).await;
+    assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
+async fn more_scores_than_an_answer_holds() {
+    let mut setup = Setup::default();
+    setup.limits.max_scored_logprobs = 100;
+    let server = setup.start();
+    let scored = |num_tokens: usize, logprobs: u32, n: u32| json!({ "prompt": vec![5; num_tokens], "echo": true, "max_tokens": 0, "logprobs": logprobs, "n": n });
+    for (body, status) in [
+        (scored(50, 1, 1), 200),
+        (scored(51, 1, 1), 400),
+        (scored(10, 9, 1), 200),
+        (scored(10, 4, 3), 400),
+    ] {
+        let answer = server.post(COMPLETIONS, &body).await;
+        assert_eq!(answer.status, status, "{body}: {}", answer.body);
+    }
+    assert_healthy(&server, 2).await;
 }
 
 #[tokio::test]

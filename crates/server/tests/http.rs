@@ -8,16 +8,22 @@ mod answers;
 mod disconnects;
 #[path = "http/engine_trouble.rs"]
 mod engine_trouble;
+#[path = "http/extras.rs"]
+mod extras;
 #[path = "../../text/tests/text/hostile.rs"]
 mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
 #[path = "http/probes.rs"]
 mod probes;
+#[path = "http/prompts.rs"]
+mod prompts;
 #[path = "http/protocol.rs"]
 mod protocol;
 #[path = "http/responses.rs"]
 mod responses;
+#[path = "http/scoring.rs"]
+mod scoring;
 #[path = "http/streams.rs"]
 mod streams;
 #[path = "http/structured.rs"]

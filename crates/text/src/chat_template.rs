@@ -4,7 +4,8 @@ use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, context};
+use minijinja::{Environment, Value, context};
+use serde::Deserialize as _;
 use thiserror::Error;
 
 use crate::conversation::{ConversationError, Message, Role, SystemRole, TemplateAbilities, Turn, prepare};
@@ -15,6 +16,12 @@ use crate::tokenizer_config::{TemplateField, TokenizerConfig};
 
 /// The name the template has in its own error messages.
 const TEMPLATE_NAME: &str = "chat_template";
+
+/// Instructions that a client's own template may take to render: tens of milliseconds. Gemma's takes 40 a message.
+const CLIENT_FUEL: u64 = 2_000_000;
+
+/// Values that a client gives to a template beside the conversation, by name.
+pub type TemplateVariables = serde_json::Map<String, serde_json::Value>;
 
 /// Why a template cannot be loaded or a chat not be rendered.
 #[derive(Debug, Error)]
@@ -164,14 +171,12 @@ impl ChatTemplate {
         let mut env = Environment::new();
         env.set_syntax(syntax.map_err(|source| TemplateError::Syntax { source })?);
         template_functions::install(&mut env);
-        env.add_template_owned(TEMPLATE_NAME, template_functions::without_generation_tags(source))
-            .map_err(|source| TemplateError::Syntax { source })?;
         let control = ControlTexts::new(tokenizer.control_texts().map(str::to_owned).collect())
             .map_err(|source| TemplateError::ControlSearch { source })?;
         let specials = SpecialTexts::new(tokenizer);
         let mut template = Self {
             env,
-            source: source.to_owned(),
+            source: String::new(),
             control,
             specials,
             system_role,
@@ -180,9 +185,41 @@ impl ChatTemplate {
                 repeats: false,
             },
         };
-        template.abilities = template.find_abilities();
+        template.install(source)?;
         Ok(template)
     }
+
+    fn install(&mut self, source: &str) -> Result<(), TemplateError> {
+        self.env
+            .add_template_owned(TEMPLATE_NAME, template_functions::without_generation_tags(source))
+            .map_err(|source| TemplateError::Syntax { source })?;
+        source.clone_into(&mut self.source);
+        self.abilities = self.find_abilities();
+        Ok(())
+    }
+
+    /// Compiles a template that came with a request: it may use only so much time.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn from_client(source: &str, tokenizer: &Tokenizer, system_role: SystemRole) -> Result<Self, TemplateError> {
+        let mut template = Self::new("", tokenizer, system_role)?;
+        template.env.set_fuel(Some(CLIENT_FUEL));
+        template.install(source)?;
+        Ok(template)
+    }
+
+    /// Names that are the template's own: what a client gives for them has no effect.
+    pub const RESERVED_VARIABLES: [&str; 8] = [
+        "messages",
+        "add_generation_prompt",
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "unk_token",
+        "tools",
+        "documents",
+    ];
 
     /// The template's text as it was loaded.
     pub fn source(&self) -> &str {
@@ -197,26 +234,41 @@ impl ChatTemplate {
     /// [`TemplateError::Conversation`] and [`TemplateError::Raised`] are the client's mistakes; the rest are the
     /// template's.
     pub fn render(&self, messages: &[Message], end: PromptEnd) -> Result<Rendered, TemplateError> {
+        self.render_with(messages, end, &TemplateVariables::new())
+    }
+
+    /// Renders a conversation with variables of the client's. As in messages, special tokens in them are plain text.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        end: PromptEnd,
+        variables: &TemplateVariables,
+    ) -> Result<Rendered, TemplateError> {
         let mut turns = prepare(messages, self.system_role, self.abilities)?;
         let is_repaired = !turns
             .iter()
             .map(|turn| &turn.content)
             .eq(messages.iter().map(|message| &message.content));
-        let placeholders = Placeholders::new(&self.control, &turns);
+        let placeholders = Placeholders::new(&self.control, &turns, variables);
+        let variables = serde_json::Value::Object(placeholders.hide_in(variables));
+        let variables = Value::deserialize(variables).expect("a template knows everything that JSON does");
         for turn in &mut turns {
             turn.content = placeholders.hide(&turn.content);
         }
         let hidden = match end {
-            PromptEnd::LastTurn => self.render_turns(&turns, false)?,
-            PromptEnd::GenerationPrompt => self.render_turns(&turns, true)?,
-            PromptEnd::FinalMessage => self.render_open(turns, &placeholders.mark())?,
+            PromptEnd::LastTurn => self.render_turns(&turns, false, variables)?,
+            PromptEnd::GenerationPrompt => self.render_turns(&turns, true, variables)?,
+            PromptEnd::FinalMessage => self.render_open(turns, &placeholders.mark(), variables)?,
         };
         let rendered = placeholders.reveal(&hidden).ok_or(TemplateError::Rewritten)?;
         Ok(rendered.with_repaired(is_repaired))
     }
 
     /// Renders up to the end of the last content, which `mark` finds again.
-    fn render_open(&self, mut turns: Vec<Turn>, mark: &str) -> Result<String, TemplateError> {
+    fn render_open(&self, mut turns: Vec<Turn>, mark: &str, variables: Value) -> Result<String, TemplateError> {
         let Some(last) = turns.last_mut() else {
             return Err(ConversationError::NoMessages.into());
         };
@@ -227,7 +279,7 @@ impl ChatTemplate {
         // The space after the mark tells whether the template trims: if so, it would have trimmed the content too.
         last.content.push_str(mark);
         last.content.push(' ');
-        let text = self.render_turns(&turns, false)?;
+        let text = self.render_turns(&turns, false, variables)?;
         let (before, after) = text.rsplit_once(mark).ok_or(TemplateError::NothingToContinue)?;
         let is_trimmed = !after.starts_with(' ');
         Ok(if is_trimmed {
@@ -238,7 +290,12 @@ impl ChatTemplate {
         .to_owned())
     }
 
-    fn render_turns(&self, turns: &[Turn], add_generation_prompt: bool) -> Result<String, TemplateError> {
+    fn render_turns(
+        &self,
+        turns: &[Turn],
+        add_generation_prompt: bool,
+        variables: Value,
+    ) -> Result<String, TemplateError> {
         let template = self
             .env
             .get_template(TEMPLATE_NAME)
@@ -256,6 +313,7 @@ impl ChatTemplate {
             unk_token => self.specials.unk.as_str(),
             tools => (),
             documents => (),
+            ..variables
         };
         template
             .render(context)
@@ -272,7 +330,7 @@ impl ChatTemplate {
             content: content.to_owned(),
         };
         let shows = |turns: &[Turn]| {
-            let text = self.render_turns(turns, true).unwrap_or_default();
+            let text = self.render_turns(turns, true, Value::default()).unwrap_or_default();
             turns.iter().all(|turn| text.contains(&turn.content))
         };
         let system = [probe(Role::System, "instruction"), probe(Role::User, "question")];

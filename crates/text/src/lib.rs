@@ -55,7 +55,7 @@ pub mod tokenizer;
 mod tokenizer_config;
 pub mod tool_calls;
 
-pub use chat_template::{ChatTemplate, PromptEnd, TemplateError};
+pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
 pub use detokenizer::Detokenizer;
 pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarState};

@@ -10,6 +10,7 @@ use std::ops::Range;
 use aho_corasick::AhoCorasick;
 
 use crate::added_tokens::leftmost_longest;
+use crate::chat_template::TemplateVariables;
 use crate::conversation::Turn;
 
 /// A prompt as the template wrote it, and which parts of it are not what they look like.
@@ -65,11 +66,17 @@ pub(crate) struct Placeholders<'a> {
 }
 
 impl<'a> Placeholders<'a> {
-    /// Picks a nonce that none of `turns` contains.
-    pub(crate) fn new(control: &'a ControlTexts, turns: &[Turn]) -> Self {
+    /// Picks a nonce that neither `turns` nor `variables` contain.
+    pub(crate) fn new(control: &'a ControlTexts, turns: &[Turn], variables: &TemplateVariables) -> Self {
+        let contains = |nonce: &String| {
+            turns.iter().any(|turn| turn.content.contains(nonce))
+                || variables
+                    .iter()
+                    .any(|(name, value)| name.contains(nonce) || value.to_string().contains(nonce))
+        };
         let nonce = (0..)
             .map(fresh_nonce)
-            .find(|nonce| !turns.iter().any(|turn| turn.content.contains(nonce)))
+            .find(|nonce| !contains(nonce))
             .expect("finitely many turns contain finitely many nonces");
         Self { control, nonce }
     }
@@ -88,6 +95,21 @@ impl<'a> Placeholders<'a> {
         }
         hidden.push_str(&content[cursor..]);
         hidden
+    }
+
+    /// `variables` with placeholders for the control texts in them, names included.
+    pub(crate) fn hide_in(&self, variables: &TemplateVariables) -> TemplateVariables {
+        let hide = |(name, value): (&String, &serde_json::Value)| (self.hide(name), self.hide_in_value(value));
+        variables.iter().map(hide).collect()
+    }
+
+    fn hide_in_value(&self, value: &serde_json::Value) -> serde_json::Value {
+        match value {
+            serde_json::Value::String(text) => self.hide(text).into(),
+            serde_json::Value::Array(values) => values.iter().map(|value| self.hide_in_value(value)).collect(),
+            serde_json::Value::Object(object) => serde_json::Value::Object(self.hide_in(object)),
+            plain => plain.clone(),
+        }
     }
 
     /// A mark that a template carries along but no message contains.

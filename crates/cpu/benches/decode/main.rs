@@ -271,6 +271,7 @@ fn greedy(row: u32, position: u32) -> SampleRow {
     SampleRow {
         row,
         position,
+        given: None,
         params,
         banned: None,
         mask: None,

@@ -6,8 +6,8 @@ use lapidary_model::{ActivationScheme, DType, HostTensor};
 use super::*;
 use crate::device::{bytes_of, on_device, read_back};
 use crate::matmul::Matmul;
-use crate::pack::Panels;
-use crate::pack::{e4m3_to_f32, upload};
+use crate::pack::{Panels, e4m3_to_f32, upload};
+use crate::slab_gemm::SlabGemm;
 use crate::tensor::{Activation, Tensor};
 use crate::testing;
 
@@ -180,14 +180,40 @@ impl Loaded {
         x
     }
 
-    /// The product by one kernel: bf16 bits, or f32 for wide ones, `[ROWS, COLUMNS]`.
-    fn multiply(&mut self, fixture: &Fixture, tiling: &Tiling, rows: &[usize], soft_cap: f32) -> Vec<f32> {
+    /// The product by one kernel.
+    fn multiply(&mut self, fixture: &Fixture, tiling: &Tiling, rows: &[usize], softcap: Option<f32>) -> Vec<f32> {
+        self.multiply_tuned(fixture, tiling, rows, softcap, Tuning::default())
+    }
+
+    fn multiply_tuned(
+        &mut self,
+        fixture: &Fixture,
+        tiling: &Tiling,
+        rows: &[usize],
+        softcap: Option<f32>,
+        tuning: Tuning,
+    ) -> Vec<f32> {
+        let mut gemm = Gemm::load_family(&mut *self.device, std::slice::from_ref(tiling)).expect("the kernel exists");
+        gemm.multiprocessors = FEW_MULTIPROCESSORS;
+        self.product(fixture, tiling.is_wide, rows, softcap, |device, product| {
+            let launched = gemm.launch(device, product, &gemm.kernels[0], tuning);
+            launched.expect("the product is possible");
+        })
+    }
+
+    /// What `launch` makes of the given rows of the fixture, `[rows, COLUMNS]`. It must not touch other rows of the output.
+    fn product(
+        &mut self,
+        fixture: &Fixture,
+        is_wide: bool,
+        rows: &[usize],
+        softcap: Option<f32>,
+        launch: impl FnOnce(&mut dyn Device, &Product<'_>),
+    ) -> Vec<f32> {
         let x = self.activation(fixture, rows);
         let device = &mut *self.device;
-        let mut gemm = Gemm::load_family(device, std::slice::from_ref(tiling)).expect("the kernel exists");
-        gemm.multiprocessors = FEW_MULTIPROCESSORS;
-        let out = Tensor::alloc(device, "output", [ROWS, COLUMNS], tiling.is_wide).expect("it fits");
-        let count = ROWS * COLUMNS * if tiling.is_wide { 2 } else { 1 };
+        let out = Tensor::alloc(device, "output", [ROWS, COLUMNS], is_wide).expect("it fits");
+        let count = ROWS * COLUMNS * if is_wide { 2 } else { 1 };
         device
             .upload(out.data, bytes_of(&vec![SENTINEL; count]))
             .expect("it fits");
@@ -196,19 +222,18 @@ impl Loaded {
             w: &self.weights,
             w_scales: self.scales,
             out: &out,
-            softcap: (soft_cap > 0.0).then_some(soft_cap),
+            softcap,
             num_rows: on_device(device, &[rows.len() as i32]),
             max_rows: ROWS,
         };
-        gemm.multiply(device, &product).expect("the product is possible");
+        launch(device, &product);
         let words: Vec<u16> = read_back(device, out.data, count);
         assert!(
             words[rows.len() * count / ROWS..].iter().all(|word| *word == SENTINEL),
-            "{} stores no row beyond the last",
-            tiling.name
+            "no row beyond the last is stored"
         );
         let wide = |pair: &[u16; 2]| f32::from_bits(u32::from(pair[1]) << 16 | u32::from(pair[0]));
-        let mut values: Vec<f32> = if tiling.is_wide {
+        let mut values: Vec<f32> = if is_wide {
             words.as_chunks::<2>().0.iter().map(wide).collect()
         } else {
             words.iter().map(|word| bf16::from_bits(*word).to_f32()).collect()
@@ -256,13 +281,10 @@ fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
     }
 }
 
-/// On a GPU mma.sync and wgmma may sum the products of one instruction in different orders.
+/// On a GPU mma.sync and wgmma may sum the products of one instruction differently.
 fn share_bits(a: &Tiling, b: &Tiling) -> bool {
     let on_gpu = std::env::var("LAPIDARY_TEST_DEVICE").is_ok_and(|device| device == "gpu");
-    a.work == b.work
-        || !on_gpu
-        || (a.cluster() > 1) == (b.cluster() > 1)
-        || a.work != Work::BlockPerTile && b.work != Work::BlockPerTile
+    !on_gpu || (a.work == Work::BlockPerTile) == (b.work == Work::BlockPerTile)
 }
 
 fn every_tiling_agrees(format: Format) {
@@ -270,7 +292,7 @@ fn every_tiling_agrees(format: Format) {
     let mut loaded = Loaded::new(fixture);
     let mut first: Option<(Tiling, Vec<f32>)> = None;
     for tiling in tilings(&*loaded.device).iter().filter(|tiling| tiling.fits(format)) {
-        let got = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
+        let got = loaded.multiply(fixture, tiling, &first_rows(ROWS), None);
         assert_close(fixture, tiling, &got, |sum| sum);
         match &first {
             Some((reference, want)) if share_bits(tiling, reference) => assert_same_bits(tiling.name, &got, want),
@@ -296,6 +318,45 @@ fn every_tiling_with_f32_output_gives_the_product_and_the_same_bits() {
     every_tiling_agrees(BF16_WIDE);
 }
 
+#[test]
+fn tuning_changes_no_bits() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    let chosen = |tiling: &&Tiling| CHOSEN.contains(&tiling.name) && tiling.work != Work::BlockPerTile;
+    for tiling in tilings(&*loaded.device).iter().filter(chosen) {
+        let want = loaded.multiply(fixture, tiling, &first_rows(ROWS), None);
+        for (row_tiles_together, lead_panels) in [(1, 0), (2, MAX_LEAD)] {
+            let tuning = Tuning {
+                row_tiles_together,
+                lead_panels,
+            };
+            let got = loaded.multiply_tuned(fixture, tiling, &first_rows(ROWS), None, tuning);
+            assert_same_bits(tiling.name, &got, &want);
+        }
+    }
+}
+
+#[test]
+fn few_and_many_tokens_get_the_same_bits() {
+    for element in [Element::E4m3, Element::Bf16] {
+        let fixture = random(element);
+        let mut loaded = Loaded::new(fixture);
+        if loaded.device.compute_capability() != 90 {
+            return;
+        }
+        let many = HOPPER
+            .iter()
+            .find(|tiling| tiling.fits((element, true)))
+            .expect("there is one");
+        let want = loaded.multiply(fixture, many, &first_rows(ROWS), Some(30.0));
+        let slabs = SlabGemm::load(&mut *loaded.device).expect("the kernels exist");
+        let got = loaded.product(fixture, true, &first_rows(ROWS), Some(30.0), |device, product| {
+            slabs.launch(device, product).expect("the product is possible");
+        });
+        assert_same_bits("slabs", &got, &want);
+    }
+}
+
 /// One of each kind, for tests of many sizes.
 const CHOSEN: [&str; 5] = [
     "gemm_e4m3_n192",
@@ -313,9 +374,9 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_there_are() {
         .iter()
         .filter(|tiling| CHOSEN.contains(&tiling.name))
     {
-        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
+        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), None);
         for rows in [1, 63, 64, 65, 127, 128, 129, 200] {
-            let some = loaded.multiply(fixture, tiling, &first_rows(rows), 0.0);
+            let some = loaded.multiply(fixture, tiling, &first_rows(rows), None);
             assert_same_bits(tiling.name, &some, &all[..rows * COLUMNS]);
         }
     }
@@ -330,8 +391,8 @@ fn a_rows_bits_do_not_depend_on_its_place() {
         .iter()
         .filter(|tiling| CHOSEN.contains(&tiling.name))
     {
-        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), 0.0);
-        let moved = loaded.multiply(fixture, tiling, &places, 0.0);
+        let all = loaded.multiply(fixture, tiling, &first_rows(ROWS), None);
+        let moved = loaded.multiply(fixture, tiling, &places, None);
         for (row, from) in places.iter().enumerate() {
             let [moved, all] = [(&moved, row), (&all, *from)].map(|(values, row)| &values[row * COLUMNS..][..COLUMNS]);
             assert_same_bits(tiling.name, moved, all);
@@ -363,7 +424,7 @@ fn one_hot_weights_pick_elements() {
             .iter()
             .filter(|tiling| tiling.element == element)
         {
-            let got = loaded.multiply(&fixture, tiling, &first_rows(200), 0.0);
+            let got = loaded.multiply(&fixture, tiling, &first_rows(200), None);
             for (index, got) in got.iter().enumerate() {
                 let (row, column) = (index / COLUMNS, index % COLUMNS);
                 let want = ((row * 7 + (column * 5 + 3) % K) % 13) as f32 * factor;
@@ -378,7 +439,7 @@ fn f32_output_is_soft_capped() {
     let fixture = random(Element::Bf16);
     let mut loaded = Loaded::new(fixture);
     for tiling in tilings(&*loaded.device).iter().filter(|tiling| tiling.fits(BF16_WIDE)) {
-        let got = loaded.multiply(fixture, tiling, &first_rows(70), 30.0);
+        let got = loaded.multiply(fixture, tiling, &first_rows(70), Some(30.0));
         assert_close(fixture, tiling, &got, |sum| 30.0 * (sum / 30.0).tanh());
         assert!(got.iter().any(|value| value.abs() > 20.0), "the cap bites");
     }
@@ -392,7 +453,7 @@ fn no_rows_are_no_work() {
         .iter()
         .filter(|tiling| CHOSEN.contains(&tiling.name))
     {
-        assert!(loaded.multiply(fixture, tiling, &[], 0.0).is_empty());
+        assert!(loaded.multiply(fixture, tiling, &[], None).is_empty());
     }
 }
 

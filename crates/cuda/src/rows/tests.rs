@@ -318,6 +318,7 @@ fn last_norms_are_of_the_sampled_rows_alone() {
         .map(|row| SampleRow {
             row,
             position: row + 1,
+            given: None,
             params: std::sync::Arc::default(),
             banned: None,
             mask: None,

@@ -72,6 +72,7 @@ fn row(params: SamplingParams) -> SampleRow {
     SampleRow {
         row: 0,
         position: 1,
+        given: None,
         params: Arc::new(params),
         banned: None,
         mask: None,
@@ -216,14 +217,15 @@ fn filters() -> Vec<SamplingParams> {
 
 #[test]
 fn draws_choose_what_the_reference_chooses() {
+    const ROWS: usize = 24;
     let mut bench = Bench::new();
     let mut numbers = Numbers::new(2);
     let (mut num_draws, mut num_different) = (0, 0);
     // From a few likely tokens to nearly equal ones, of which many are equal after rounding.
     for (vocab, size) in [(24, 4.0), (1000, 8.0), (SLICE + 4, 1.0), (2 * SLICE + 17, 14.0)] {
-        let logits = numbers.bf16_values(MAX_ROWS * vocab, size);
+        let logits = numbers.bf16_values(ROWS * vocab, size);
         for (case, params) in filters().into_iter().enumerate() {
-            let samples: Vec<_> = (0..MAX_ROWS as u32)
+            let samples: Vec<_> = (0..ROWS as u32)
                 .map(|index| SampleRow {
                     position: 1 + index / 2,
                     ..row(SamplingParams {
@@ -233,7 +235,7 @@ fn draws_choose_what_the_reference_chooses() {
                 })
                 .collect();
             let (got, want) = (bench.sample_all(&samples, &logits), reference(&samples, &logits));
-            num_draws += MAX_ROWS;
+            num_draws += ROWS;
             num_different += tokens(&got)
                 .iter()
                 .zip(tokens(&want))
@@ -243,7 +245,7 @@ fn draws_choose_what_the_reference_chooses() {
     }
     // The two differ where a draw falls within rounding of a border.
     assert!(
-        num_different * 500 <= num_draws,
+        num_different * 300 <= num_draws,
         "{num_different} of {num_draws} draws are not the reference's"
     );
 }
@@ -291,13 +293,21 @@ fn a_nucleus_too_large_to_collect_is_drawn_from_whole() {
 #[test]
 fn a_draw_depends_on_its_row_alone() {
     let mut bench = Bench::new();
-    let vocab = SLICE + 100;
+    let vocab = 2 * SLICE + 100;
     let logits = Numbers::new(3).bf16_values(vocab, 6.0);
-    let samples: Vec<_> = filters().into_iter().map(row).collect();
+    let params = filters().into_iter().map(|params| SamplingParams {
+        logprobs: Some(2),
+        ..params
+    });
+    let samples: Vec<_> = params.map(row).collect();
     let together = bench.sample_all(&samples, &logits.repeat(samples.len()));
     for (sample, together) in samples.iter().zip(&together) {
-        let alone = bench.sample_all(std::slice::from_ref(sample), &logits);
-        assert_eq!(alone[0], *together, "{:?}", sample.params);
+        // A block for each slice, for two of them, and for all.
+        for enough_blocks in [100, 2, 1] {
+            bench.sampler.enough_blocks = enough_blocks;
+            let alone = bench.sample_all(std::slice::from_ref(sample), &logits);
+            assert_eq!(alone[0], *together, "{:?}", sample.params);
+        }
     }
 }
 

@@ -3,12 +3,15 @@ use lapidary_model::{DType, HostTensor};
 
 use super::*;
 use crate::device::{on_device, read_back};
+use crate::gemm::Gemm;
 use crate::pack::{Element, Panels};
 use crate::pack::{e4m3_to_f32, upload};
 use crate::slab_gemm::plan::Variant;
 use crate::tensor::{ActivationParams, Tensor};
 use crate::testing::device;
 
+/// Columns of the output beyond the result's.
+const MARGIN: usize = 8;
 /// What no kernel writes: a NaN in both types.
 const UNTOUCHED: u8 = 0xff;
 
@@ -169,8 +172,21 @@ impl Case {
         max_rows: usize,
         plan: Option<&Plan>,
     ) -> Vec<u32> {
+        self.run_with(device, rows, max_rows, |device, product| match plan {
+            Some(plan) => kernels.launch_plan(device, product, 0, plan),
+            None => kernels.launch(device, product),
+        })
+    }
+
+    fn run_with(
+        &self,
+        device: &mut dyn Device,
+        rows: usize,
+        max_rows: usize,
+        launch: impl FnOnce(&mut dyn Device, &Product<'_>) -> Result<(), BackendError>,
+    ) -> Vec<u32> {
         let x = self.x.activation(device, &self.x_scales);
-        let out = blank(device, [max_rows + 1, self.w.panels.rows + 3], self.is_wide);
+        let out = blank(device, [max_rows + 1, self.w.panels.rows + MARGIN], self.is_wide);
         let product = Product {
             x: &x,
             w: &self.w.panels,
@@ -180,11 +196,7 @@ impl Case {
             num_rows: on_device(device, &[rows as i32]),
             max_rows,
         };
-        match plan {
-            Some(plan) => kernels.launch_plan(device, &product, 0, plan),
-            None => kernels.launch(device, &product),
-        }
-        .expect("the launch is valid");
+        launch(device, &product).expect("the launch is valid");
         bits(device, &out)
     }
 
@@ -193,23 +205,19 @@ impl Case {
         let n = self.w.panels.rows;
         let untouched = if self.is_wide { u32::MAX } else { u32::from(u16::MAX) };
         for (index, bits) in result.iter().enumerate() {
-            let (row, col) = (index / (n + 3), index % (n + 3));
+            let (row, col) = (index / (n + MARGIN), index % (n + MARGIN));
             if row >= rows || col >= n {
                 assert_eq!(*bits, untouched, "row {row} column {col} is not part of the result");
                 continue;
             }
-            let terms = self
-                .x
-                .row(row)
-                .iter()
-                .zip(self.w.row(col))
-                .map(|(x, w)| x * w * self.scale(row, col));
+            let terms = self.x.row(row).iter().zip(self.w.row(col)).map(|(x, w)| x * w);
             let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let (sum, size) = (sum * self.scale(row, col), size * self.scale(row, col));
             let cap = self.softcap.map(f64::from);
             let want = cap.map_or(sum, |cap| cap * (sum / cap).tanh());
-            // The tensor core keeps e4m3 sums to about 2^-13 of the largest term, bf16 output 8 bits, tanh 1e-6.
+            // A tensor core's sums of e4m3 products are off by up to 2.3e-3 of the sum of magnitudes; bf16 has 8 bits.
             let sums = if self.w.panels.element == Element::E4m3 {
-                2e-4
+                3e-3
             } else {
                 2e-5
             };
@@ -225,7 +233,7 @@ impl Case {
 fn plan_of(variant: &'static Variant, w: &Panels, w_stages: usize) -> Plan {
     let shape = Shape::new(w, variant.tokens);
     let tuning = Tuning {
-        blocks: 3,
+        blocks: 2,
         tiles: variant.tiles,
         panels: variant.panels,
         in_flight_bytes: w_stages * variant.panels * variant.tiles * 8192,
@@ -241,8 +249,8 @@ fn every_variant_computes_what_f64_computes() {
     let device = &mut *device();
     let kernels = SlabGemm::load(device).expect("kernels are there");
     for variant in VARIANTS {
-        // At least two passes in each of three slabs; K ends within a panel and within a stage.
-        let n = 3 * (64 * variant.tiles + 5) + 1;
+        // Two passes in each of two slabs; K ends within a panel and within a stage.
+        let n = 2 * (64 * variant.tiles + 5) + 1;
         let k = if variant.element == Element::E4m3 {
             5 * 128 + 16
         } else {
@@ -267,7 +275,7 @@ fn a_row_has_the_same_bits_in_every_batch() {
         case.check(&all, MAX_TOKENS);
         for rows in 1..MAX_TOKENS {
             let some = case.run(device, &kernels, rows, rows, None);
-            assert_eq!(some[..rows * 74], all[..rows * 74], "{rows} rows");
+            assert_eq!(some[..rows * (71 + MARGIN)], all[..rows * (71 + MARGIN)], "{rows} rows");
         }
     }
 }
@@ -278,7 +286,7 @@ fn a_row_has_the_same_bits_at_every_place_and_under_every_plan() {
     let kernels = SlabGemm::load(device).expect("kernels are there");
     for (element, k) in [(Element::E4m3, 9 * 128), (Element::Bf16, 9 * 64)] {
         // All rows are the same, with the same scale.
-        let mut case = Case::random(device, element, [1, 215, k]);
+        let mut case = Case::random(device, element, [1, 143, k]);
         let one = case.run(device, &kernels, 1, 1, None);
         let row: Vec<u16> = case
             .x
@@ -296,8 +304,8 @@ fn a_row_has_the_same_bits_at_every_place_and_under_every_plan() {
         for variant in VARIANTS.iter().filter(|variant| variant.element == element) {
             let plan = plan_of(variant, &case.w.panels, 3);
             let result = case.run(device, &kernels, variant.tokens, variant.tokens, Some(&plan));
-            for (place, row) in result.chunks(218).take(variant.tokens).enumerate() {
-                assert_eq!(row[..215], one[..215], "{} row {place}", variant.name);
+            for (place, row) in result.chunks(143 + MARGIN).take(variant.tokens).enumerate() {
+                assert_eq!(row[..143], one[..143], "{} row {place}", variant.name);
             }
         }
     }
@@ -334,7 +342,7 @@ fn a_weight_of_one_picks_its_column_of_the_input() {
             for col in 0..n {
                 let want = ((row * 5 + picks(col)) % 13) as f64 * case.scale(row, col);
                 assert_eq!(
-                    number(result[row * (n + 3) + col], true),
+                    number(result[row * (n + MARGIN) + col], true),
                     want,
                     "row {row} column {col}"
                 );
@@ -364,5 +372,23 @@ fn batches_of_more_than_64_rows_are_computed_in_turns_and_rows_beyond_the_step_a
     for rows in [130, 128, 66, 3] {
         let result = case.run(device, &kernels, rows, 130, None);
         case.check(&result, rows);
+    }
+}
+
+#[test]
+fn the_gemm_of_many_tokens_gives_the_same_bits() {
+    let device = &mut *device();
+    let kernels = SlabGemm::load(device).expect("kernels are there");
+    let gemm = Gemm::load(device).expect("kernels are there");
+    for (element, k) in [(Element::E4m3, 10 * 128), (Element::Bf16, 10 * 64)] {
+        // It reads whole tiles of 128 rows, and a scale for each padded row.
+        let mut case = Case::random(device, element, [128, 72, k]);
+        case.w_scales = (0..128).map(|n| 0.02 + 0.001 * (n % 7) as f32).collect();
+        for (is_wide, softcap) in [(false, None), (true, Some(30.0))] {
+            (case.is_wide, case.softcap) = (is_wide, softcap);
+            let slabs = case.run(device, &kernels, 61, 61, None);
+            let tiles = case.run_with(device, 61, 61, |device, product| gemm.multiply(device, product));
+            assert!(slabs == tiles, "{element:?}, wide: {is_wide}");
+        }
     }
 }

@@ -90,6 +90,49 @@ fn streams_carry_the_tokens_each_request_would_get_alone() {
 }
 
 #[test]
+fn scores_come_before_the_answer_and_all_of_them_fit_the_stream() {
+    for max_steps_in_flight in [1, 2] {
+        let handle = spawn(EngineConfig::default(), depth(max_steps_in_flight));
+        let prompt: Vec<_> = (0..150).collect();
+        let request = Request {
+            prompt_logprobs: Some(2),
+            ..Request::for_test(prompt.clone(), 3)
+        };
+        let mut stream = handle.submit(request).unwrap();
+        // Nobody reads before everything is sent.
+        wait_for(&handle, |stats| stats.requests_finished == 1);
+        let events: Vec<_> = std::iter::from_fn(|| stream.blocking_recv())
+            .map(Result::unwrap)
+            .collect();
+        let (scores, answer) = events.split_at(149);
+        assert!(scores.iter().all(|event| event.is_prompt && event.finish.is_none()));
+        let tokens: Vec<_> = scores.iter().map(|event| event.sampled.token).collect();
+        assert_eq!(tokens, prompt[1..]);
+        let logprobs = scores.iter().map(|event| event.sampled.logprobs.as_ref().unwrap());
+        let (logprobs, num_top): (Vec<_>, Vec<_>) = logprobs.map(|score| (score.logprob, score.top.len())).unzip();
+        assert_eq!(logprobs, ScriptedExecutor::expected_scores(&prompt));
+        assert_eq!(num_top, [2; 149]);
+        assert!(answer.len() == 3 && answer.iter().all(|event| !event.is_prompt));
+        assert_eq!(handle.stats().generated_tokens, 3);
+    }
+}
+
+#[test]
+fn nothing_to_generate_needs_something_to_score() {
+    let handle = spawn(EngineConfig::default(), depth(1));
+    let scored = |prompt: Vec<TokenId>| Request {
+        prompt_logprobs: Some(0),
+        ..Request::for_test(prompt, 0)
+    };
+    let (tokens, finish) = read(handle.submit(scored(vec![1, 2])).unwrap());
+    assert_eq!((tokens, finish.unwrap()), (vec![2], FinishReason::Length));
+    for request in [scored(vec![1]), Request::for_test([1, 2], 0)] {
+        assert_eq!(handle.submit(request).unwrap_err(), SubmitError::NoTokensWanted);
+    }
+    wait_for(&handle, |stats| stats.blocks_free == stats.blocks_total);
+}
+
+#[test]
 fn a_stop_token_ends_the_stream_and_is_reported() {
     let script = Script::new(|row| (row.position == 7).then_some(42));
     let handle = spawn(

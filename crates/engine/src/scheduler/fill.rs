@@ -18,13 +18,15 @@ impl Scheduler {
         let batch = &mut self.batch;
         clear(batch, self.next_step);
         self.next_step += 1;
-        for &PlanEntry { index, num_tokens } in &self.plan.entries {
+        for &PlanEntry { index, num_tokens, .. } in &self.plan.entries {
             let sequence = self.sequences[index].as_mut().expect("planned sequences are live");
             let start = sequence.num_computed_tokens;
             let end = start + num_tokens;
             step.counts.tokens += num_tokens as u64;
             step.counts.prompt_tokens += sequence.num_prompt_tokens().min(end).saturating_sub(start) as u64;
             push_rows(batch, sequence, start, end, self.kv.block_size());
+            let num_scores = push_scores(batch, sequence, start, end);
+            // Without tokens to generate, the prompt's last one is not even computed.
             let is_sampled = end == sequence.num_tokens();
             if is_sampled {
                 push_sample(batch, sequence);
@@ -36,6 +38,7 @@ impl Scheduler {
                 id: sequence.id,
                 num_preemptions: sequence.num_preemptions,
                 end,
+                num_scores,
                 is_sampled,
             });
         }
@@ -94,6 +97,28 @@ fn push_rows(batch: &mut Batch, sequence: &Sequence, start: usize, end: usize, b
     batch.block_start.push(batch.block_ids.len() as u32);
 }
 
+/// Asks for the scores of prompt tokens that the rows of `start..end`, just written, predict. Returns how many.
+fn push_scores(batch: &mut Batch, sequence: &mut Sequence, start: usize, end: usize) -> usize {
+    let positions = sequence.rows_to_score(start, end);
+    let Some(scoring) = sequence.scoring.as_mut().filter(|_| !positions.is_empty()) else {
+        return 0;
+    };
+    let first_row = batch.token_ids.len() - (end - start);
+    for position in positions.clone() {
+        batch.samples.push(SampleRow {
+            row: (first_row + position - start) as u32,
+            position: position as u32 + 1,
+            given: Some(sequence.tokens[position + 1]),
+            mask: None,
+            params: scoring.params.clone(),
+            banned: None,
+            history: None,
+        });
+    }
+    scoring.num_launched = positions.end;
+    positions.len()
+}
+
 /// Asks for the token after the sequence's last row, which was just written.
 fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
     let num_generated = sequence.num_generated();
@@ -110,6 +135,7 @@ fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
     let sample = SampleRow {
         row: batch.token_ids.len() as u32 - 1,
         position: sequence.num_tokens() as u32,
+        given: None,
         params: request.sampling.clone(),
         banned: is_banned.then(|| stop_token_ids.clone()),
         mask,

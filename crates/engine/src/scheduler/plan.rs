@@ -20,6 +20,8 @@ pub(super) struct Plan {
     pub(super) entries: Vec<PlanEntry>,
     /// Tokens left to give.
     budget: usize,
+    /// Sampled rows left to give: each running sequence has one of its own, those that score their prompt want more.
+    spare_samples: usize,
     /// A running sequence needs blocks that are not there: nobody new may take any.
     is_short_of_blocks: bool,
     /// A prefill that was cut to its share.
@@ -30,6 +32,8 @@ pub(super) struct Plan {
 pub(super) struct PlanEntry {
     pub(super) index: SequenceIndex,
     pub(super) num_tokens: usize,
+    /// Sampled rows beyond the sequence's own.
+    num_extra_samples: usize,
 }
 
 /// What became of a waiting sequence that was offered a place.
@@ -47,28 +51,60 @@ impl Plan {
         self.entries.is_empty()
     }
 
-    fn give(&mut self, index: SequenceIndex, num_tokens: usize) {
-        self.entries.push(PlanEntry { index, num_tokens });
+    /// Gives a sequence that has computed `num_computed_tokens` of its tokens the next `num_tokens`.
+    fn give(&mut self, index: SequenceIndex, sequence: &Sequence, num_tokens: usize) {
+        let num_extra_samples = extra_samples(sequence, num_tokens);
+        self.entries.push(PlanEntry {
+            index,
+            num_tokens,
+            num_extra_samples,
+        });
         self.budget -= num_tokens;
+        self.spare_samples -= num_extra_samples;
     }
 
     fn take_back(&mut self, index: SequenceIndex) {
         if let Some(position) = self.entries.iter().position(|entry| entry.index == index) {
-            self.budget += self.entries.remove(position).num_tokens;
+            let entry = self.entries.remove(position);
+            self.budget += entry.num_tokens;
+            self.spare_samples += entry.num_extra_samples;
         }
     }
 
-    /// Tokens for a prefill that wants `remaining`.
-    fn prefill_share(&mut self, index: SequenceIndex, remaining: usize, has_rivals: bool, is_first: bool) -> usize {
-        let wanted = remaining.min(self.budget);
-        if !(is_first && has_rivals) {
-            return wanted;
+    /// Tokens for a prefill.
+    fn prefill_share(&mut self, index: SequenceIndex, sequence: &Sequence, has_rivals: bool, is_first: bool) -> usize {
+        let remaining = sequence.num_remaining();
+        let mut share = remaining.min(self.budget);
+        if is_first && has_rivals {
+            share = share.min((self.budget * FIRST_PREFILL_SHARE / 4).max(1));
         }
-        let share = (self.budget * FIRST_PREFILL_SHARE / 4).max(1);
-        if share < wanted {
+        let num_samples = if has_rivals {
+            self.spare_samples * FIRST_PREFILL_SHARE / 4
+        } else {
+            self.spare_samples
+        };
+        share = share.min(tokens_for(sequence, 1 + num_samples));
+        if share < remaining.min(self.budget) && self.cut.is_none() {
             self.cut = Some(index);
         }
-        wanted.min(share)
+        share
+    }
+}
+
+/// Sampled rows beyond one that the next `num_tokens` tokens of a sequence take.
+fn extra_samples(sequence: &Sequence, num_tokens: usize) -> usize {
+    let start = sequence.num_computed_tokens;
+    let end = start + num_tokens;
+    let num_samples = sequence.rows_to_score(start, end).len() + usize::from(end == sequence.num_tokens());
+    num_samples.saturating_sub(1)
+}
+
+/// Tokens a sequence may compute next if it has so many sampled rows.
+fn tokens_for(sequence: &Sequence, num_samples: usize) -> usize {
+    match sequence.next_to_score() {
+        None => usize::MAX,
+        // Computed before, and lost to a preemption: the rows up to there are not sampled again.
+        Some(next) => next.saturating_sub(sequence.num_computed_tokens) + num_samples,
     }
 }
 
@@ -77,6 +113,7 @@ impl Scheduler {
     pub(super) fn make_plan(&mut self) {
         self.plan.entries.clear();
         self.plan.budget = self.config.max_num_batched_tokens as usize;
+        self.plan.spare_samples = self.config.max_num_seqs as usize - self.running.len();
         self.plan.is_short_of_blocks = false;
         self.plan.cut = None;
         let num_prefills = self.plan_decodes();
@@ -116,9 +153,9 @@ impl Scheduler {
         while position < self.running.len() && self.plan.budget > 0 {
             let index = self.running[position];
             position += 1;
-            let remaining = self.sequence(index).num_remaining();
-            if remaining > 1 {
-                let num_tokens = self.plan.prefill_share(index, remaining, has_rivals, is_first);
+            let sequence = self.sequences[index].as_ref().expect("running sequences are live");
+            if sequence.num_remaining() > 1 {
+                let num_tokens = self.plan.prefill_share(index, sequence, has_rivals, is_first);
                 is_first = false;
                 self.plan_running(index, num_tokens);
             }
@@ -133,7 +170,7 @@ impl Scheduler {
                 .kv
                 .grow(&mut sequence.table, sequence.num_computed_tokens + num_tokens)
             else {
-                self.plan.give(index, num_tokens);
+                self.plan.give(index, sequence, num_tokens);
                 return;
             };
             self.plan.is_short_of_blocks = true;
@@ -169,10 +206,8 @@ impl Scheduler {
         let mut num_reserved = self.num_reserved_blocks();
         let mut after = Bound::Unbounded;
         let mut num_passed_over = 0;
-        while self.plan.budget > 0
-            && self.running.len() < self.config.max_num_seqs as usize
-            && num_passed_over < MAX_PASSED_OVER
-        {
+        // A newcomer takes a sampled row, of which there are as many as sequences may run.
+        while self.plan.budget > 0 && self.plan.spare_samples > 0 && num_passed_over < MAX_PASSED_OVER {
             let Some((&rank, &index)) = self.waiting.range((after, Bound::Unbounded)).next() else {
                 break;
             };
@@ -200,15 +235,22 @@ impl Scheduler {
 
     fn admit(&mut self, index: SequenceIndex, rank: Rank, is_first: bool, num_reserved: &mut usize) -> Admission {
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");
-        // Preempted with a token in flight, without which its next row is unknown; or its mask is not there yet.
-        if sequence.num_pending > 0 || sequence.lacks_mask() || is_led(&self.sequences, index) {
+        // Preempted with a token in flight, without which its next row is unknown; or its mask is not there yet; or with
+        // nothing more to compute.
+        if sequence.num_pending > 0
+            || sequence.lacks_mask()
+            || sequence.only_awaits_scores()
+            || is_led(&self.sequences, index)
+        {
             return Admission::PassedOver;
         }
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");
         self.kv.extend_hashes(&mut sequence.hashes, &sequence.tokens);
+        let num_matchable = sequence.next_to_score().map_or(sequence.tokens.len(), |next| next + 1);
+        let matchable = &sequence.tokens[..num_matchable];
         let table = self
             .kv
-            .match_prefix(&sequence.tokens, sequence.request.cache_salt, &sequence.hashes);
+            .match_prefix(matchable, sequence.request.cache_salt, &sequence.hashes);
         if let Some(leader) = self.find_leader(index, &table) {
             self.kv.release(table);
             self.sequence_mut(index).leader = Some(leader);
@@ -224,15 +266,15 @@ impl Scheduler {
         let position = self.running.partition_point(|&other| self.sequence(other).rank < rank);
         self.running.insert(position, index);
         self.start(index, table);
-        let remaining = self.sequence(index).num_remaining();
+        self.plan.spare_samples -= 1;
         let has_rivals = !self.waiting.is_empty();
-        let share = self.plan.prefill_share(index, remaining, has_rivals, is_first);
         let sequence = self.sequences[index].as_mut().expect("just admitted");
+        let share = self.plan.prefill_share(index, sequence, has_rivals, is_first);
         self.kv
             .grow(&mut sequence.table, sequence.num_computed_tokens + share)
             .expect("room for all its tokens was counted");
         *num_reserved += self.kv.blocks_for(num_tokens) - sequence.table.blocks().len() + 1;
-        self.plan.give(index, share);
+        self.plan.give(index, sequence, share);
         Admission::Admitted
     }
 
@@ -251,7 +293,9 @@ impl Scheduler {
         } else {
             sequence.has_started = true;
             sequence.num_cached_tokens = num_matched as u32;
-            self.totals.prefix_cache_queried_tokens += sequence.num_prompt_tokens() as u64;
+            if sequence.next_to_score().is_none() {
+                self.totals.prefix_cache_queried_tokens += sequence.num_prompt_tokens() as u64;
+            }
             self.totals.prefix_cache_hit_tokens += num_matched as u64;
             self.newly_started.push(sequence.id);
         }
@@ -260,10 +304,11 @@ impl Scheduler {
     /// A running sequence that is computing more of the same prefix than `matched` has: waiting for it costs less than
     /// computing it twice. Only for those of no worse priority, so that nobody is held up by someone less urgent.
     fn find_leader(&self, index: SequenceIndex, matched: &BlockTable) -> Option<Leader> {
-        if !self.config.enable_prefix_caching {
+        let sequence = self.sequence(index);
+        // Who has rows to score computes them itself.
+        if !self.config.enable_prefix_caching || sequence.next_to_score().is_some() {
             return None;
         }
-        let sequence = self.sequence(index);
         let limit = (sequence.tokens.len() - 1) / self.kv.block_size();
         let num_matched = matched.blocks().len();
         self.running.iter().find_map(|&other| {
@@ -293,7 +338,11 @@ impl Scheduler {
             return;
         };
         let sequence = self.sequences[index].as_mut().expect("planned sequences are live");
-        let num_tokens = sequence.num_remaining().min(entry.num_tokens + self.plan.budget);
+        let num_samples = 1 + entry.num_extra_samples + self.plan.spare_samples;
+        let num_tokens = sequence
+            .num_remaining()
+            .min(entry.num_tokens + self.plan.budget)
+            .min(tokens_for(sequence, num_samples));
         if self
             .kv
             .grow(&mut sequence.table, sequence.num_computed_tokens + num_tokens)
@@ -301,6 +350,9 @@ impl Scheduler {
         {
             self.plan.budget -= num_tokens - entry.num_tokens;
             entry.num_tokens = num_tokens;
+            self.plan.spare_samples += entry.num_extra_samples;
+            entry.num_extra_samples = extra_samples(sequence, num_tokens);
+            self.plan.spare_samples -= entry.num_extra_samples;
         }
     }
 }

@@ -38,6 +38,7 @@ struct Rig {
     setup: Setup,
     alive: BTreeMap<RequestId, Request>,
     tokens: BTreeMap<RequestId, Vec<TokenId>>,
+    scores: BTreeMap<RequestId, Vec<(TokenId, f32)>>,
     finished: Vec<(Request, Vec<TokenId>)>,
     num_failed: usize,
     next_id: u64,
@@ -63,6 +64,7 @@ impl Rig {
             setup,
             alive: BTreeMap::new(),
             tokens: BTreeMap::new(),
+            scores: BTreeMap::new(),
             finished: Vec::new(),
             num_failed: 0,
             next_id: 0,
@@ -109,6 +111,7 @@ impl Rig {
         };
         assert!(batch.num_tokens() <= self.setup.config.max_num_batched_tokens as usize);
         assert!(batch.num_seqs() <= self.setup.config.max_num_seqs as usize);
+        assert!(batch.samples.len() <= self.setup.config.max_num_seqs as usize);
         for (id, &context_len) in batch.request_ids.iter().zip(&batch.context_lens) {
             let request = &self.alive[id];
             let wanted = request.prompt.len() as u32 + request.stop.max_tokens - 1;
@@ -150,10 +153,18 @@ impl Rig {
         for output in outputs {
             assert!(self.alive.contains_key(&output.id), "a token for somebody who is gone");
             let tokens = self.tokens.entry(output.id).or_default();
-            tokens.push(output.sampled.token);
+            let scores = self.scores.entry(output.id).or_default();
+            if output.is_prompt {
+                assert!(tokens.is_empty(), "the prompt comes first");
+                let logprobs = output.sampled.logprobs.expect("that is what the row is for");
+                scores.push((output.sampled.token, logprobs.logprob));
+            } else {
+                tokens.push(output.sampled.token);
+            }
             if output.finish.is_some() {
-                let tokens = std::mem::take(tokens);
+                let (tokens, scores) = (std::mem::take(tokens), std::mem::take(scores));
                 let request = self.alive.remove(&output.id).unwrap();
+                check_scores(&request, &scores);
                 assert_eq!(
                     tokens,
                     ScriptedExecutor::expected_tokens(VOCAB_SIZE, &request),
@@ -233,6 +244,14 @@ impl Rig {
     }
 }
 
+/// Each prompt token but the first has been scored once, in order, from all that is before it.
+fn check_scores(request: &Request, scores: &[(TokenId, f32)]) {
+    let expected = ScriptedExecutor::expected_scores(&request.prompt);
+    let expected = request.prompt.iter().skip(1).copied().zip(expected);
+    let expected: Vec<_> = expected.take(request.num_scores()).collect();
+    assert_eq!(scores, expected);
+}
+
 fn requests() -> impl Strategy<Value = Request> {
     let shared = prop_oneof![Just(vec![1; 9]), Just(vec![2, 3, 2, 3, 2, 3, 2, 3]), Just(Vec::new())];
     let sampling = (
@@ -243,15 +262,27 @@ fn requests() -> impl Strategy<Value = Request> {
     (
         shared,
         prop::collection::vec(0..VOCAB_SIZE, 1..12),
-        1..24_u32,
+        0..24_u32,
         0..6_u32,
         sampling,
         0..2_i32,
         0..2_u128,
+        prop::option::weighted(0.3, 0..3_u32),
     )
         .prop_map(
-            |(mut prompt, rest, max_tokens, min_tokens, (seed, has_penalty, form), priority, cache_salt)| {
+            |(
+                mut prompt,
+                rest,
+                max_tokens,
+                min_tokens,
+                (seed, has_penalty, form),
+                priority,
+                cache_salt,
+                prompt_logprobs,
+            )| {
                 prompt.extend(rest);
+                let is_scored = prompt_logprobs.is_some() && prompt.len() > 1;
+                let max_tokens = if is_scored { max_tokens } else { max_tokens.max(1) };
                 let presence_penalty = if has_penalty { 0.5 } else { 0.0 };
                 Request {
                     sampling: Arc::new(SamplingParams {
@@ -264,6 +295,7 @@ fn requests() -> impl Strategy<Value = Request> {
                         min_tokens,
                         stop_token_ids: Arc::from([3]),
                     },
+                    prompt_logprobs,
                     priority,
                     cache_salt,
                     constraint: form.map(|(length, free_after)| {

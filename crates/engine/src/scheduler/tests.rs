@@ -16,6 +16,7 @@ struct Bench {
     num_launched: usize,
     requests: BTreeMap<RequestId, Request>,
     tokens: BTreeMap<RequestId, Vec<TokenId>>,
+    scores: BTreeMap<RequestId, Vec<f32>>,
     num_cached: BTreeMap<RequestId, u32>,
     /// Launched steps when the first token was sampled.
     first_launch: BTreeMap<RequestId, usize>,
@@ -23,13 +24,17 @@ struct Bench {
 
 impl Bench {
     fn new(budget: u32, num_blocks: u32, max_steps_in_flight: usize) -> Self {
+        Self::with_max_num_seqs(budget, num_blocks, max_steps_in_flight, 64)
+    }
+
+    fn with_max_num_seqs(budget: u32, num_blocks: u32, max_steps_in_flight: usize, max_num_seqs: u32) -> Self {
         let kv_cache = KvCacheConfig {
             num_blocks,
             block_size: 4,
         };
         let config = SchedulerConfig {
             max_num_batched_tokens: budget,
-            max_num_seqs: 64,
+            max_num_seqs,
             enable_prefix_caching: true,
             max_steps_in_flight,
         };
@@ -46,6 +51,7 @@ impl Bench {
             num_launched: 0,
             requests: BTreeMap::new(),
             tokens: BTreeMap::new(),
+            scores: BTreeMap::new(),
             num_cached: BTreeMap::new(),
             first_launch: BTreeMap::new(),
         }
@@ -97,7 +103,13 @@ impl Bench {
         self.scheduler.update(sampled, &mut outputs);
         for output in outputs {
             self.num_cached.insert(output.id, output.num_cached_tokens);
-            self.tokens.entry(output.id).or_default().push(output.sampled.token);
+            let tokens = self.tokens.entry(output.id).or_default();
+            if output.is_prompt {
+                let logprobs = output.sampled.logprobs.unwrap();
+                self.scores.entry(output.id).or_default().push(logprobs.logprob);
+            } else {
+                tokens.push(output.sampled.token);
+            }
         }
     }
 
@@ -107,6 +119,9 @@ impl Bench {
         }
         for (id, request) in &self.requests {
             assert_eq!(self.tokens[id], ScriptedExecutor::expected_tokens(VOCAB_SIZE, request));
+            if request.prompt_logprobs.is_some() {
+                assert_eq!(self.scores[id], ScriptedExecutor::expected_scores(&request.prompt));
+            }
         }
         assert_eq!(self.scheduler.kv.num_free_blocks(), self.scheduler.kv.num_blocks());
     }
@@ -338,6 +353,100 @@ fn a_second_turn_finds_the_first_turns_answer_in_the_cache() {
     bench.finish();
     // 21 tokens, of which the last one's KV was never computed: 5 full blocks of 4.
     assert_eq!(bench.num_cached[&second], 20);
+}
+
+/// A prompt to be scored, of which nothing is continued.
+fn scored(prompt: Vec<TokenId>) -> Request {
+    Request {
+        prompt_logprobs: Some(1),
+        ..Request::for_test(prompt, 0)
+    }
+}
+
+#[test]
+fn a_cached_prefix_is_computed_again_to_be_scored() {
+    for depth in [1, 2] {
+        let mut bench = Bench::new(64, 4096, depth);
+        let prompt: Vec<_> = (0..40).collect();
+        bench.add(Request::for_test(prompt.clone(), 2));
+        bench.finish();
+        let id = bench.add(Request {
+            prompt_logprobs: Some(0),
+            ..Request::for_test(prompt.clone(), 3)
+        });
+        bench.finish();
+        assert_eq!((bench.scores[&id].len(), bench.num_cached[&id]), (39, 0));
+        // What was computed for the scores is there for others.
+        let longer = (0..60).collect::<Vec<_>>();
+        let other = bench.add(Request::for_test(longer, 2));
+        bench.finish();
+        assert_eq!(bench.num_cached[&other], 40);
+    }
+}
+
+#[test]
+fn a_prompt_that_is_only_scored_ends_with_its_last_score() {
+    for depth in [1, 2] {
+        let mut bench = Bench::new(64, 4096, depth);
+        let id = bench.add(scored((0..21).collect()));
+        let computed = bench.step();
+        assert_eq!(computed, [(id, 20)], "the last token predicts nothing that is wanted");
+        bench.finish();
+        assert!(bench.tokens[&id].is_empty());
+    }
+}
+
+#[test]
+fn scores_take_no_more_rows_than_there_are() {
+    let mut bench = Bench::with_max_num_seqs(64, 4096, 1, 10);
+    let decodes: Vec<_> = (0..4).map(|_| bench.add_unique(3, 50)).collect();
+    bench.step();
+    let id = bench.add(scored((0..40).collect()));
+    // Four rows are the decodes'; while others wait, a quarter of the rest stays for them.
+    let waits = bench.add(Request {
+        priority: 1,
+        ..scored((100..140).collect())
+    });
+    let computed = bench.step();
+    for decode in decodes {
+        assert!(computed.contains(&(decode, 1)), "{computed:?}");
+    }
+    assert!(
+        computed.contains(&(id, 4)) && computed.contains(&(waits, 2)),
+        "{computed:?}"
+    );
+    bench.finish();
+}
+
+#[test]
+fn scored_prompts_do_not_keep_others_out() {
+    let mut bench = Bench::with_max_num_seqs(64, 4096, 2, 8);
+    for _ in 0..3 {
+        bench.add(scored((0..200).collect()));
+    }
+    for _ in 0..3 {
+        bench.step();
+    }
+    let newcomer = bench.add_unique(8, 3);
+    let before = bench.num_launched;
+    bench.finish();
+    assert!(bench.first_launch[&newcomer] <= before + 2, "{:?}", bench.first_launch);
+}
+
+#[test]
+fn scores_survive_a_preemption() {
+    // Room for 32 tokens; the second is sent back in the middle of its prompt or its answer.
+    for depth in [1, 2] {
+        let mut bench = Bench::with_max_num_seqs(64, 8, depth, 4);
+        bench.add_unique(8, 20);
+        let id = bench.add(Request {
+            prompt_logprobs: Some(0),
+            ..Request::for_test((0..12).collect::<Vec<_>>(), 18)
+        });
+        bench.finish();
+        assert!(bench.scheduler.totals.preemptions > 0);
+        assert_eq!(bench.scores[&id].len(), 11, "each token is scored once");
+    }
 }
 
 #[test]

@@ -93,6 +93,7 @@ pub(super) fn greedy(row: u32) -> SampleRow {
     SampleRow {
         row,
         position: row + 1,
+        given: None,
         params: params.into(),
         banned: None,
         mask: None,

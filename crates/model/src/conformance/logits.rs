@@ -38,6 +38,7 @@ fn check<B: Backend>(
     let sample = |row: &u32| SampleRow {
         row: *row,
         position: row + 1,
+        given: None,
         params: params.clone(),
         banned: None,
         mask: None,

@@ -282,6 +282,61 @@ pub fn logprobs_are_of_the_raw_logits<B: Backend>(make: &dyn Fn() -> B, bounds: 
     }
 }
 
+/// A given token comes back as it is, with the raw logits' log-probability, rank and alternatives, and without a draw: in
+/// its own rows, between rows that choose, and in several rows of one sequence.
+pub fn given_tokens_are_scored<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(15);
+    for vocab in [2, 17, 257, 5000] {
+        let vocab = shape(vocab, bounds);
+        let logits = numbers.values(8 * vocab, 6.0);
+        let samples: Vec<_> = (0..8)
+            .map(|index| {
+                let scored = SamplingParams {
+                    logprobs: Some([0, 1, 5, 20][index / 2]),
+                    ..greedy()
+                };
+                // Every other row chooses, so that a backend cannot treat a step as one kind.
+                let given = (index % 2 == 0).then(|| numbers.below(vocab) as TokenId);
+                SampleRow { given, ..row(scored) }
+            })
+            .collect();
+        let got = sample(&mut Rig::new(make, ROWS), &samples, &logits);
+        for (index, (got, sample)) in got.iter().zip(&samples).enumerate() {
+            let exact = log_softmax(&exact(&logits[index * vocab..][..vocab]));
+            let best = (0..vocab).rev().max_by(|a, b| exact[*a].total_cmp(&exact[*b]));
+            let expected = sample.given.map_or(best, |token| Some(token as usize));
+            assert_eq!(Some(got.token as usize), expected, "row {index} of vocabulary {vocab}");
+            check_logprobs(got, sample.params.logprobs, &exact, bounds);
+        }
+    }
+
+    let vocab = shape(64, bounds);
+    let logits = numbers.values(5 * vocab, 6.0);
+    let samples: Vec<_> = (0..5)
+        .map(|index| SampleRow {
+            row: index,
+            position: index + 1,
+            given: (index < 4).then_some(index * 7),
+            ..row(SamplingParams {
+                logprobs: Some(2),
+                ..greedy()
+            })
+        })
+        .collect();
+    let batch = Batch {
+        samples: samples.clone(),
+        ..batch_of(&[SequenceStep::new((0..5).collect(), 0, 0)])
+    };
+    let got = sample_batch(&mut Rig::new(make, ROWS), &batch, &logits);
+    for (index, (got, sample)) in got.iter().zip(&samples).enumerate() {
+        if let Some(given) = sample.given {
+            assert_eq!(got.token, given, "row {index} of the prompt");
+        }
+        let exact = log_softmax(&exact(&logits[index * vocab..][..vocab]));
+        check_logprobs(got, Some(2), &exact, bounds);
+    }
+}
+
 fn check_logprobs(got: &SampledToken, wanted: Option<u32>, exact: &[f64], bounds: &Bounds) {
     let Some(wanted) = wanted else {
         assert_eq!(got.logprobs, None, "nobody asked for log-probabilities");
@@ -571,6 +626,7 @@ fn row(params: SamplingParams) -> SampleRow {
     SampleRow {
         row: 0,
         position: 1,
+        given: None,
         params: Arc::new(params),
         banned: None,
         mask: None,
@@ -584,15 +640,20 @@ fn repeated(logits: &[f32], rows: usize) -> Vec<f32> {
 
 /// One step that samples from these logits, `[samples, vocab]`.
 fn sample<B: Backend>(rig: &mut Rig<B>, samples: &[SampleRow], logits: &[f32]) -> Vec<SampledToken> {
-    let rows = samples.len();
     let samples = samples.iter().enumerate().map(|(index, sample)| SampleRow {
         row: index as u32,
         ..sample.clone()
     });
     let batch = sampling_batch(samples.collect());
-    let plan = rig.backend.begin(&batch).expect("the batch keeps the limits");
+    sample_batch(rig, &batch, logits)
+}
+
+/// The batch's samples from these logits, `[samples, vocab]`; its rows are its samples.
+fn sample_batch<B: Backend>(rig: &mut Rig<B>, batch: &Batch, logits: &[f32]) -> Vec<SampledToken> {
+    let rows = batch.samples.len();
+    let plan = rig.backend.begin(batch).expect("the batch keeps the limits");
     let mut tensor = rig.wide_tensor(&plan, logits, rows);
-    rig.backend.sample(&plan, &batch, &mut tensor).expect("sampling runs");
+    rig.backend.sample(&plan, batch, &mut tensor).expect("sampling runs");
     let sampled = rig.backend.collect().expect("the step ran");
     assert_eq!(sampled.len(), rows, "one token for each sample");
     sampled

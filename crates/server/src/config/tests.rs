@@ -4,7 +4,9 @@ const COMPLETE_FILE: &str = include_str!("../../../../config/lapidary.toml");
 
 fn resolve(flags: &[&str], environment: &Environment) -> Result<Config, ConfigError> {
     let cli = Cli::try_parse_from([&["lapidary", "serve"], flags].concat()).unwrap();
-    let Command::Serve(args) = cli.command;
+    let Command::Serve(args) = cli.command else {
+        panic!("the command is serve");
+    };
     Config::resolve(&args, environment)
 }
 
@@ -109,7 +111,7 @@ fn every_setting_can_be_a_variable() {
             "generation-config" => "vllm",
             "device" => "cpu",
             "log-format" => "json",
-            "enable-prefix-caching" => "false",
+            name if name.starts_with("enable-") || name.starts_with("trust-") => "false",
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
@@ -136,6 +138,27 @@ fn prefix_caching_is_switched_off_as_in_vllm() {
         &["--no-enable-prefix-caching"],
         [("LAPIDARY_ENABLE_PREFIX_CACHING", "true")].into()
     ));
+}
+
+#[test]
+fn what_answers_tell_is_decided_by_the_operator() {
+    let limits = |flags: &[&str]| resolve(flags, &Environment::default()).unwrap().limits;
+    let told = |limits: Limits| {
+        [
+            limits.prompt_tokens_details,
+            limits.force_include_usage,
+            limits.per_request_metrics,
+            limits.trust_request_chat_template,
+        ]
+    };
+    assert_eq!(told(limits(&[])), [true, false, false, false]);
+    let flags = [
+        "--enable-prompt-tokens-details=false",
+        "--enable-force-include-usage",
+        "--enable-per-request-metrics",
+        "--trust-request-chat-template",
+    ];
+    assert_eq!(told(limits(&flags)), [false, true, true, true]);
 }
 
 #[test]

@@ -4,16 +4,19 @@ use std::fmt::Write;
 
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
+use std::time::Duration;
 
-use lapidary_text::{CallEvent, Tokenizer};
+use lapidary_engine::TokenId;
+use lapidary_text::CallEvent;
 
 use super::Endpoint;
-use super::logprobs::LogprobsJson;
+use super::logprobs::{LogprobsJson, ScoredPrompt, TokenNames};
 use super::params::{Params, Streaming};
 use super::tools::Tools;
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
+use crate::state::Limits;
 
 /// What all chunks of an answer, or its one body, have in common.
 #[derive(Debug)]
@@ -32,12 +35,24 @@ pub(crate) struct Head {
     pub(crate) stop_strings: Arc<[String]>,
     /// Whether `logprobs` has values.
     pub(crate) has_logprobs: bool,
-    /// For each prompt, the text before the answer; empty without `echo`.
+    /// Alternatives of each prompt token at the beginning of `logprobs`, if they begin with those.
+    pub(crate) echoed_logprobs: Option<u32>,
+    /// Alternatives of each prompt token in `prompt_logprobs`, if there is such a field.
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Whether usage says how much of the prompt was cached.
+    pub(crate) has_cached_tokens: bool,
+    /// Whether the answer says how long it took.
+    pub(crate) has_timings: bool,
+    /// Whether token ids are shown.
+    pub(crate) has_token_ids: bool,
+    /// Whether special tokens are left out of texts.
+    pub(crate) skip_special_tokens: bool,
+    /// For each prompt, the text that comes before the answer; empty without `echo`.
     pub(crate) echoes: Vec<String>,
     /// Whether answers have to be calls of functions.
     pub(crate) is_call: bool,
     /// Names tokens in `logprobs`.
-    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) names: TokenNames,
 }
 
 impl Head {
@@ -47,6 +62,7 @@ impl Head {
         request_id: &str,
         model: &crate::state::ServedModel,
         params: &Params,
+        limits: &Limits,
         echoes: Vec<String>,
     ) -> Self {
         Self {
@@ -57,9 +73,18 @@ impl Head {
             system_fingerprint: model.system_fingerprint.clone(),
             stop_strings: Arc::clone(&params.stop_strings),
             has_logprobs: params.sampling.logprobs.is_some(),
+            echoed_logprobs: params.echoed_logprobs(),
+            prompt_logprobs: params.prompt_logprobs,
+            has_cached_tokens: limits.prompt_tokens_details,
+            has_timings: limits.per_request_metrics,
+            has_token_ids: params.returns_token_ids,
+            skip_special_tokens: params.skip_special_tokens,
             echoes,
             is_call: params.tools.as_ref().is_some_and(Tools::is_forced),
-            tokenizer: Arc::clone(&model.tokenizer),
+            names: TokenNames {
+                tokenizer: Arc::clone(&model.tokenizer),
+                by_id: params.names_tokens_by_id,
+            },
         }
     }
 
@@ -85,9 +110,80 @@ impl Head {
         let mut logprobs = LogprobsJson::new(self.endpoint);
         let shift = echo.chars().count();
         for entry in entries {
-            logprobs.push(entry, &self.tokenizer, shift);
+            logprobs.push(entry, &self.names, shift);
         }
         logprobs
+    }
+
+    /// Adds what `logprobs` says of an echoed prompt.
+    fn push_echo(&self, logprobs: &mut LogprobsJson, generation: &Generation, index: usize) {
+        let Some(num_alternatives) = self.echoed_logprobs else {
+            return;
+        };
+        let prompt = ScoredPrompt {
+            tokens: generation.prompt_of(index),
+            scores: &generation.choice(index).prompt_scores,
+            num_alternatives,
+        };
+        logprobs.push_prompt(prompt, &self.names, self.skip_special_tokens);
+    }
+
+    /// `,"prompt_logprobs":…,"prompt_token_ids":…`, as far as they were asked for.
+    fn write_prompt(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let tokens = generation.prompt_of(index);
+        if let Some(num_alternatives) = self.prompt_logprobs {
+            let prompt = ScoredPrompt {
+                tokens,
+                scores: &generation.choice(index).prompt_scores,
+                num_alternatives,
+            };
+            json::push(out, ",\"prompt_logprobs\":");
+            prompt.write(out, &self.names.tokenizer);
+        }
+        if self.has_token_ids {
+            json::push(out, ",\"prompt_token_ids\":");
+            write_ids(out, tokens);
+        }
+    }
+
+    fn write_usage(&self, out: &mut BytesMut, usage: Usage) {
+        let Usage {
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens,
+        } = usage;
+        let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
+        write!(
+            out,
+            "{{\"prompt_tokens\":{prompt_tokens},\"total_tokens\":{total_tokens},\
+             \"completion_tokens\":{completion_tokens},\"prompt_tokens_details\":"
+        )
+        .expect("BytesMut grows");
+        match self.has_cached_tokens {
+            true => write!(out, "{{\"cached_tokens\":{cached_tokens}}}}}").expect("BytesMut grows"),
+            false => json::push(out, "null}"),
+        }
+    }
+
+    /// `,"metrics":{…}`, if answers have any.
+    fn write_timings(&self, out: &mut BytesMut, generation: &Generation) {
+        if !self.has_timings {
+            return;
+        }
+        let timings = generation.timings();
+        json::push(out, ",\"metrics\":{");
+        write_ms(out, "time_to_first_token_ms", timings.to_first_token);
+        json::push(out, ",");
+        write_ms(out, "generation_time_ms", timings.generation);
+        json::push(out, ",");
+        write_ms(out, "queue_time_ms", timings.queue);
+        json::push(out, ",");
+        write_ms(out, "mean_itl_ms", timings.mean_inter_token);
+        json::push(out, ",\"tokens_per_second\":");
+        match timings.tokens_per_second {
+            None => json::push(out, "null}"),
+            Some(rate) => write!(out, "{rate:.3}}}").expect("BytesMut grows"),
+        }
     }
 
     /// `"finish_reason":…,"stop_reason":…`
@@ -106,19 +202,22 @@ impl Head {
     }
 }
 
-fn write_usage(out: &mut BytesMut, usage: Usage) {
-    let Usage {
-        prompt_tokens,
-        completion_tokens,
-        cached_tokens,
-    } = usage;
-    let total_tokens = u64::from(prompt_tokens) + u64::from(completion_tokens);
-    write!(
-        out,
-        "{{\"prompt_tokens\":{prompt_tokens},\"total_tokens\":{total_tokens},\
-         \"completion_tokens\":{completion_tokens},\"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}}}"
-    )
-    .expect("BytesMut grows");
+fn write_ids(out: &mut BytesMut, tokens: &[TokenId]) {
+    json::push(out, "[");
+    for (index, token) in tokens.iter().enumerate() {
+        json::push(out, if index == 0 { "" } else { "," });
+        json::push_int(out, u64::from(*token));
+    }
+    json::push(out, "]");
+}
+
+/// Milliseconds with three decimals; `null` if there were none.
+fn write_ms(out: &mut BytesMut, name: &str, time: Option<Duration>) {
+    write!(out, "\"{name}\":").expect("BytesMut grows");
+    match time {
+        None => json::push(out, "null"),
+        Some(time) => write!(out, "{:.3}", time.as_secs_f64() * 1e3).expect("BytesMut grows"),
+    }
 }
 
 /// Writes an answer as server-sent events.
@@ -127,7 +226,7 @@ pub(crate) trait StreamWriter: std::fmt::Debug + Send {
     fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize);
 
     /// Writes what comes after all choices.
-    fn write_end(&mut self, out: &mut BytesMut, usage: Usage);
+    fn write_end(&mut self, out: &mut BytesMut, generation: &Generation, usage: Usage);
 
     /// Writes an error that came too late for a status, and what comes after it.
     fn write_error(&mut self, out: &mut BytesMut, error: &ApiError);
@@ -139,7 +238,7 @@ pub(crate) trait BodyWriter {
     fn add_delta(&mut self, generation: &Generation, index: usize);
 
     /// The body.
-    fn finish(self: Box<Self>, usage: Usage) -> Bytes;
+    fn finish(self: Box<Self>, generation: &Generation, usage: Usage) -> Bytes;
 }
 
 /// Writes chunks of chats and completions.
@@ -205,20 +304,52 @@ impl ChunkWriter {
     /// What comes before a choice's first text: the role, or the echoed prompt.
     fn write_opening(&self, out: &mut BytesMut, generation: &Generation, index: usize) {
         let echo = self.head.echo_of(generation.choice(index));
+        let mut logprobs = None;
         match self.head.endpoint {
             Endpoint::Chat | Endpoint::Responses => {
                 self.begin(out, index);
                 json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":");
-                json::push(out, if self.head.is_call { "null}," } else { "\"\"}," });
+                if self.head.is_call {
+                    json::push(out, "null},");
+                } else {
+                    json::push(out, "\"");
+                    json::push_escaped(out, echo);
+                    json::push(out, "\"},");
+                }
             }
-            Endpoint::Completions if echo.is_empty() => return,
             Endpoint::Completions => {
+                if echo.is_empty() && self.head.echoed_logprobs.is_none() && !self.head.has_token_ids {
+                    return;
+                }
                 self.begin(out, index);
                 self.write_text(out, echo);
+                if self.head.echoed_logprobs.is_some() {
+                    let prompt = logprobs.insert(LogprobsJson::new(self.head.endpoint));
+                    self.head.push_echo(prompt, generation, index);
+                }
             }
         }
-        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.write_logprobs(out, logprobs);
+        json::push(out, "\"finish_reason\":null");
+        // Of a completion in the choice, of a chat beside it.
+        if self.head.endpoint == Endpoint::Completions {
+            self.head.write_prompt(out, generation, index);
+        }
+        json::push(out, "}]");
+        if self.head.endpoint == Endpoint::Chat {
+            self.head.write_prompt(out, generation, index);
+        }
         self.end(out, generation);
+    }
+
+    /// `"logprobs":…,`
+    fn write_logprobs(&self, out: &mut BytesMut, logprobs: Option<LogprobsJson>) {
+        json::push(out, "\"logprobs\":");
+        match logprobs {
+            None => json::push(out, "null"),
+            Some(logprobs) => logprobs.write(out),
+        }
+        json::push(out, ",");
     }
 
     fn begin(&self, out: &mut BytesMut, index: usize) {
@@ -244,7 +375,7 @@ impl ChunkWriter {
     fn end(&self, out: &mut BytesMut, generation: &Generation) {
         if self.streaming.continuous_usage {
             json::push(out, ",\"usage\":");
-            write_usage(out, generation.usage());
+            self.head.write_usage(out, generation.usage());
         } else if self.streaming.include_usage {
             json::push(out, ",\"usage\":null");
         }
@@ -259,20 +390,18 @@ impl StreamWriter for ChunkWriter {
         if !std::mem::replace(&mut self.has_begun[index], true) {
             self.write_opening(out, generation, index);
         }
-        if !delta.text.is_empty() || !delta.logprobs.is_empty() {
+        if !delta.text.is_empty() || !delta.logprobs.is_empty() || (self.head.has_token_ids && delta.token.is_some()) {
             self.begin(out, index);
             self.write_text(out, &delta.text);
-            match self.head.has_logprobs {
-                false => json::push(out, "\"logprobs\":null,"),
-                true => {
-                    json::push(out, "\"logprobs\":");
-                    self.head
-                        .logprobs_of(&delta.logprobs, self.head.echo_of(choice))
-                        .write(out);
-                    json::push(out, ",");
-                }
+            let echo = self.head.echo_of(choice);
+            let logprobs = || self.head.logprobs_of(&delta.logprobs, echo);
+            self.write_logprobs(out, self.head.has_logprobs.then(logprobs));
+            json::push(out, "\"finish_reason\":null");
+            if self.head.has_token_ids {
+                json::push(out, ",\"token_ids\":");
+                write_ids(out, delta.token.as_slice());
             }
-            json::push(out, "\"finish_reason\":null}]");
+            json::push(out, "}]");
             self.end(out, generation);
         }
         for event in &delta.calls {
@@ -294,11 +423,12 @@ impl StreamWriter for ChunkWriter {
     }
 
     /// Writes the usage chunk, if it was asked for, and the end mark.
-    fn write_end(&mut self, out: &mut BytesMut, usage: Usage) {
+    fn write_end(&mut self, out: &mut BytesMut, generation: &Generation, usage: Usage) {
         if self.streaming.include_usage {
             out.extend_from_slice(&self.prefix_without_choice);
             json::push(out, "],\"usage\":");
-            write_usage(out, usage);
+            self.head.write_usage(out, usage);
+            self.head.write_timings(out, generation);
             json::push(out, "}\n\n");
         }
         json::push(out, "data: [DONE]\n\n");
@@ -324,6 +454,8 @@ struct WholeChoice {
     /// Name and arguments of each call.
     calls: Vec<(String, String)>,
     logprobs: LogprobsJson,
+    token_ids: Vec<TokenId>,
+    has_begun: bool,
     finish: Option<Finish>,
 }
 
@@ -333,12 +465,15 @@ impl WholeWriter {
             text: head.echo_of(generation.choice(index)).to_owned(),
             calls: Vec::new(),
             logprobs: LogprobsJson::new(head.endpoint),
+            token_ids: Vec::new(),
+            has_begun: false,
             finish: None,
         };
         let choices = (0..generation.num_choices()).map(choice).collect();
         Self { head, choices }
     }
 
+    /// All of a choice that was generated, without the closing brace.
     fn write_choice(&self, out: &mut BytesMut, choice: &WholeChoice) {
         match self.head.endpoint {
             Endpoint::Chat | Endpoint::Responses => {
@@ -371,7 +506,10 @@ impl WholeWriter {
                 .finish
                 .expect("a generation ends when all its choices are finished"),
         );
-        json::push(out, "}");
+        if self.head.has_token_ids {
+            json::push(out, ",\"token_ids\":");
+            write_ids(out, &choice.token_ids);
+        }
     }
 }
 
@@ -379,11 +517,17 @@ impl BodyWriter for WholeWriter {
     fn add_delta(&mut self, generation: &Generation, index: usize) {
         let choice = generation.choice(index);
         let whole = &mut self.choices[index];
+        if !std::mem::replace(&mut whole.has_begun, true) {
+            self.head.push_echo(&mut whole.logprobs, generation, index);
+        }
         whole.text.push_str(&choice.delta.text);
+        if self.head.has_token_ids {
+            whole.token_ids.extend(choice.delta.token);
+        }
         if !choice.delta.logprobs.is_empty() {
             let shift = self.head.echo_of(choice).chars().count();
             for entry in &choice.delta.logprobs {
-                whole.logprobs.push(entry, &self.head.tokenizer, shift);
+                whole.logprobs.push(entry, &self.head.names, shift);
             }
         }
         for event in &choice.delta.calls {
@@ -396,7 +540,7 @@ impl BodyWriter for WholeWriter {
         whole.finish = choice.delta.finish;
     }
 
-    fn finish(self: Box<Self>, usage: Usage) -> Bytes {
+    fn finish(self: Box<Self>, generation: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
         self.head.write_start(&mut out, self.head.endpoint.object());
         json::push(&mut out, ",\"choices\":[");
@@ -404,12 +548,18 @@ impl BodyWriter for WholeWriter {
             json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
             json::push_int(&mut out, index as u64);
             self.write_choice(&mut out, choice);
+            if self.head.endpoint == Endpoint::Completions {
+                self.head.write_prompt(&mut out, generation, index);
+            }
+            json::push(&mut out, "}");
         }
         json::push(&mut out, "],\"usage\":");
-        write_usage(&mut out, usage);
+        self.head.write_usage(&mut out, usage);
         if self.head.endpoint == Endpoint::Chat {
             json::push(&mut out, ",\"service_tier\":null");
+            self.head.write_prompt(&mut out, generation, 0);
         }
+        self.head.write_timings(&mut out, generation);
         json::push(&mut out, "}");
         out.freeze()
     }

@@ -1,10 +1,10 @@
 //! The prompt of a chat.
 
-use super::Prompts;
-use super::prompt::{Source, encode, prompt_end, render};
-use super::tools::Tools;
-use super::types::GenerationBody;
+use super::prompt::{Chat, encode_chat, prompt_end};
+use super::types::{ChatMessage, Content, GenerationBody};
+use super::{Params, Prompts};
 use crate::error::ApiError;
+use crate::lenient::{Flag, Object};
 use crate::state::{AppState, ServedModel};
 
 /// Renders and tokenises the messages.
@@ -12,14 +12,34 @@ pub(super) async fn prompts(
     state: &AppState,
     model: &ServedModel,
     body: GenerationBody,
-    tools: Option<&Tools>,
+    params: &Params,
 ) -> Result<Prompts, ApiError> {
-    let end = prompt_end(body.add_generation_prompt, body.continue_final_message)?;
-    let instructions = tools.map(|tools| tools.calls.instructions());
-    let rendered = render(model, body.messages, instructions, end)?;
-    let tokens = encode(state, model, vec![Source::Chat(rendered)], "messages").await?;
+    let wants_echo = body.echo.is_some_and(|Flag(echo)| echo);
+    let echoes = body
+        .messages
+        .iter()
+        .filter(|_| wants_echo)
+        .filter_map(|messages| echo_of(messages));
+    let echoes = echoes.collect();
+    let chat = Chat {
+        end: prompt_end(body.add_generation_prompt, body.continue_final_message)?,
+        messages: body.messages,
+        instructions: params.tools.as_ref().map(|tools| tools.calls.instructions()),
+        template: body.chat_template,
+        variables: body.chat_template_kwargs,
+        truncation: params.truncation,
+    };
     Ok(Prompts {
-        tokens,
-        echoes: Vec::new(),
+        tokens: vec![encode_chat(state, model, chat).await?],
+        echoes,
     })
+}
+
+/// An answer repeats what the assistant has said already, if that is what comes last.
+fn echo_of(messages: &[Object<ChatMessage>]) -> Option<String> {
+    let Object(last) = messages.last()?;
+    match &last.content {
+        Some(Content::Text(text)) if last.role.as_deref() == Some("assistant") => Some(text.clone()),
+        _ => None,
+    }
 }

@@ -31,16 +31,23 @@ pub(super) async fn prompts(
     match prompt {
         Prompt::Texts(texts) => {
             let add_bos = model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add);
-            if params.echo {
+            if params.echo && params.truncation.is_none() {
                 prompts.echoes.clone_from(&texts);
             }
             let sources = texts.into_iter().map(|text| Source::Text { text, add_bos }).collect();
-            prompts.tokens = encode(state, model, sources, "prompt").await?;
+            prompts.tokens = encode(state, model, sources, params.truncation, "prompt").await?;
+            if params.echo && params.truncation.is_some() {
+                let left = |tokens: &Arc<[TokenId]>| model.tokenizer.decode(tokens, params.skip_special_tokens);
+                prompts.echoes = prompts.tokens.iter().map(left).collect();
+            }
         }
         Prompt::Tokens(lists) => {
-            for (index, ids) in lists.iter().enumerate() {
+            for (index, mut ids) in lists.into_iter().enumerate() {
+                if let Some(truncation) = params.truncation {
+                    truncation.cut(&mut ids, 0);
+                }
                 check_num_tokens(model, ids.len(), "prompt")?;
-                let tokens = token_ids(index, ids, model.vocab_size)?;
+                let tokens = token_ids(index, &ids, model.vocab_size)?;
                 if params.echo {
                     prompts
                         .echoes

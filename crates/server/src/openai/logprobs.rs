@@ -1,12 +1,33 @@
-//! Log-probabilities in the two shapes OpenAI has for them.
+//! Log-probabilities in the two shapes OpenAI has for them, and in vLLM's for those of the prompt.
+
+use std::sync::Arc;
 
 use bytes::BytesMut;
-use lapidary_engine::TokenId;
-use lapidary_text::Tokenizer;
+use lapidary_engine::{SampledToken, TokenId, TokenLogprobs};
+use lapidary_text::{Detokenizer, Tokenizer};
 
 use super::Endpoint;
 use crate::generate::LogprobEntry;
 use crate::json;
+
+/// How tokens are named.
+#[derive(Debug)]
+pub(crate) struct TokenNames {
+    /// Knows their text.
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    /// As `token_id:<id>`, which tells apart what decodes to the same text.
+    pub(crate) by_id: bool,
+}
+
+impl TokenNames {
+    fn name(&self, token: TokenId) -> String {
+        if self.by_id {
+            format!("token_id:{token}")
+        } else {
+            text_of(&self.tokenizer, token)
+        }
+    }
+}
 
 /// The log-probabilities of one choice of a body or a chunk, written as they come.
 #[derive(Debug)]
@@ -26,6 +47,89 @@ pub(crate) struct Arrays {
     top_logprobs: BytesMut,
 }
 
+/// A token's log-probability, and those of its alternatives that are to be named.
+type Score<'a> = (&'a TokenLogprobs, &'a [(TokenId, f32)]);
+
+/// A prompt whose tokens were scored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScoredPrompt<'a> {
+    /// All of its tokens.
+    pub(crate) tokens: &'a [TokenId],
+    /// Of all but the first.
+    pub(crate) scores: &'a [SampledToken],
+    /// Alternatives to name; the scores may have more.
+    pub(crate) num_alternatives: u32,
+}
+
+impl<'a> ScoredPrompt<'a> {
+    /// Each token with its score; the first has none.
+    fn entries(self) -> impl Iterator<Item = (TokenId, Option<Score<'a>>)> {
+        let scores = self.scores.iter().map(move |scored| {
+            let logprobs = scored.logprobs.as_deref()?;
+            let count = logprobs.top.len().min(self.num_alternatives as usize);
+            Some((logprobs, &logprobs.top[..count]))
+        });
+        self.tokens.iter().copied().zip(std::iter::once(None).chain(scores))
+    }
+
+    /// Appends the value of `prompt_logprobs`.
+    pub(crate) fn write(self, out: &mut BytesMut, tokenizer: &Tokenizer) {
+        json::push(out, "[");
+        for (index, (token, score)) in self.entries().enumerate() {
+            separate_if(out, index > 0);
+            let Some((logprobs, top)) = score else {
+                json::push(out, "null");
+                continue;
+            };
+            json::push(out, "{");
+            push_ranked(out, tokenizer, token, logprobs.logprob, logprobs.rank);
+            for ((other, logprob), rank) in top.iter().zip(1..).filter(|((other, _), _)| *other != token) {
+                json::push(out, ",");
+                push_ranked(out, tokenizer, *other, *logprob, rank);
+            }
+            json::push(out, "}");
+        }
+        json::push(out, "]");
+    }
+}
+
+fn push_ranked(out: &mut BytesMut, tokenizer: &Tokenizer, token: TokenId, logprob: f32, rank: u32) {
+    json::push(out, "\"");
+    json::push_int(out, u64::from(token));
+    json::push(out, "\":{\"logprob\":");
+    json::push_logprob(out, logprob);
+    json::push(out, ",\"rank\":");
+    json::push_int(out, u64::from(rank));
+    json::push(out, ",\"decoded_token\":");
+    json::push_string(out, &text_of(tokenizer, token));
+    json::push(out, "}");
+}
+
+/// For each token, the characters of text before it, when `skip_special` leaves special tokens out of the text.
+fn text_offsets(tokenizer: &Tokenizer, tokens: &[TokenId], skip_special: bool) -> Vec<usize> {
+    let mut detokenizer = Detokenizer::new(tokenizer, skip_special);
+    let mut offsets = Vec::with_capacity(tokens.len());
+    let (mut text, mut num_chars) = (String::new(), 0);
+    let mut settle = |num_settled: usize, text: &mut String| {
+        let settled = &tokens[offsets.len()..][..num_settled];
+        let mut num_bytes = 0;
+        for token in settled {
+            let before = text.floor_char_boundary(num_bytes.min(text.len()));
+            offsets.push(num_chars + text[..before].chars().count());
+            num_bytes += tokenizer.token_bytes(*token).map_or(0, |bytes| bytes.len());
+        }
+        num_chars += text.chars().count();
+        text.clear();
+    };
+    for token in tokens {
+        let num_settled = detokenizer.push(*token, &mut text);
+        settle(num_settled, &mut text);
+    }
+    let num_settled = detokenizer.finish(&mut text);
+    settle(num_settled, &mut text);
+    offsets
+}
+
 impl LogprobsJson {
     /// Without entries.
     pub(crate) fn new(endpoint: Endpoint) -> Self {
@@ -36,10 +140,22 @@ impl LogprobsJson {
     }
 
     /// Adds a token. `offset_shift` is the number of characters of echoed prompt before the answer.
-    pub(crate) fn push(&mut self, entry: &LogprobEntry, tokenizer: &Tokenizer, offset_shift: usize) {
+    pub(crate) fn push(&mut self, entry: &LogprobEntry, names: &TokenNames, offset_shift: usize) {
         match self {
-            Self::Chat(content) => push_chat(content, entry, tokenizer),
-            Self::Completions(arrays) => arrays.push(entry, tokenizer, offset_shift),
+            Self::Chat(content) => push_chat(content, entry, names),
+            Self::Completions(arrays) => {
+                let score = (&*entry.logprobs, entry.logprobs.top.as_slice());
+                arrays.push(names, entry.token, entry.text_offset + offset_shift, Some(score));
+            }
+        }
+    }
+
+    /// Adds the tokens of an echoed prompt, of which a chat has none.
+    pub(crate) fn push_prompt(&mut self, prompt: ScoredPrompt<'_>, names: &TokenNames, skip_special: bool) {
+        let Self::Completions(arrays) = self else { return };
+        let offsets = text_offsets(&names.tokenizer, prompt.tokens, skip_special);
+        for ((token, score), offset) in prompt.entries().zip(offsets) {
+            arrays.push(names, token, offset, score);
         }
     }
 
@@ -67,7 +183,8 @@ impl LogprobsJson {
 }
 
 impl Arrays {
-    fn push(&mut self, entry: &LogprobEntry, tokenizer: &Tokenizer, offset_shift: usize) {
+    /// Adds a token that begins after so many characters; without a score if nothing predicted it.
+    fn push(&mut self, names: &TokenNames, token: TokenId, text_offset: usize, score: Option<Score<'_>>) {
         for array in [
             &mut self.text_offset,
             &mut self.token_logprobs,
@@ -76,46 +193,50 @@ impl Arrays {
         ] {
             separate(array);
         }
-        json::push_int(&mut self.text_offset, (entry.text_offset + offset_shift) as u64);
-        json::push_logprob(&mut self.token_logprobs, entry.logprobs.logprob);
-        json::push_string(&mut self.tokens, &text_of(tokenizer, entry.token));
-        // The sampled token is always in. Several byte tokens may look alike: a key appears once, with its best value.
-        let mut seen: Vec<String> = Vec::with_capacity(entry.logprobs.top.len() + 1);
-        let sampled = (entry.token, entry.logprobs.logprob);
+        json::push_int(&mut self.text_offset, text_offset as u64);
+        json::push_string(&mut self.tokens, &names.name(token));
+        let Some((logprobs, top)) = score else {
+            json::push(&mut self.token_logprobs, "null");
+            json::push(&mut self.top_logprobs, "null");
+            return;
+        };
+        json::push_logprob(&mut self.token_logprobs, logprobs.logprob);
+        // The token itself is always in. Several byte tokens may look alike: a key appears once, with its best value.
+        let mut seen: Vec<String> = Vec::with_capacity(top.len() + 1);
         json::push(&mut self.top_logprobs, "{");
-        for (token, logprob) in entry.logprobs.top.iter().copied().chain([sampled]) {
-            let text = text_of(tokenizer, token);
-            if !seen.contains(&text) {
+        for (token, logprob) in top.iter().copied().chain([(token, logprobs.logprob)]) {
+            let name = names.name(token);
+            if !seen.contains(&name) {
                 separate_if(&mut self.top_logprobs, !seen.is_empty());
-                json::push_string(&mut self.top_logprobs, &text);
+                json::push_string(&mut self.top_logprobs, &name);
                 json::push(&mut self.top_logprobs, ":");
                 json::push_logprob(&mut self.top_logprobs, logprob);
-                seen.push(text);
+                seen.push(name);
             }
         }
         json::push(&mut self.top_logprobs, "}");
     }
 }
 
-fn push_chat(content: &mut BytesMut, entry: &LogprobEntry, tokenizer: &Tokenizer) {
+fn push_chat(content: &mut BytesMut, entry: &LogprobEntry, names: &TokenNames) {
     separate(content);
-    push_token(content, tokenizer, entry.token, entry.logprobs.logprob);
+    push_token(content, names, entry.token, entry.logprobs.logprob);
     json::push(content, ",\"top_logprobs\":[");
     for (index, (token, logprob)) in entry.logprobs.top.iter().enumerate() {
         separate_if(content, index > 0);
-        push_token(content, tokenizer, *token, *logprob);
+        push_token(content, names, *token, *logprob);
         json::push(content, "}");
     }
     json::push(content, "]}");
 }
 
 /// Without the closing brace.
-fn push_token(out: &mut BytesMut, tokenizer: &Tokenizer, token: TokenId, logprob: f32) {
+fn push_token(out: &mut BytesMut, names: &TokenNames, token: TokenId, logprob: f32) {
     json::push(out, "{\"token\":");
-    json::push_string(out, &text_of(tokenizer, token));
+    json::push_string(out, &names.name(token));
     json::push(out, ",\"logprob\":");
     json::push_logprob(out, logprob);
-    match tokenizer.token_bytes(token) {
+    match names.tokenizer.token_bytes(token) {
         None => json::push(out, ",\"bytes\":null"),
         Some(bytes) => {
             json::push(out, ",\"bytes\":[");

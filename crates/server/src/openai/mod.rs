@@ -9,6 +9,7 @@ mod messages;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
+pub(crate) mod render;
 mod responses;
 mod structured;
 mod tools;
@@ -24,6 +25,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
+use lapidary_text::GrammarState;
 
 pub(crate) use self::params::{Params, Streaming};
 
@@ -31,7 +33,7 @@ use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
 use self::responses::{ResponsesBody, ResponsesWriter, Settings};
 use self::types::GenerationBody;
 use crate::error::ApiError;
-use crate::extract::read_json;
+use crate::extract::{read_body, read_json};
 use crate::generate::{Admission, Generation};
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
@@ -146,6 +148,30 @@ struct Prompts {
     echoes: Vec<String>,
 }
 
+/// `POST /invocations`, `SageMaker`'s name for whichever of the two the body is meant for.
+pub(crate) async fn invocations(State(state): State<AppState>, request: Request) -> Response {
+    #[derive(serde::Deserialize)]
+    struct Kind {
+        prompt: Option<serde::de::IgnoredAny>,
+    }
+    let arrival = Instant::now();
+    let (parts, body) = request.into_parts();
+    let bytes = match read_body(&parts.headers, body, &state.limits).await {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let request_id = parts.extensions.get::<RequestId>().cloned();
+            let request_id = request_id.unwrap_or_else(RequestId::random);
+            return RequestOutcome::new(&state, Endpoint::Chat, request_id, arrival).refuse(error);
+        }
+    };
+    // What is no JSON is refused, by name, as a chat.
+    let endpoint = match serde_json::from_slice(&bytes) {
+        Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
+        _ => Endpoint::Chat,
+    };
+    respond(endpoint, state, Request::from_parts(parts, bytes.into())).await
+}
+
 async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
     let arrival = Instant::now();
     let request_id = request
@@ -214,18 +240,22 @@ async fn submit(
         request_id,
         arrival,
     } = request;
-    let model = state.served_model(body.model.as_deref())?;
-    // Cheap checks first: a request that will be refused should not cost its tokenisation.
-    let params = Params::new(endpoint, &body, model, &state.limits)?;
-    let constraint = tools::compile(model, &params).await?;
+    let Prepared {
+        model,
+        params,
+        prompts,
+        constraint,
+    } = prepare(endpoint, state, body).await?;
     let deadline = deadline(&headers, &state.limits, arrival)?;
-    let prompts = match endpoint {
-        Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, params.tools.as_ref()).await?,
-        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
-    };
-    check_lengths(endpoint, &prompts.tokens, model, &params)?;
     let shape = match settings {
-        None => Shape::Choices(Head::new(endpoint, request_id.as_str(), model, &params, prompts.echoes)),
+        None => Shape::Choices(Head::new(
+            endpoint,
+            request_id.as_str(),
+            model,
+            &params,
+            &state.limits,
+            prompts.echoes,
+        )),
         Some(settings) => {
             let name = model.names.first().map_or("", String::as_str);
             Shape::Response(ResponsesWriter::new(request_id.as_str(), name, settings))
@@ -242,6 +272,33 @@ async fn submit(
         generation,
         shape,
         stream: params.stream,
+    })
+}
+
+/// What the engine would be asked for.
+struct Prepared<'a> {
+    model: &'a ServedModel,
+    params: Params,
+    prompts: Prompts,
+    constraint: Option<GrammarState>,
+}
+
+/// Checks all of a request that needs no engine.
+async fn prepare<'a>(endpoint: Endpoint, state: &'a AppState, body: GenerationBody) -> Result<Prepared<'a>, ApiError> {
+    let model = state.served_model(body.model.as_deref())?;
+    // Cheap checks first: a request that will be refused should not cost its tokenisation.
+    let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let constraint = tools::compile(model, &params).await?;
+    let prompts = match endpoint {
+        Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
+        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
+    };
+    check_lengths(endpoint, &prompts.tokens, model, &params)?;
+    Ok(Prepared {
+        model,
+        params,
+        prompts,
+        constraint,
     })
 }
 
@@ -311,7 +368,7 @@ async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
         Ok(()) => {
             let usage = generation.usage();
             outcome.record(Outcome::of(&generation), usage);
-            json_response(writer.finish(usage))
+            json_response(writer.finish(&generation, usage))
         }
         Err(error) => outcome.fail(&error),
     }

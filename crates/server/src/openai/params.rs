@@ -8,6 +8,7 @@ use lapidary_engine::{SamplingParams, TokenId};
 use lapidary_text::{StopError, StopMatcher};
 
 use super::Endpoint;
+use super::prompt::Truncation;
 use super::structured::{self, Form};
 use super::tools::{self, Tools};
 use super::types::{Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
@@ -53,8 +54,16 @@ pub(crate) struct Params {
     pub(crate) include_stop: bool,
     /// Special tokens are no part of the answer.
     pub(crate) skip_special_tokens: bool,
+    /// What is left of prompts.
+    pub(crate) truncation: Option<Truncation>,
     /// The answer begins with the prompt.
     pub(crate) echo: bool,
+    /// Alternatives to name for each prompt token, in a field of their own.
+    pub(crate) prompt_logprobs: Option<u32>,
+    /// Token ids are part of the answer.
+    pub(crate) returns_token_ids: bool,
+    /// Log-probabilities name tokens by id.
+    pub(crate) names_tokens_by_id: bool,
     /// Lower first.
     pub(crate) priority: i32,
     /// Separates prefix caches.
@@ -84,7 +93,7 @@ impl Params {
         model: &ServedModel,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
-        refuse_unsupported(endpoint, body)?;
+        refuse_unsupported(body)?;
         let n = integer("n", body.n, 1..=i64::from(u32::MAX), "n must be at least 1")?.unwrap_or(1);
         if i64::from(limits.max_sequences_per_request) < n {
             let limit = limits.max_sequences_per_request;
@@ -124,13 +133,27 @@ impl Params {
             stop_strings: stop_strings.into(),
             include_stop,
             skip_special_tokens: body.skip_special_tokens.is_none_or(|Flag(skip)| skip),
+            truncation: truncation(body, max_tokens, model.max_model_len)?,
             echo: endpoint == Endpoint::Completions && is_set(body.echo),
+            prompt_logprobs: prompt_logprobs(body, limits)?,
+            returns_token_ids: is_set(body.return_token_ids),
+            names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
             priority: priority(body.priority)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             form,
             tools,
-            stream: streaming(body)?,
+            stream: streaming(body, limits)?,
         })
+    }
+
+    /// Alternatives of each token of an echoed prompt, if they are part of its log-probabilities.
+    pub(crate) fn echoed_logprobs(&self) -> Option<u32> {
+        self.sampling.logprobs.filter(|_| self.echo)
+    }
+
+    /// Alternatives the engine finds for each prompt token, if anybody wants to know the prompt's log-probabilities.
+    pub(crate) fn scores(&self) -> Option<u32> {
+        self.prompt_logprobs.max(self.echoed_logprobs())
     }
 
     /// The seed of one answer.
@@ -324,6 +347,34 @@ fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Resul
     }
 }
 
+fn prompt_logprobs(body: &GenerationBody, limits: &Limits) -> Result<Option<u32>, ApiError> {
+    let Some(Int(count)) = body.prompt_logprobs else {
+        return Ok(None);
+    };
+    if is_set(body.stream) {
+        let message = "`prompt_logprobs` are not available when `stream=True`.";
+        return match count {
+            // There is no place for them, and nobody misses none.
+            0 => Ok(None),
+            _ => Err(ApiError::invalid("prompt_logprobs", message)),
+        };
+    }
+    match u32::try_from(count) {
+        Ok(count) if count <= limits.max_logprobs => Ok(Some(count)),
+        Err(_) if count < -1 => Err(ApiError::invalid(
+            "prompt_logprobs",
+            "`prompt_logprobs` must be a positive value or -1.",
+        )),
+        _ => Err(above(
+            "prompt_logprobs",
+            format!(
+                "Requested prompt logprobs of {count}, which is greater than max allowed: {}.",
+                limits.max_logprobs
+            ),
+        )),
+    }
+}
+
 #[expect(clippy::cast_possible_truncation, reason = "clamped first; logits are f32")]
 fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId, f32)>, ApiError> {
     let Some(LogitBias(entries)) = bias else {
@@ -369,8 +420,9 @@ fn token_limits(endpoint: Endpoint, body: &GenerationBody) -> Result<(Option<u32
         Some(_) => ("max_completion_tokens", body.max_completion_tokens),
         None => ("max_tokens", body.max_tokens),
     };
-    let echo_only = endpoint == Endpoint::Completions && is_set(body.echo);
-    let range = i64::from(!echo_only)..=i64::MAX;
+    // The prompt alone may be what is asked for.
+    let may_be_none = endpoint == Endpoint::Completions && is_set(body.echo) || body.prompt_logprobs.is_some();
+    let range = i64::from(!may_be_none)..=i64::MAX;
     let max_tokens = integer(param, given, range, "max_tokens must be at least 1")?;
     // More than a u32 is more than any context: the length check refuses it with the numbers.
     let max_tokens = max_tokens.map(|max_tokens| u32::try_from(max_tokens).unwrap_or(u32::MAX));
@@ -442,6 +494,39 @@ fn stop_matcher(strings: &[String], include_stop: bool, limits: &Limits) -> Resu
     })
 }
 
+fn truncation(
+    body: &GenerationBody,
+    max_tokens: Option<u32>,
+    max_model_len: u32,
+) -> Result<Option<Truncation>, ApiError> {
+    let keeps_end = match body.truncation_side.as_deref() {
+        None | Some("left") => true,
+        Some("right") => false,
+        Some(other) => {
+            let message = format!("truncation_side must be 'left' or 'right', got '{}'.", shorten(other));
+            return Err(ApiError::invalid("truncation_side", message));
+        }
+    };
+    let num_tokens = match body.truncate_prompt_tokens {
+        None => return Ok(None),
+        // As many as leave room for the answer.
+        Some(Int(-1)) => max_model_len.saturating_sub(max_tokens.unwrap_or(1)).max(1),
+        Some(Int(count)) if count > i64::from(max_model_len) => {
+            let message = format!(
+                "truncate_prompt_tokens value ({count}) is greater than max_model_len ({max_model_len}). Please request a \
+                 smaller truncation size."
+            );
+            return Err(above("truncate_prompt_tokens", message));
+        }
+        given => {
+            let complaint = "truncate_prompt_tokens must be -1 or at least 1";
+            let count = integer("truncate_prompt_tokens", given, 1..=i64::MAX, complaint)?.unwrap_or(1);
+            u32::try_from(count).expect("bounded by the context")
+        }
+    };
+    Ok(Some(Truncation { num_tokens, keeps_end }))
+}
+
 fn priority(priority: Option<Int>) -> Result<i32, ApiError> {
     let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
     let priority = integer("priority", priority, range, "priority must fit in 32 bits")?;
@@ -464,14 +549,17 @@ fn cache_salt(salt: Option<&str>) -> Result<u128, ApiError> {
     }
 }
 
-fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
+fn streaming(body: &GenerationBody, limits: &Limits) -> Result<Option<Streaming>, ApiError> {
     match (is_set(body.stream), &body.stream_options) {
         (false, Some(_)) => Err(ApiError::invalid(
             "stream_options",
             "Stream options can only be defined when `stream=True`.",
         )),
         (false, None) => Ok(None),
-        (true, None) => Ok(Some(Streaming::default())),
+        (true, None) => Ok(Some(Streaming {
+            include_usage: limits.force_include_usage,
+            continuous_usage: false,
+        })),
         (
             true,
             Some(Object(StreamOptions {
@@ -479,7 +567,7 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
                 continuous_usage_stats,
             })),
         ) => {
-            let include_usage = is_set(*include_usage);
+            let include_usage = limits.force_include_usage || is_set(*include_usage);
             Ok(Some(Streaming {
                 include_usage,
                 continuous_usage: include_usage && is_set(*continuous_usage_stats),
@@ -488,20 +576,20 @@ fn streaming(body: &GenerationBody) -> Result<Option<Streaming>, ApiError> {
     }
 }
 
-fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 11] = [
+fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
+    let used: [(&'static str, Extension); 8] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
         ("use_beam_search", body.use_beam_search),
-        ("prompt_logprobs", body.prompt_logprobs),
         ("bad_words", body.bad_words),
         ("allowed_token_ids", body.allowed_token_ids),
-        ("truncate_prompt_tokens", body.truncate_prompt_tokens),
-        ("chat_template", body.chat_template),
         ("prompt_embeds", body.prompt_embeds),
-        ("best_of", best_of(body)),
+        ("logprob_token_ids", body.logprob_token_ids),
     ];
+    if let Some(message) = best_of(body) {
+        return Err(ApiError::unsupported("best_of", message));
+    }
     if let Some((param, _)) = used.iter().find(|(_, extension)| extension.is_used) {
         return Err(ApiError::unsupported(*param, format!("{param} is not supported.")));
     }
@@ -511,17 +599,15 @@ fn refuse_unsupported(endpoint: Endpoint, body: &GenerationBody) -> Result<(), A
             "Only the modality 'text' is supported.",
         ));
     }
-    if endpoint == Endpoint::Completions && is_set(body.echo) && matches!(body.logprobs, Some(Logprobs::Count(_))) {
-        let message = "`echo` together with `logprobs` is not supported: prompt tokens have no log-probabilities here.";
-        return Err(ApiError::unsupported("logprobs", message));
-    }
     Ok(())
 }
 
-/// Asking for the best of as many as are returned is no use of `best_of`.
-fn best_of(body: &GenerationBody) -> Extension {
+/// What is wrong with `best_of`. Asking for the best of as many as are returned is no use of it.
+fn best_of(body: &GenerationBody) -> Option<String> {
     let n = body.n.map_or(1, |Int(n)| n);
-    Extension {
-        is_used: body.best_of.is_some_and(|Int(best_of)| best_of != n),
-    }
+    let Int(best_of) = body.best_of.filter(|Int(best_of)| *best_of != n)?;
+    Some(format!(
+        "best_of of {best_of} with n of {n} is not supported: answers are not ranked, all that are generated are returned. \
+         Leave best_of out or make it equal to n."
+    ))
 }

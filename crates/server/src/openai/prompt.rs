@@ -3,17 +3,45 @@
 use std::sync::Arc;
 
 use lapidary_engine::TokenId;
-use lapidary_text::{ChatTemplate, PromptEnd, Rendered, TemplateError, Tokenizer, TokenizerError};
+use lapidary_text::{
+    ChatTemplate, Message, PromptEnd, Rendered, TemplateError, TemplateVariables, Tokenizer, TokenizerError,
+};
 
 use super::messages::{convert, instruct};
 use super::types::ChatMessage;
-use crate::error::ApiError;
+use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Object};
 use crate::state::{AppState, ServedModel};
 
 /// Texts up to this many bytes are tokenised where they are: at 0.25 us a byte they hold up other requests for half a
 /// millisecond at most, and a hop to another thread costs a tenth of that.
 const MAX_INLINE_BYTES: usize = 2048;
+
+/// Texts of up to so many contexts are tokenised where what does not fit is cut off.
+const MAX_TRUNCATED_CONTEXTS: usize = 16;
+
+/// How much of a prompt is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Truncation {
+    /// At most.
+    pub(crate) num_tokens: u32,
+    /// The end is kept, not the beginning.
+    pub(crate) keeps_end: bool,
+}
+
+impl Truncation {
+    /// Cuts; the first `num_fixed` tokens stay and count.
+    pub(crate) fn cut<T>(self, tokens: &mut Vec<T>, num_fixed: usize) {
+        let num_tokens = self.num_tokens as usize;
+        let num_excess = tokens.len().saturating_sub(num_tokens);
+        if num_excess > 0 && self.keeps_end {
+            let start = num_fixed.min(num_tokens);
+            tokens.drain(start..start + num_excess);
+        } else {
+            tokens.truncate(num_tokens);
+        }
+    }
+}
 
 /// What is to be tokenised.
 pub(crate) enum Source {
@@ -31,11 +59,15 @@ impl Source {
         }
     }
 
-    fn encode(&self, tokenizer: &Tokenizer) -> Result<Vec<TokenId>, TokenizerError> {
-        match self {
-            Self::Text { text, add_bos } => tokenizer.encode(text, *add_bos),
-            Self::Chat(rendered) => tokenizer.encode_rendered(rendered),
+    fn encode(&self, tokenizer: &Tokenizer, truncation: Option<Truncation>) -> Result<Vec<TokenId>, TokenizerError> {
+        let (mut tokens, num_fixed) = match self {
+            Self::Text { text, add_bos } => (tokenizer.encode(text, *add_bos)?, usize::from(*add_bos)),
+            Self::Chat(rendered) => (tokenizer.encode_rendered(rendered)?, 0),
+        };
+        if let Some(truncation) = truncation {
+            truncation.cut(&mut tokens, num_fixed);
         }
+        Ok(tokens)
     }
 }
 
@@ -44,16 +76,19 @@ pub(crate) async fn encode(
     state: &AppState,
     model: &ServedModel,
     sources: Vec<Source>,
+    truncation: Option<Truncation>,
     param: &'static str,
 ) -> Result<Vec<Arc<[TokenId]>>, ApiError> {
     let mut num_bytes = 0;
     for source in &sources {
-        check_bytes(model, source.text().len(), param)?;
+        check_bytes(model, source.text().len(), truncation, param)?;
         num_bytes += source.text().len();
     }
     let tokenizer = Arc::clone(&model.tokenizer);
     let work = move || {
-        let encoded = sources.iter().map(|source| source.encode(&tokenizer).map(Arc::from));
+        let encoded = sources
+            .iter()
+            .map(|source| source.encode(&tokenizer, truncation).map(Arc::from));
         encoded.collect::<Result<Vec<_>, _>>()
     };
     state
@@ -65,10 +100,20 @@ pub(crate) async fn encode(
         })
 }
 
-/// Refuses a text of so many bytes if no tokenisation of it fits.
-fn check_bytes(model: &ServedModel, num_bytes: usize, param: &'static str) -> Result<(), ApiError> {
+/// Refuses a text of so many bytes if no tokenisation of it fits, or if too much of it would be cut.
+fn check_bytes(
+    model: &ServedModel,
+    num_bytes: usize,
+    truncation: Option<Truncation>,
+    param: &'static str,
+) -> Result<(), ApiError> {
     let at_least = model.tokenizer.min_num_tokens(num_bytes);
-    if at_least <= model.max_model_len as usize {
+    let num_contexts = if truncation.is_some() {
+        MAX_TRUNCATED_CONTEXTS
+    } else {
+        1
+    };
+    if at_least <= model.max_model_len as usize * num_contexts {
         return Ok(());
     }
     let detail = format!(
@@ -77,21 +122,97 @@ fn check_bytes(model: &ServedModel, num_bytes: usize, param: &'static str) -> Re
     Err(ApiError::context_length(param, model.max_model_len, &detail))
 }
 
-/// Renders a chat with the model's template; `instructions` go in front of it.
-pub(crate) fn render(
-    model: &ServedModel,
-    messages: Option<Vec<Object<ChatMessage>>>,
-    instructions: Option<String>,
-    end: PromptEnd,
-) -> Result<Rendered, ApiError> {
-    let template: &ChatTemplate = model.chat_template.as_deref().ok_or_else(|| {
+/// A chat and how it is to be rendered.
+#[derive(Debug)]
+pub(crate) struct Chat {
+    /// What was said.
+    pub(crate) messages: Option<Vec<Object<ChatMessage>>>,
+    /// What goes in front of it.
+    pub(crate) instructions: Option<String>,
+    /// How the prompt ends.
+    pub(crate) end: PromptEnd,
+    /// The client's own template.
+    pub(crate) template: Option<String>,
+    /// The client's variables.
+    pub(crate) variables: Option<Object<TemplateVariables>>,
+    /// What is left of the prompt.
+    pub(crate) truncation: Option<Truncation>,
+}
+
+/// Renders and tokenises a chat with the model's template, or the client's where clients are trusted that far.
+pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
+    let Chat {
+        messages,
+        instructions,
+        end,
+        template,
+        variables,
+        truncation,
+    } = chat;
+    let variables = variables.map(|Object(variables)| variables).unwrap_or_default();
+    check_variables(&variables, template.is_some(), state.limits.trust_request_chat_template)?;
+    let messages = convert_all(model, messages, instructions, truncation)?;
+    let rendered = match template {
+        None => {
+            let template = own_template(model)?;
+            template
+                .render_with(&messages, end, &variables)
+                .map_err(|error| template_error(&error))?
+        }
+        Some(source) => {
+            let (tokenizer, system_role) = (Arc::clone(&model.tokenizer), model.system_role);
+            let render = move || {
+                ChatTemplate::from_client(&source, &tokenizer, system_role)?.render_with(&messages, end, &variables)
+            };
+            let rendered = state.compute(true, render).await?;
+            rendered.map_err(|error| client_template_error(&error))?
+        }
+    };
+    let encoded = encode(state, model, vec![Source::Chat(rendered)], truncation, "messages").await?;
+    Ok(encoded.into_iter().next().expect("one source was encoded"))
+}
+
+fn own_template(model: &ServedModel) -> Result<&ChatTemplate, ApiError> {
+    model.chat_template.as_deref().ok_or_else(|| {
         let message = "This model has no chat template; use /v1/completions.";
         ApiError::InvalidRequest {
             message: message.to_owned(),
             param: None,
             code: Some("no_chat_template"),
         }
-    })?;
+    })
+}
+
+/// A template is a program, and whoever may change it may also say what the model takes for a turn.
+fn check_variables(variables: &TemplateVariables, has_template: bool, is_trusted: bool) -> Result<(), ApiError> {
+    if !is_trusted && (has_template || variables.contains_key("chat_template")) {
+        let param = if has_template {
+            "chat_template"
+        } else {
+            "chat_template_kwargs.chat_template"
+        };
+        let message = "Chat template is passed with request, but --trust-request-chat-template is not set. Refused \
+                       request with untrusted chat template.";
+        return Err(ApiError::unsupported(param, message));
+    }
+    let reserved = ChatTemplate::RESERVED_VARIABLES
+        .into_iter()
+        .chain(["chat_template", "continue_final_message"]);
+    match reserved.into_iter().find(|name| variables.contains_key(*name)) {
+        None => Ok(()),
+        Some(name) => Err(ApiError::invalid(
+            format!("chat_template_kwargs.{name}"),
+            format!("chat_template_kwargs cannot set '{name}': it has a field of its own, or is the model's."),
+        )),
+    }
+}
+
+fn convert_all(
+    model: &ServedModel,
+    messages: Option<Vec<Object<ChatMessage>>>,
+    instructions: Option<String>,
+    truncation: Option<Truncation>,
+) -> Result<Vec<Message>, ApiError> {
     let messages = messages.ok_or_else(|| ApiError::missing("messages"))?;
     // A turn takes tokens of its own: rendering a million empty ones must not cost what their refusal does not.
     if messages.len() > model.max_model_len as usize {
@@ -104,8 +225,8 @@ pub(crate) fn render(
     }
     // Templates trim. Rendering, too, takes time that a hopeless text should not cost.
     let num_bytes = messages.iter().map(|message| message.content.trim().len()).sum();
-    check_bytes(model, num_bytes, "messages")?;
-    template.render(&messages, end).map_err(|error| template_error(&error))
+    check_bytes(model, num_bytes, truncation, "messages")?;
+    Ok(messages)
 }
 
 /// Refuses a list of token ids longer than the context before any of it is looked at.
@@ -131,6 +252,17 @@ pub(crate) fn prompt_end(
         (Some(Flag(false)), _) => Ok(PromptEnd::LastTurn),
         _ => Ok(PromptEnd::GenerationPrompt),
     }
+}
+
+/// What is wrong with a client's own template is the client's mistake too.
+fn client_template_error(error: &TemplateError) -> ApiError {
+    let message = match error {
+        TemplateError::Syntax { source } | TemplateError::Render { source } => {
+            format!("{error}: {}.", shorten(&source.to_string()))
+        }
+        error => return template_error(error),
+    };
+    ApiError::invalid("chat_template", message)
 }
 
 fn template_error(error: &TemplateError) -> ApiError {

@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use lapidary_text::TemplateVariables;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
@@ -40,12 +41,19 @@ pub(crate) struct GenerationBody {
     pub(crate) skip_special_tokens: Option<Flag>,
     pub(crate) logprobs: Option<Logprobs>,
     pub(crate) top_logprobs: Option<Int>,
+    pub(crate) prompt_logprobs: Option<Int>,
     pub(crate) echo: Option<Flag>,
+    pub(crate) return_token_ids: Option<Flag>,
+    pub(crate) return_tokens_as_token_ids: Option<Flag>,
     pub(crate) priority: Option<Int>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
+    pub(crate) truncate_prompt_tokens: Option<Int>,
+    pub(crate) truncation_side: Option<String>,
     pub(crate) response_format: Option<Object<ResponseFormat>>,
     pub(crate) tools: Option<Vec<Object<Tool>>>,
     pub(crate) parallel_tool_calls: Option<Flag>,
@@ -56,7 +64,6 @@ pub(crate) struct GenerationBody {
     pub(crate) prediction: Extension,
     pub(crate) suffix: Extension,
     pub(crate) use_beam_search: Extension,
-    pub(crate) prompt_logprobs: Extension,
     pub(crate) structured_outputs: Option<Object<StructuredOutputs>>,
     pub(crate) guided_json: Option<Value>,
     pub(crate) guided_regex: Option<String>,
@@ -64,9 +71,8 @@ pub(crate) struct GenerationBody {
     pub(crate) guided_grammar: Option<String>,
     pub(crate) bad_words: Extension,
     pub(crate) allowed_token_ids: Extension,
-    pub(crate) truncate_prompt_tokens: Extension,
-    pub(crate) chat_template: Extension,
     pub(crate) prompt_embeds: Extension,
+    pub(crate) logprob_token_ids: Extension,
 }
 
 /// Body of `/tokenize`.
@@ -80,7 +86,8 @@ pub(crate) struct TokenizeBody {
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
     pub(crate) return_token_strs: Option<Flag>,
-    pub(crate) chat_template: Extension,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
 }
 
 /// Body of `/detokenize`.

@@ -57,3 +57,20 @@ async fn a_long_prompt_is_tokenised_off_the_async_threads() {
         .json();
     assert_eq!(body["count"], 1001);
 }
+
+#[tokio::test]
+async fn a_client_without_a_tokenizer_learns_what_it_needs() {
+    let server = Setup::default().start();
+    let info = server.get("/tokenizer_info").await.json();
+    assert_eq!(
+        (&info["bos_token"], &info["eos_token"]),
+        (&json!("<bos>"), &json!("<eos>"))
+    );
+    assert_eq!(
+        (&info["pad_token"], &info["add_bos_token"]),
+        (&json!("<pad>"), &json!(true))
+    );
+    assert_eq!(info["model_max_length"], 256);
+    let template = info["chat_template"].as_str().unwrap();
+    assert!(template.contains("<start_of_turn>"), "the checkpoint's own: {template}");
+}

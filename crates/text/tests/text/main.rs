@@ -12,6 +12,7 @@ mod hostile;
 mod schemas;
 mod stop;
 mod tokenizer;
+mod variables;
 
 use std::sync::LazyLock;
 

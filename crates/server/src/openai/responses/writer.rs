@@ -242,7 +242,7 @@ impl StreamWriter for ResponsesWriter {
         self.take(out, generation, index);
     }
 
-    fn write_end(&mut self, out: &mut BytesMut, usage: Usage) {
+    fn write_end(&mut self, out: &mut BytesMut, _: &Generation, usage: Usage) {
         let kind = if self.was_cut_off {
             "response.incomplete"
         } else {
@@ -267,7 +267,7 @@ impl BodyWriter for ResponsesWriter {
         self.take(&mut BytesMut::new(), generation, index);
     }
 
-    fn finish(self: Box<Self>, usage: Usage) -> Bytes {
+    fn finish(self: Box<Self>, _: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
         json::push_value(&mut out, &self.final_response(usage));
         out.freeze()
