@@ -228,7 +228,7 @@ struct Loader {
   DEVICE void load(uint32_t to, unsigned offset) {
     const int index = (position & ((1 << p.chunk_shift) - 1)) / kTile;
     const unsigned tile = __shfl_sync(~0u, tiles, index) + offset;
-    load_tile<D>(to, p.attention.kv, tile, lane, first - position, end - position);
+    load_tile<D, PlainRows<D>>(to, 0, p.attention.kv, tile, lane, first - position, end - position);
   }
   /// Keys of the next tile, and the queries that a unit begins with.
   DEVICE void load_keys() {
@@ -500,7 +500,7 @@ DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, 
     Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
     const float* outputs = p.partial_outputs + first * stride + quad * 4;
     const float* sums = p.partial_sums + first * (2 * kMaxGroup) + quad * 4 / D;
-#pragma unroll 8
+#pragma unroll 16
     for (int chunk = 0; chunk < unit.chunks; chunk++) {
       const Part part = {read_partial(outputs + chunk * stride), load_l2(sums + chunk * 2 * kMaxGroup),
                          Capped ? 0.0f : load_l2(sums + chunk * 2 * kMaxGroup + kMaxGroup)};
@@ -515,12 +515,8 @@ DEVICE bool arrives_last(const AttentionDecode& p, int* is_last, const Unit& uni
   named_barrier_sync(kFinishing, kThreads);
   if (thread == 0) {
     unsigned* arrivals = p.arrivals + unit.seq * p.attention.num_kv_heads + unit.head;
-    __threadfence();
-    const bool last = atomicAdd(arrivals, 1u) == unsigned(unit.chunks - 1);
-    if (last) {
-      *arrivals = 0;
-      __threadfence();
-    }
+    const bool last = atomic_add_acq_rel(arrivals, 1) == unsigned(unit.chunks - 1);
+    if (last) *arrivals = 0;
     *is_last = last;
   }
   named_barrier_sync(kFinishing, kThreads);

@@ -403,4 +403,4 @@ KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1>(p); }
 KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4>(p); }
 KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4>(p); }
 KERNEL(geglu, GegluParams, kGegluThreads, 8) { geglu_piece(p); }
-KERNEL(geglu_token, GegluParams, 512, 2) { geglu_row<512, 4>(p); }
+KERNEL(geglu_token, GegluParams, 512, 1) { geglu_row<512, 4>(p); }

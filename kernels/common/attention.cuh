@@ -54,10 +54,16 @@ template <int D>
 DEVICE uint32_t swizzled(int row, int chunk) {
   return uint32_t(row * 2 * D + (chunk ^ (row & 7)) * 16);
 }
-
-/// Loads 16 rows with one warp; rows outside [first, end) become zeros, whatever memory holds there.
+/// The same as a way to lay out a tile.
 template <int D>
-DEVICE void load_tile(uint32_t to, const bf16* kv, unsigned tile, int lane, int first, int end) {
+struct PlainRows {
+  static DEVICE uint32_t at(int row, int chunk) { return swizzled<D>(row, chunk); }
+};
+
+/// Loads 16 rows with one warp; rows outside [first, end) become zeros, whatever memory holds there. They are rows
+/// `to_row`, ... of what is at `to`.
+template <int D, class Layout>
+DEVICE void load_tile(uint32_t to, int to_row, const bf16* kv, unsigned tile, int lane, int first, int end) {
   constexpr int kChunks = D / 8;
   constexpr int kRowsPerStep = 32 / kChunks;
   const int row = lane / kChunks, chunk = lane % kChunks;
@@ -65,7 +71,7 @@ DEVICE void load_tile(uint32_t to, const bf16* kv, unsigned tile, int lane, int 
 #pragma unroll
   for (int step = 0; step < kTile / kRowsPerStep; step++) {
     const int r = step * kRowsPerStep + row;
-    cp_async_16(to + swizzled<D>(r, chunk), from + step * 256, r >= first && r < end);
+    cp_async_16(to + Layout::at(to_row + r, chunk), from + step * 256, r >= first && r < end);
   }
 }
 

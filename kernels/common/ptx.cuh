@@ -240,10 +240,11 @@ DEVICE unsigned load_acquire(const unsigned* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-/// Publishes what this thread, and threads it has passed a barrier with, wrote before, and sees what others published so.
+/// Adds and returns the old value. What this thread, and those it synchronised with, wrote before is seen by whoever adds
+/// to it later.
 DEVICE unsigned atomic_add_acq_rel(unsigned* p, unsigned value) {
   unsigned old;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
 /// Reads what other SMs wrote during this kernel, or what is read before wait_for_previous_kernels(): past L1.

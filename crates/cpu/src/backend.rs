@@ -17,7 +17,7 @@ use crate::ops::rope::{self, RopeTable};
 use crate::parallel::Pool;
 use crate::plan::Plan;
 use crate::sample::{Choose, SampleScratch};
-use crate::simd::{Buffer, Dispatch, Isa};
+use crate::simd::{Buffer, Dispatch, Isa, make_pages};
 use crate::tensor::{Activation, Embedding, KvLayer, Linear, Matrix, Norm, Tensor};
 
 /// How the CPU is used.
@@ -39,6 +39,9 @@ impl Default for CpuConfig {
     }
 }
 
+/// KV cache that a task of the thread pool makes pages for: a millisecond or so.
+const FLOATS_PER_TOUCH: usize = 1 << 20;
+
 /// The backend that every machine has.
 #[derive(Debug)]
 pub struct Cpu {
@@ -50,8 +53,6 @@ pub struct Cpu {
     sample_scratch: Vec<Mutex<SampleScratch>>,
     /// Normed hidden states of the rows that are sampled.
     hidden: Option<Activation>,
-    /// KV cache allocated but not yet touched: the operating system still calls it free.
-    kv_bytes: u64,
     /// Of the step before, for rows that it feeds.
     last_tokens: Vec<SampledToken>,
     /// Steps not yet collected, oldest first.
@@ -86,7 +87,6 @@ impl Cpu {
             linear_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
             sample_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
             hidden: None,
-            kv_bytes: 0,
             last_tokens: Vec::new(),
             finished: std::collections::VecDeque::new(),
         })
@@ -148,20 +148,13 @@ impl Backend for Cpu {
             geometry,
             rope: RopeTable::new(&attention, limits.max_model_len),
             attention_scratch: (0..self.pool.num_threads()).map(|_| scratch()).collect(),
-            heads: Buffer::zeroed(heads_len),
+            heads: Buffer::resident(heads_len),
         });
         Ok(())
     }
 
     fn memory(&self) -> MemoryInfo {
-        let MemoryInfo {
-            free_bytes,
-            total_bytes,
-        } = memory::available();
-        MemoryInfo {
-            free_bytes: free_bytes.saturating_sub(self.kv_bytes),
-            total_bytes,
-        }
+        memory::available()
     }
 
     fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Linear, BackendError> {
@@ -211,11 +204,16 @@ impl Backend for Cpu {
     fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<KvLayer, BackendError> {
         let bytes = num_blocks as u64 * self.kv_block_bytes(block_size);
         self.reserve("the KV cache of a layer", bytes)?;
-        self.kv_bytes += bytes;
         let len = bytes as usize / 2 / size_of::<f32>();
+        let resident = || {
+            let mut buffer = Buffer::zeroed(len);
+            self.pool
+                .for_chunks(&mut buffer, FLOATS_PER_TOUCH, |_, _, chunk| make_pages(chunk));
+            buffer
+        };
         Ok(KvLayer {
-            keys: Buffer::zeroed(len),
-            values: Buffer::zeroed(len),
+            keys: resident(),
+            values: resident(),
             block_size,
         })
     }

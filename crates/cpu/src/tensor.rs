@@ -23,7 +23,7 @@ pub struct Tensor {
 impl Tensor {
     pub(crate) fn zeroed(rows: usize, cols: usize) -> Self {
         Self {
-            data: Buffer::zeroed(rows * cols),
+            data: Buffer::resident(rows * cols),
             cols,
         }
     }
@@ -61,8 +61,8 @@ impl Activation {
     pub(crate) fn zeroed(rows: usize, cols: usize, has_pairs: bool) -> Self {
         let padded = cols.next_multiple_of(K_BLOCK);
         let row = || ActivationRow {
-            values: Buffer::zeroed(padded),
-            pairs: Buffer::zeroed(if has_pairs { padded } else { 0 }),
+            values: Buffer::resident(padded),
+            pairs: Buffer::resident(if has_pairs { padded } else { 0 }),
             scale: 1.0,
         };
         Self {

@@ -1,4 +1,5 @@
-//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,decode]`.
+//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,decode,prefill]
+//! [--chunk 128 --stages 3]`, the last two for the decode attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -7,7 +8,7 @@
 
 use std::error::Error;
 
-use lapidary_cuda::measure::{Bench, MODELS};
+use lapidary_cuda::measure::{AttentionLoad, Bench, DecodeTuning, MODELS};
 use lapidary_model::AttentionConfig;
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
@@ -29,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("# {}", device.name);
     let mut bench = Bench::new(device)?;
     let models = option("--models").unwrap_or_else(|| "9b".to_owned());
-    let only = option("--only").unwrap_or_else(|| "fp8,output,decode".to_owned());
+    let only = option("--only").unwrap_or_else(|| "fp8,output,decode,prefill".to_owned());
     let wanted = |what: &str| only.split(',').any(|word| word == what);
     for matrices in MODELS
         .iter()
@@ -54,6 +55,46 @@ fn main() -> Result<(), Box<dyn Error>> {
     if wanted("decode") {
         decode(&mut bench)?;
     }
+    if wanted("prefill") {
+        prefill(&mut bench)?;
+    }
+    Ok(())
+}
+
+/// Of 9b.
+const HEADS: AttentionConfig = AttentionConfig {
+    num_heads: 16,
+    num_kv_heads: 8,
+    head_dim: 256,
+    scale: 1.0 / 16.0,
+    softcap: Some(50.0),
+    rope_theta: 1e4,
+};
+const WINDOW: usize = 4096;
+
+/// Whole prompts, and the last part of a long one.
+fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
+    for (batch, context, queries) in [
+        (1, 128, 128),
+        (1, 512, 512),
+        (1, 2048, 2048),
+        (4, 512, 512),
+        (1, 8192, 8192),
+        (1, 8192, 512),
+    ] {
+        let mut load = AttentionLoad {
+            batch,
+            context,
+            queries,
+            window: None,
+            tuning: None,
+        };
+        println!("{}", bench.attention(HEADS, load)?);
+        if context > WINDOW {
+            load.window = Some(WINDOW);
+            println!("{}", bench.attention(HEADS, load)?);
+        }
+    }
     Ok(())
 }
 
@@ -74,24 +115,27 @@ fn slabs(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Heads of 9b.
 fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
-    let config = AttentionConfig {
-        num_heads: 16,
-        num_kv_heads: 8,
-        head_dim: 256,
-        scale: 1.0 / 16.0,
-        softcap: Some(50.0),
-        rope_theta: 1e4,
-    };
+    let number = |name: &str| option(name).map(|value| value.parse()).transpose();
+    let tuning = number("--chunk")?
+        .zip(number("--stages")?)
+        .map(|(chunk, stages)| DecodeTuning { chunk, stages });
     for batch in BATCHES {
         for context in CONTEXTS {
-            if 2 * batch * context * config.num_kv_heads * config.head_dim * 2 > MAX_LAYER_BYTES / 2 {
+            if 2 * batch * context * HEADS.num_kv_heads * HEADS.head_dim * 2 > MAX_LAYER_BYTES / 2 {
                 continue;
             }
-            println!("{}", bench.decode_attention(config, [batch, context], None)?);
-            if context > 4096 {
-                println!("{}", bench.decode_attention(config, [batch, context], Some(4096))?);
+            let mut load = AttentionLoad {
+                batch,
+                context,
+                queries: 1,
+                window: None,
+                tuning,
+            };
+            println!("{}", bench.attention(HEADS, load)?);
+            if context > WINDOW {
+                load.window = Some(WINDOW);
+                println!("{}", bench.attention(HEADS, load)?);
             }
         }
     }

@@ -66,15 +66,13 @@ struct PrefillParams {
 
 kernel_params!(DecodeParams, PrefillParams);
 
-/// How the decode kernel is spread over a device. Only `chunk` has a say in results, in their last bits.
+/// How the decode kernel divides its work. Only `chunk` has a say in results, in their last bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DecodeTuning {
+pub struct DecodeTuning {
     /// Positions that one unit of work covers: 64, 128, 256 or 512.
-    pub(crate) chunk: usize,
+    pub chunk: usize,
     /// 16-position tiles of K and of V that each of a block's 4 computing warps has under way: 1 to 8.
-    pub(crate) stages: usize,
-    /// Blocks an SM holds.
-    pub(crate) blocks_per_sm: usize,
+    pub stages: usize,
 }
 
 impl DecodeTuning {
@@ -85,7 +83,6 @@ impl DecodeTuning {
         Self {
             chunk: 128,
             stages: (block_limit.saturating_sub(fixed) / stage).clamp(1, 8),
-            blocks_per_sm: 1,
         }
     }
 
@@ -172,9 +169,23 @@ impl Attention {
         config: AttentionConfig,
         limits: StepLimits,
     ) -> Result<Self, BackendError> {
+        Self::tuned(device, config, limits, None)
+    }
+
+    /// As [`Attention::new`], with other than the device's usual tuning.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn tuned(
+        device: &mut dyn Device,
+        config: AttentionConfig,
+        limits: StepLimits,
+        tuning: Option<DecodeTuning>,
+    ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
-        let tuning = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
+        let usual = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
+        let tuning = tuning.unwrap_or(usual);
         let prefill = names
             .prefill
             .into_iter()
@@ -315,14 +326,10 @@ impl Attention {
 
     /// The grid depends on nothing of the step: a captured launch serves any.
     fn run_decode(&self, device: &mut dyn Device, attention: AttentionParams) -> Result<(), BackendError> {
-        let DecodeTuning {
-            chunk,
-            stages,
-            blocks_per_sm,
-        } = self.tuning;
+        let DecodeTuning { chunk, stages } = self.tuning;
         let shared_bytes =
             DecodeTuning::shared_bytes(stages, self.config.head_dim, group(&self.config), self.limits.max_seqs);
-        let grid = Grid::line(self.multiprocessors * blocks_per_sm).shared(shared_bytes);
+        let grid = Grid::line(self.multiprocessors).shared(shared_bytes);
         let params = DecodeParams {
             attention,
             partial_outputs: self.partial_outputs,

@@ -289,7 +289,7 @@ impl Gemm {
         // The lowest tile that holds all rows reads weights once and multiplies little for nothing.
         persistent
             .or_else(|| fitting().find(|(tiling, _)| tiling.rows >= rows))
-            .or_else(|| fitting().last())
+            .or_else(|| fitting().next_back())
             .ok_or_else(|| BackendError::Unsupported(format!("no product of {:?}", weights.element)))
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use lapidary_model::{AttentionConfig, BackendError, StepLimits};
 
+pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
 use crate::matmul::{Matmul, Product};
@@ -221,28 +222,32 @@ impl Bench {
     }
 
     /// Attention of `batch` sequences with `context` tokens each, one of them new.
+    /// One layer's attention.
     ///
     /// # Errors
     /// Not enough memory, or the device failed.
-    pub fn decode_attention(
-        &mut self,
-        config: AttentionConfig,
-        [batch, context]: [usize; 2],
-        window: Option<usize>,
-    ) -> Result<Timing, BackendError> {
+    pub fn attention(&mut self, config: AttentionConfig, load: AttentionLoad) -> Result<Timing, BackendError> {
         const BLOCK: usize = 16;
+        let AttentionLoad {
+            batch,
+            context,
+            queries,
+            window,
+            tuning,
+        } = load;
         let device = &mut self.device;
         let memory = device.mark();
         let limits = StepLimits {
-            max_tokens: batch,
+            max_tokens: batch * queries,
             max_seqs: batch,
             max_model_len: context,
         };
-        let attention = Attention::new(device, config, limits)?;
+        let attention = Attention::tuned(device, config, limits, tuning)?;
         let blocks_each = context.div_ceil(BLOCK);
         let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
-        let batch_step = decode_batch(batch, context, BLOCK);
+        let batch_step = load.batch(BLOCK);
         step.upload(device, &batch_step)?;
+        let plan = attention.plan(device, &batch_step)?;
         step.begin(device)?;
         let layer_bytes = 2 * batch * blocks_each * BLOCK * config.num_kv_heads * config.head_dim * 2;
         let copies = (ROTATION_BYTES / layer_bytes).clamp(2, MAX_COPIES);
@@ -250,11 +255,10 @@ impl Bench {
             .map(|copy| random_bf16(device, layer_bytes / 2, copy))
             .collect::<Result<Vec<_>, _>>()?;
         let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
-        let qkv = random_bf16(device, batch * width, 99)?;
-        let mut out = Activation::alloc(device, batch, config.num_heads * config.head_dim)?;
+        let qkv = random_bf16(device, batch * queries * width, 99)?;
+        let mut out = Activation::alloc(device, batch * queries, config.num_heads * config.head_dim)?;
         let scheme = lapidary_model::ActivationScheme::Fp8Static { scale: 0.01 };
         let out = out.write(device, scheme)?;
-        let plan = attention.plan(device, &batch_step)?;
         let pointers = *step.pointers();
         let launches = copies * 2;
         let microseconds = device.time(REPEATS, &mut |device| {
@@ -273,41 +277,84 @@ impl Bench {
             Ok(())
         })? / launches as f64;
         device.release(memory)?;
-        let read = window.unwrap_or(context).min(context);
         Ok(Timing {
-            what: format!(
-                "decode attention B {batch} ctx {context}{}",
-                if window.is_some() { " window" } else { "" }
-            ),
+            what: load.to_string(),
             microseconds,
-            bytes: (2 * batch * read * config.num_kv_heads * config.head_dim * 2) as f64,
-            flops: (4 * batch * read * config.num_heads * config.head_dim) as f64,
+            bytes: (2 * batch * load.keys_read() * config.num_kv_heads * config.head_dim * 2) as f64,
+            flops: (4 * batch * load.visible_pairs() * config.num_heads * config.head_dim) as f64,
         })
     }
 }
 
-/// Every sequence owns blocks spread over the whole cache.
-fn decode_batch(batch: usize, context: usize, block_size: usize) -> lapidary_engine::Batch {
-    use lapidary_engine::{BlockId, RequestId};
-    let blocks_each = context.div_ceil(block_size);
-    let block = |seq: usize, index: usize| (index * batch + seq) as u32;
-    let last = context - 1;
-    lapidary_engine::Batch {
-        step: 0,
-        request_ids: (0..batch as u64).map(RequestId).collect(),
-        token_ids: vec![0; batch],
-        fed: Vec::new(),
-        positions: vec![last as u32; batch],
-        slot_mapping: (0..batch)
-            .map(|seq| block(seq, last / block_size) * block_size as u32 + (last % block_size) as u32)
-            .collect(),
-        query_start: (0..=batch as u32).collect(),
-        context_lens: vec![context as u32; batch],
-        block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
-        block_ids: (0..batch)
-            .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
-            .collect(),
-        samples: Vec::new(),
+/// Sequences that attend.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionLoad {
+    /// How many there are.
+    pub batch: usize,
+    /// Tokens of each.
+    pub context: usize,
+    /// The last tokens, which are computed; 1 is decoding.
+    pub queries: usize,
+    /// Of the layer.
+    pub window: Option<usize>,
+    /// The device's usual one if none is given.
+    pub tuning: Option<DecodeTuning>,
+}
+
+impl fmt::Display for AttentionLoad {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { batch, context, .. } = self;
+        match self.queries {
+            1 => write!(f, "decode attention B {batch} ctx {context}")?,
+            queries => write!(f, "prefill attention B {batch} ctx {context} queries {queries}")?,
+        }
+        write!(f, "{}", if self.window.is_some() { " window" } else { "" })
+    }
+}
+
+impl AttentionLoad {
+    /// Keys that some query token of a sequence sees.
+    fn keys_read(&self) -> usize {
+        let seen = self.window.map_or(self.context, |window| window + self.queries - 1);
+        seen.min(self.context)
+    }
+
+    /// Pairs of a query token and a key it sees, of a sequence.
+    fn visible_pairs(&self) -> usize {
+        let seen = |position: usize| self.window.map_or(position + 1, |window| window.min(position + 1));
+        (self.context - self.queries..self.context).map(seen).sum()
+    }
+
+    /// Every sequence owns blocks spread over the whole cache.
+    fn batch(&self, block_size: usize) -> lapidary_engine::Batch {
+        use lapidary_engine::{BlockId, RequestId};
+        let Self {
+            batch,
+            context,
+            queries,
+            ..
+        } = *self;
+        let blocks_each = context.div_ceil(block_size);
+        let block = |seq: usize, index: usize| (index * batch + seq) as u32;
+        let slot = |seq: usize, position: usize| {
+            block(seq, position / block_size) * block_size as u32 + (position % block_size) as u32
+        };
+        let tokens = || (0..batch).flat_map(|seq| (context - queries..context).map(move |position| (seq, position)));
+        lapidary_engine::Batch {
+            step: 0,
+            request_ids: (0..batch as u64).map(RequestId).collect(),
+            token_ids: vec![0; batch * queries],
+            fed: Vec::new(),
+            positions: tokens().map(|(_, position)| position as u32).collect(),
+            slot_mapping: tokens().map(|(seq, position)| slot(seq, position)).collect(),
+            query_start: (0..=batch).map(|seq| (seq * queries) as u32).collect(),
+            context_lens: vec![context as u32; batch],
+            block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
+            block_ids: (0..batch)
+                .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
+                .collect(),
+            samples: Vec::new(),
+        }
     }
 }
 

@@ -258,6 +258,7 @@ impl<B: Backend> ModelRunner<B> {
                 plan,
             });
         }
+        plan.check_kv_cache(&backend)?;
         let kv_layers = alloc_kv_layers(&mut backend, model, &plan, progress).map_err(|error| plan.name_in(error))?;
         let decoder = Decoder::new(model, weights, kv_layers, scratch);
         let warnings = checkpoint.warnings().iter().cloned().chain(warnings).collect();
@@ -485,6 +486,19 @@ impl MemoryPlan {
         self.kv_bytes_per_token = block_bytes / u64::from(self.block_size);
     }
 
+    /// Refused in one piece: a backend makes all pages of a layer before it is asked for the next.
+    fn check_kv_cache<B: Backend>(&self, backend: &B) -> Result<(), RunnerError> {
+        let free_bytes = backend.memory().free_bytes;
+        if self.kv_cache_bytes <= free_bytes {
+            return Ok(());
+        }
+        Err(self.name_in(BackendError::OutOfMemory {
+            what: "the KV cache",
+            needed_bytes: self.kv_cache_bytes,
+            free_bytes,
+        }))
+    }
+
     /// An allocation that failed is only understood next to the others.
     fn name_in(&self, error: BackendError) -> RunnerError {
         match error {
@@ -593,6 +607,9 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
     let (start, end) = (rows.start as u32, rows.end as u32);
     let params = Arc::new(SamplingParams {
         temperature: 0.0,
+        // The logits are read before the step ends, so it must not run as a recorded one, which only then runs at all:
+        // no recorded step reports log-probabilities.
+        logprobs: Some(0),
         ..SamplingParams::default()
     });
     let sample = |row| SampleRow {

@@ -25,6 +25,8 @@ use crate::units::ByteSize;
 
 /// Length of an answer with its prompt that the KV cache is sized for when nothing else is said: chats are rarely longer.
 const TYPICAL_SEQUENCE_TOKENS: u64 = 2048;
+/// The same of the demo model, which answers short questions.
+const DEMO_SEQUENCE_TOKENS: u64 = 256;
 /// Run once before the first request; any text would do.
 const WARM_UP_TEXT: &str = "The lapidary cut the stone, and the light came through.";
 
@@ -258,7 +260,7 @@ fn start_engine(
         kv_cache: if device.owns_its_memory() && scheduling.kv_cache_memory_bytes.is_none() {
             KvCacheSize::DeviceShare(scheduling.gpu_memory_utilization)
         } else {
-            shared_kv_cache_size(scheduling, max_num_seqs, max_model_len)
+            shared_kv_cache_size(&config.load.source, scheduling, max_num_seqs, max_model_len)
         },
     };
     let state = state.clone();
@@ -304,14 +306,21 @@ impl StartRunner {
 
 /// Where memory is shared with others: what `max_num_seqs` typical sequences need and one of full length at least, but no
 /// more than half of what is free.
-fn shared_kv_cache_size(scheduling: SchedulingConfig, max_num_seqs: u32, max_model_len: u32) -> KvCacheSize {
+fn shared_kv_cache_size(
+    source: &ModelSource,
+    scheduling: SchedulingConfig,
+    max_num_seqs: u32,
+    max_model_len: u32,
+) -> KvCacheSize {
     if let Some(bytes) = scheduling.kv_cache_memory_bytes {
         return KvCacheSize::Bytes(bytes);
     }
     let longest = u64::from(max_model_len);
-    let typical = TYPICAL_SEQUENCE_TOKENS
-        .min(longest)
-        .next_multiple_of(u64::from(scheduling.block_size));
+    let typical = match source {
+        ModelSource::Demo => DEMO_SEQUENCE_TOKENS,
+        ModelSource::Directory(_) | ModelSource::Hub(_) => TYPICAL_SEQUENCE_TOKENS,
+    };
+    let typical = typical.min(longest).next_multiple_of(u64::from(scheduling.block_size));
     KvCacheSize::Tokens {
         wanted: longest.max(u64::from(max_num_seqs) * typical),
         free_share: 0.5,
@@ -360,9 +369,10 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
     use lapidary_model::EmbeddedFiles;
 
-    use crate::cli::ServeArgs;
+    use crate::cli::{Cli, Command};
     use crate::config::Environment;
 
     use super::*;
@@ -444,10 +454,18 @@ mod tests {
             wanted,
             free_share: 0.5,
         };
-        assert_eq!(shared_kv_cache_size(config(None), 1, 8192), wanted(8192));
-        assert_eq!(shared_kv_cache_size(config(None), 64, 8192), wanted(64 * 2048));
-        assert_eq!(shared_kv_cache_size(config(None), 64, 100), wanted(64 * 112));
-        assert_eq!(shared_kv_cache_size(config(Some(7)), 64, 8192), KvCacheSize::Bytes(7));
+        let hub = ModelSource::Hub("org/gem".to_owned());
+        assert_eq!(shared_kv_cache_size(&hub, config(None), 1, 8192), wanted(8192));
+        assert_eq!(shared_kv_cache_size(&hub, config(None), 64, 8192), wanted(64 * 2048));
+        assert_eq!(shared_kv_cache_size(&hub, config(None), 64, 100), wanted(64 * 112));
+        assert_eq!(
+            shared_kv_cache_size(&hub, config(Some(7)), 64, 8192),
+            KvCacheSize::Bytes(7)
+        );
+        assert_eq!(
+            shared_kv_cache_size(&ModelSource::Demo, config(None), 64, 4096),
+            wanted(64 * 256)
+        );
     }
 
     #[test]
@@ -460,7 +478,10 @@ mod tests {
             let typed = flags
                 .iter()
                 .filter_map(|(flag, value): &(&str, Option<u32>)| Some(format!("{flag}={}", (*value)?)));
-            let args = ServeArgs::try_parse_from(["serve".to_owned()].into_iter().chain(typed)).unwrap();
+            let command = ["lapidary", "serve"].map(str::to_owned).into_iter().chain(typed);
+            let Command::Serve(args) = Cli::try_parse_from(command).unwrap().command else {
+                panic!("the command is serve");
+            };
             let config = Config::resolve(&args, &Environment::from([])).unwrap();
             config.scheduling.batch_limits((64, 512))
         };

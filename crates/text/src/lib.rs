@@ -54,6 +54,7 @@ mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
 pub mod tool_calls;
+mod uncached;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};

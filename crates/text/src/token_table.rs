@@ -2,10 +2,11 @@
 
 use std::fmt;
 
+use tokenizers::Decoder as _;
 use tokenizers::decoders::DecoderWrapper;
-use tokenizers::{Decoder as _, Tokenizer as HfTokenizer};
 
 use crate::tokenizer::TokenizerError;
+use crate::uncached::HfTokenizer;
 
 /// Ids above this are taken for a corrupt file: the table is dense. Gemma-2 has 256,000 ids.
 const MAX_VOCAB_SIZE: u32 = 1 << 21;

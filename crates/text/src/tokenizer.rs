@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::{AddedToken, AddedVocabulary, Tokenizer as HfTokenizer};
+use tokenizers::{AddedToken, AddedVocabulary};
 
 use crate::added_tokens::{AddedTokens, Piece};
 use crate::detokenizer::Detokenizer;
 use crate::rendered::Rendered;
 use crate::token_table::{TokenForm, TokenTable};
 use crate::tokenizer_config::{TokenText, TokenizerConfig};
+use crate::uncached::HfTokenizer;
 
 /// The turn markers of the Gemma family. They are control tokens even if a checkpoint forgot to flag them as special.
 const START_OF_TURN: &str = "<start_of_turn>";

@@ -63,10 +63,10 @@ impl AttentionScratch {
     pub(crate) fn new(geometry: &Geometry, max_model_len: usize) -> Self {
         let queries = TILE_TOKENS * geometry.group;
         Self {
-            queries: Buffer::zeroed(queries * geometry.padded_dim),
-            scores: Buffer::zeroed(queries * max_model_len),
-            sums: Buffer::zeroed(queries * geometry.padded_dim),
-            totals: Buffer::zeroed(queries),
+            queries: Buffer::resident(queries * geometry.padded_dim),
+            scores: Buffer::resident(queries * max_model_len),
+            sums: Buffer::resident(queries * geometry.padded_dim),
+            totals: Buffer::resident(queries),
         }
     }
 }

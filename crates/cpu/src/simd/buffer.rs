@@ -7,8 +7,11 @@ use std::ops::{Deref, DerefMut};
 /// Bytes of a cache line, and of an AVX-512 register.
 const LINE: usize = 64;
 
+/// Bytes between two elements that are touched to have all pages: the smallest page there is.
+const PAGE: usize = 4096;
+
 /// Types of which every bit pattern is a value, with no alignment above a cache line's.
-pub(crate) trait Plain: Copy + Send + Sync + 'static {}
+pub(crate) trait Plain: Copy + Default + Send + Sync + 'static {}
 impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for f32 {}
@@ -37,12 +40,27 @@ impl<T: Plain> Buffer<T> {
         }
     }
 
+    /// As [`Buffer::zeroed`], with all pages made now: what is reserved at start cannot be missing hours later.
+    pub(crate) fn resident(len: usize) -> Self {
+        let mut buffer = Self::zeroed(len);
+        make_pages(&mut buffer);
+        buffer
+    }
+
     /// Grows to at least `len` elements; what was in it is lost when it does.
     pub(crate) fn reserve(&mut self, len: usize) {
         if self.len < len {
             *self = Self::zeroed(len);
         }
     }
+}
+
+/// Writes to every page of zeros that nobody has touched.
+pub(crate) fn make_pages<T: Plain>(zeros: &mut [T]) {
+    // Opaque, or the compiler leaves out writes of what is there already.
+    let touch = |element: &mut T| *element = std::hint::black_box(T::default());
+    zeros.iter_mut().step_by(PAGE / size_of::<T>()).for_each(touch);
+    zeros.last_mut().into_iter().for_each(touch);
 }
 
 impl<T: Plain> Default for Buffer<T> {

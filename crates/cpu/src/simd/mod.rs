@@ -13,7 +13,7 @@ mod dot;
 mod isa;
 mod portable;
 
-pub(crate) use buffer::{Buffer, Plain};
+pub(crate) use buffer::{Buffer, Plain, make_pages};
 pub(crate) use dot::{Arith, Bf16, Bf16Pairs, E4m3, E4m3Pairs, F16, F32, Fma, WeightBlock, dot_tile};
 pub use isa::Isa;
 pub(crate) use isa::{Dispatch, Kernel, PairKernel};

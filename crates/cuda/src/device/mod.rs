@@ -195,7 +195,7 @@ pub(crate) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
 }
 
 /// Numbers read back from the device.
-#[cfg(test)]
+#[cfg(all(test, feature = "emulator"))]
 pub(crate) fn read_back<T: Plain + Default>(device: &mut dyn Device, from: DevicePtr, count: usize) -> Vec<T> {
     let mut bytes = vec![0; count * size_of::<T>()];
     device.download(from, &mut bytes).expect("downloads work");
@@ -209,7 +209,7 @@ pub(crate) fn read_back<T: Plain + Default>(device: &mut dyn Device, from: Devic
 }
 
 /// Numbers in fresh device memory.
-#[cfg(test)]
+#[cfg(all(test, feature = "emulator"))]
 pub(crate) fn on_device<T: Plain>(device: &mut dyn Device, values: &[T]) -> DevicePtr {
     let to = device
         .alloc("test data", size_of_val(values))

@@ -111,7 +111,12 @@ fn every_setting_can_be_a_variable() {
             "generation-config" => "vllm",
             "device" => "cpu",
             "log-format" => "json",
-            name if name.starts_with("enable-") || name.starts_with("trust-") => "false",
+            name if ["enable-", "enforce-", "trust-"]
+                .iter()
+                .any(|verb| name.starts_with(verb)) =>
+            {
+                "false"
+            }
             _ => "7",
         };
         let variable = format!("LAPIDARY_{}", name.to_ascii_uppercase().replace('-', "_"));
@@ -223,7 +228,7 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
         ),
         (&["--max-num-seqs", "0"], "max-num-seqs: must be at least 1"),
         (
-            &["--max-num-batched-tokens", "8"],
+            &["--max-num-batched-tokens", "8", "--max-num-seqs", "9"],
             "max-num-batched-tokens: must be at least max-num-seqs",
         ),
         (&["--block-size", "24"], "block-size: must be a power of two"),
