@@ -144,6 +144,8 @@ fn serve(chosen_at: Arc<ChosenAt>, pace: Option<Duration>) -> Result<(Runtime, S
         addresses: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
         max_connections: 4096,
         header_read_timeout: Duration::from_secs(60),
+        tls: None,
+        write_timeout: Duration::from_secs(60),
         shutdown_timeout: Duration::from_secs(1),
         drain_grace: Duration::ZERO,
     };

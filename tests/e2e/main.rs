@@ -2,6 +2,7 @@
 
 mod accounting;
 mod chat;
+mod hostile;
 
 use std::io;
 

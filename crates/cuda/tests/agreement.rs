@@ -1,5 +1,6 @@
 //! Whole models on the kernels against the CPU backend: the demo model, golden fixtures, and any checkpoint named in
 //! `LAPIDARY_CHECKPOINTS` (folders, separated by colons; for a GPU). The device is chosen as in `conformance.rs`.
+#![allow(clippy::print_stdout, reason = "the agreement found is worth reading")]
 #![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
 use std::path::{Path, PathBuf};

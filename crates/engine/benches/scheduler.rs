@@ -71,6 +71,7 @@ impl Load {
             cache_salt: 0,
             deadline: None,
             constraint: None,
+            queue_deadline: None,
         };
         self.scheduler.add(RequestId(id), request);
     }

@@ -312,6 +312,15 @@ struct Caller {
     queue_time: Option<Duration>,
     num_prompt_tokens: u64,
     deadline: Option<Instant>,
+    /// Until it left the queue; before `deadline`.
+    queue_deadline: Option<Instant>,
+}
+
+impl Caller {
+    /// When [`Callers::expire`] has to look at it.
+    fn deadlines(&self) -> impl Iterator<Item = Instant> + use<> {
+        self.deadline.into_iter().chain(self.queue_deadline)
+    }
 }
 
 impl Callers {
@@ -326,7 +335,7 @@ impl Callers {
     }
 
     fn insert(&mut self, id: RequestId, request: &Request, events: mpsc::Sender<EventResult>, submitted_at: Instant) {
-        self.deadlines.extend(request.deadline.map(|deadline| (deadline, id)));
+        let is_later = |at: &Instant| request.deadline.is_some_and(|deadline| deadline <= *at);
         let num_prompt_tokens = request.prompt.len() as u64;
         let caller = Caller {
             events,
@@ -334,7 +343,9 @@ impl Callers {
             queue_time: None,
             num_prompt_tokens,
             deadline: request.deadline,
+            queue_deadline: request.queue_deadline.filter(|at| !is_later(at)),
         };
+        self.deadlines.extend(caller.deadlines().map(|deadline| (deadline, id)));
         self.by_id.insert(id, caller);
     }
 
@@ -348,7 +359,15 @@ impl Callers {
             && deadline <= now
         {
             scheduler.abort(id);
-            self.end_with(id, Err(EngineError::DeadlineExceeded), Outcome::Expired);
+            let is_queued = self
+                .by_id
+                .get(&id)
+                .is_some_and(|caller| caller.queue_deadline == Some(deadline));
+            let error = match is_queued {
+                true => EngineError::QueueDeadlineExceeded,
+                false => EngineError::DeadlineExceeded,
+            };
+            self.end_with(id, Err(error), Outcome::Expired);
         }
     }
 
@@ -358,6 +377,9 @@ impl Callers {
             if let Some(caller) = self.by_id.get_mut(id) {
                 caller.queue_time = Some(caller.submitted_at.elapsed());
                 self.shared.dequeued(caller.num_prompt_tokens);
+                if let Some(deadline) = caller.queue_deadline.take() {
+                    self.deadlines.remove(&(deadline, *id));
+                }
             }
         }
     }
@@ -415,7 +437,7 @@ impl Callers {
 
     fn forget(&mut self, id: RequestId, outcome: Outcome) -> Option<Caller> {
         let caller = self.by_id.remove(&id)?;
-        if let Some(deadline) = caller.deadline {
+        for deadline in caller.deadlines() {
             self.deadlines.remove(&(deadline, id));
         }
         if caller.queue_time.is_none() {

@@ -73,6 +73,9 @@ pub enum EngineError {
     /// [`crate::Request::deadline`] passed.
     #[error("deadline exceeded")]
     DeadlineExceeded,
+    /// [`crate::Request::queue_deadline`] passed.
+    #[error("deadline to leave the queue exceeded")]
+    QueueDeadlineExceeded,
     /// [`crate::EngineHandle::shutdown`] cut the request off.
     #[error("the engine was shut down")]
     ShutDown,

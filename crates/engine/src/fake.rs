@@ -447,6 +447,7 @@ impl Request {
             cache_salt: 0,
             deadline: None,
             constraint: None,
+            queue_deadline: None,
         }
     }
 }

@@ -51,6 +51,7 @@
 //!     cache_salt: 0,
 //!     deadline: None,
 //!     constraint: None,
+//!     queue_deadline: None,
 //! })?;
 //! let mut tokens = Vec::new();
 //! while let Some(event) = stream.blocking_recv() {

@@ -31,6 +31,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Says which tokens may come next.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// It fails with `EngineError::QueueDeadlineExceeded` if no step was launched for it until this time.
+    pub queue_deadline: Option<Instant>,
 }
 
 impl Request {

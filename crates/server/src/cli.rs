@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::bench::BenchArgs;
-use crate::units::{ByteSize, Span};
+use crate::config::Token;
+use crate::units::{ByteSize, NameList, Span};
 
 /// Serves Gemma-2 models behind the OpenAI HTTP API.
 #[derive(Debug, Parser)]
@@ -150,6 +151,11 @@ pub struct Settings {
     #[arg(long, value_name = "TOKENS")]
     pub max_num_queued_tokens: Option<u64>,
 
+    /// `fcfs` serves requests in order of arrival and refuses `priority`; `priority` serves lower ones first, for clients
+    /// that are trusted with it [default: fcfs].
+    #[arg(long, value_name = "POLICY")]
+    pub scheduling_policy: Option<SchedulingPolicy>,
+
     /// Reuse the keys and values of prompts that begin alike [default: true].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           overrides_with = "no_enable_prefix_caching")]
@@ -242,6 +248,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub request_timeout: Option<Span>,
 
+    /// Longest wait of a request in the queue, after which it is answered 429; 0 sets no limit [default: 0].
+    #[arg(long, value_name = "TIME")]
+    pub queue_timeout: Option<Span>,
+
     /// Time that requests in flight get to finish once the process drains [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub shutdown_timeout: Option<Span>,
@@ -250,13 +260,67 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub drain_grace: Option<Span>,
 
-    /// Connections open at the same time; further ones wait to be accepted [default: 4096].
+    /// Connections open at the same time; on further ones only probes are answered, anything else with 503
+    /// [default: 4096].
     #[arg(long, value_name = "N")]
     pub max_connections: Option<u32>,
 
     /// Time a client has for a request's headers, and may keep an idle connection open [default: 75s].
     #[arg(long, value_name = "TIME")]
     pub header_read_timeout: Option<Span>,
+
+    /// Time that a client may leave its answer unread before it is cut off [default: 60s].
+    #[arg(long, value_name = "TIME")]
+    pub write_timeout: Option<Span>,
+
+    /// Key that clients must send as `Authorization: Bearer KEY`; can be given several times [default: no key is
+    /// needed; env also: VLLM_API_KEY].
+    #[arg(long, value_name = "KEY")]
+    pub api_key: Option<Vec<Token>>,
+
+    /// File with more keys, one a line; read again when it changes and on SIGHUP.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Answer /metrics without a key, as /live, /ready and /health are [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub unauthenticated_metrics: Option<bool>,
+
+    /// Requests of one key at the same time; more are answered 429 [default: no limit].
+    #[arg(long, value_name = "N")]
+    pub max_concurrency_per_key: Option<u32>,
+
+    /// Prompt and generated tokens of one key; beyond it requests are answered 429 [default: no limit].
+    #[arg(long, value_name = "TOKENS")]
+    pub tokens_per_minute_per_key: Option<u64>,
+
+    /// Web pages that may call: `*`, or origins as a JSON list or separated by commas [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_origins: Option<NameList>,
+
+    /// Methods that web pages may use [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_methods: Option<NameList>,
+
+    /// Headers that web pages may send [default: *].
+    #[arg(long, value_name = "LIST")]
+    pub allowed_headers: Option<NameList>,
+
+    /// Let web pages send cookies along [default: false].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub allow_credentials: Option<bool>,
+
+    /// Prefix of paths that a proxy may leave on, `/gem` for one [default: none].
+    #[arg(long, value_name = "PATH")]
+    pub root_path: Option<String>,
+
+    /// Certificate chain (PEM) to serve HTTPS with; read again when it changes and on SIGHUP [default: plain HTTP].
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// Private key (PEM) of the certificate [default: plain HTTP].
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
 
     /// `text` for people, `json` for machines [default: text].
     #[arg(long, value_name = "FORMAT")]
@@ -265,6 +329,16 @@ pub struct Settings {
     /// error, warn, info, debug, or filters such as `info,lapidary_engine=debug` [default: info].
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+}
+
+/// Which waiting request runs next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    Fcfs,
+    /// Lower `priority` first.
+    Priority,
 }
 
 /// Where sampling defaults come from.
@@ -324,6 +398,7 @@ impl Settings {
             max_num_batched_tokens: None,
             max_num_queued_reqs: Some(512),
             max_num_queued_tokens: Some(1_000_000),
+            scheduling_policy: Some(SchedulingPolicy::Fcfs),
             enable_prefix_caching: Some(true),
             block_size: Some(16),
             kv_cache_memory_bytes: None,
@@ -346,10 +421,24 @@ impl Settings {
             tensor_parallel_size: Some(1),
             sse_keep_alive_interval: seconds(15),
             request_timeout: seconds(0),
+            queue_timeout: seconds(0),
             shutdown_timeout: seconds(30),
             drain_grace: seconds(2),
             max_connections: Some(4096),
             header_read_timeout: seconds(75),
+            write_timeout: seconds(60),
+            api_key: None,
+            api_key_file: None,
+            unauthenticated_metrics: Some(false),
+            max_concurrency_per_key: None,
+            tokens_per_minute_per_key: None,
+            allowed_origins: None,
+            allowed_methods: None,
+            allowed_headers: None,
+            allow_credentials: Some(false),
+            root_path: None,
+            ssl_certfile: None,
+            ssl_keyfile: None,
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
         }

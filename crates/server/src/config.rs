@@ -2,19 +2,25 @@
 //! hands out immutable structs. The only file that reads the environment.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Parser;
+use serde::{Deserialize, Serialize};
 
+use crate::access::KeyFileError;
 use crate::cli::{
-    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, ServeArgs, Settings, SystemRoleSetting,
+    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, SchedulingPolicy, ServeArgs, Settings,
+    SystemRoleSetting,
 };
 use crate::state::Limits;
 use crate::units::Span;
 
+/// Of our variables.
 const PREFIX: &str = "LAPIDARY_";
 
 /// What `lapidary serve` was told, checked.
@@ -30,6 +36,8 @@ pub struct Config {
     pub scheduling: SchedulingConfig,
     /// The listener.
     pub http: HttpConfig,
+    /// Who may come in.
+    pub access: AccessConfig,
     /// What one request may ask for.
     pub limits: Limits,
     /// Log lines.
@@ -104,6 +112,10 @@ pub struct HttpConfig {
     pub max_connections: u32,
     /// Time for a request's headers; idle connections close after it too.
     pub header_read_timeout: Duration,
+    /// Certificate and key; absent: plain HTTP.
+    pub tls: Option<TlsConfig>,
+    /// Time that a client may leave its answer unread.
+    pub write_timeout: Duration,
     /// Time for requests in flight once the listener is closed.
     pub shutdown_timeout: Duration,
     /// Time between `/ready` saying 503 and the listener closing.
@@ -136,9 +148,18 @@ pub struct HubConfig {
     pub ca_bundle: Option<PathBuf>,
 }
 
-/// A secret: never printed.
-#[derive(Clone, PartialEq, Eq)]
+/// A secret: never printed. It serialises as it is, since settings are layered that way.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Token(String);
+
+impl FromStr for Token {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self::new(text))
+    }
+}
 
 impl Token {
     /// Wraps a token.
@@ -197,6 +218,9 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The file of `api-key-file` cannot be used.
+    #[error(transparent)]
+    KeyFile(KeyFileError),
     /// A number no settings file could hold.
     #[error("a setting is too large")]
     TooLarge(#[source] toml::ser::Error),
@@ -285,17 +309,17 @@ impl Config {
             hub: HubConfig::new(&settings, environment)?,
             scheduling: SchedulingConfig::new(&settings)?,
             http: HttpConfig::new(&settings)?,
+            access: AccessConfig::new(&settings, environment)?,
             limits: Limits {
                 max_logprobs: given(settings.max_logprobs),
+                allows_priority: given(settings.scheduling_policy) == SchedulingPolicy::Priority,
                 trust_request_chat_template: given(settings.trust_request_chat_template),
                 prompt_tokens_details: given(settings.enable_prompt_tokens_details),
                 force_include_usage: given(settings.enable_force_include_usage),
                 per_request_metrics: given(settings.enable_per_request_metrics),
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
-                request_timeout: settings
-                    .request_timeout
-                    .map(|span| span.0)
-                    .filter(|timeout| !timeout.is_zero()),
+                request_timeout: unless_zero(settings.request_timeout),
+                queue_timeout: unless_zero(settings.queue_timeout),
                 ..Limits::default()
             },
             log: LogConfig::new(&settings)?,
@@ -311,11 +335,17 @@ impl Config {
     pub fn to_toml(&self) -> Result<String, ConfigError> {
         let table = toml::Table::try_from(&self.settings).map_err(ConfigError::TooLarge)?;
         let line = |key: String| match table.get(&key) {
+            Some(_) if key == "api-key" => format!("# {key}: not shown\n"),
             Some(value) => format!("{key} = {value}\n"),
             None => format!("# {key}: decided by the model or the machine\n"),
         };
         Ok(setting_names().map(line).collect())
     }
+}
+
+/// A time of 0 is no limit.
+fn unless_zero(span: Option<Span>) -> Option<Duration> {
+    span.map(|span| span.0).filter(|time| !time.is_zero())
 }
 
 /// A setting that [`Settings::defaults`] gives a value.
@@ -556,6 +586,8 @@ impl HttpConfig {
             addresses,
             max_connections: given(settings.max_connections),
             header_read_timeout: time(settings.header_read_timeout),
+            tls: TlsConfig::new(settings)?,
+            write_timeout: time(settings.write_timeout),
             shutdown_timeout: time(settings.shutdown_timeout),
             drain_grace: time(settings.drain_grace),
         };
@@ -565,6 +597,7 @@ impl HttpConfig {
             "header-read-timeout",
             "must be more than 0",
         )?;
+        require(!config.write_timeout.is_zero(), "write-timeout", "must be more than 0")?;
         Ok(config)
     }
 }
@@ -632,5 +665,8 @@ fn find_token(environment: &Environment, home: &Path) -> Option<Token> {
     (!token.is_empty()).then(|| Token::new(token))
 }
 
+mod access;
 #[cfg(test)]
 mod tests;
+
+pub use self::access::{AccessConfig, TlsConfig};

@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Bytes of a client's own words that an error message repeats.
 const MAX_ECHO_BYTES: usize = 200;
 
-/// Bounds of `Retry-After` for a full queue: below, a client would come back before anything changed; above, openai
+/// Bounds of `Retry-After` for what time mends: below, a client would come back before anything changed; above, openai
 /// clients ignore it.
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
@@ -69,12 +69,39 @@ pub(crate) enum ApiError {
     /// The answer was not complete at the deadline.
     #[error("The request was not finished before its deadline.")]
     DeadlineExceeded,
+    /// No API key, or none of ours.
+    #[error("{}", if *.has_key {
+        "Incorrect API key provided."
+    } else {
+        "You didn't provide an API key. Send it in the Authorization header: `Authorization: Bearer YOUR_KEY`."
+    })]
+    Unauthorized {
+        /// There was a key.
+        has_key: bool,
+    },
+    /// The API key has used what it may for now.
+    #[error("{message}")]
+    RateLimited {
+        /// Which limit, with the numbers.
+        message: String,
+        /// When the key should have room again.
+        retry_after: Duration,
+    },
     /// The queue has no room.
     #[error("{message}")]
     QueueFull {
         /// Which limit, with the numbers.
         message: String,
         /// When the queue should have room again.
+        retry_after: Duration,
+    },
+    /// As many connections are open as may be.
+    #[error("The server has as many connections open as it takes.")]
+    TooManyConnections,
+    /// The request was still in the queue when its patience, or the server's, ended.
+    #[error("The request waited in the queue until its deadline. The server is overloaded.")]
+    QueueTimeout {
+        /// When the queue should be shorter.
         retry_after: Duration,
     },
     /// The model is not loaded yet.
@@ -152,13 +179,30 @@ impl ApiError {
             }
             SubmitError::QueueFull { .. } => Self::QueueFull {
                 message: format!("The server is overloaded: {error}."),
-                retry_after: stats
-                    .queue_drain_time()
-                    .unwrap_or(RETRY_AFTER_MIN)
-                    .clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX),
+                retry_after: after_queue(stats),
             },
             SubmitError::ShuttingDown => Self::ShuttingDown,
             SubmitError::Dead => Self::EngineDead,
+        }
+    }
+
+    /// What it means for the client that the engine gave up on its request.
+    pub(crate) fn failed(error: &EngineError, stats: &StatsSnapshot) -> Self {
+        match error {
+            EngineError::StepFailed { .. } => Self::Internal {
+                is_deterministic: false,
+            },
+            EngineError::ConstraintFailed { source } => Self::InvalidRequest {
+                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
+                param: None,
+                code: Some("grammar_failed"),
+            },
+            EngineError::DeadlineExceeded => Self::DeadlineExceeded,
+            EngineError::QueueDeadlineExceeded => Self::QueueTimeout {
+                retry_after: after_queue(stats),
+            },
+            EngineError::ShutDown => Self::ShuttingDown,
+            EngineError::EngineDead => Self::EngineDead,
         }
     }
 
@@ -193,8 +237,13 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
-            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
+            Self::RateLimited { .. } | Self::QueueFull { .. } | Self::QueueTimeout { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
+            Self::TooManyConnections | Self::ModelLoading { .. } | Self::ShuttingDown | Self::EngineDead => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -219,7 +268,11 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
             Self::BodyTooLarge { .. } => Some("request_too_large"),
             Self::BodyTimeout { .. } | Self::DeadlineExceeded => Some("request_timeout"),
+            Self::Unauthorized { .. } => Some("invalid_api_key"),
+            Self::RateLimited { .. } => Some("rate_limit_exceeded"),
             Self::QueueFull { .. } => Some("queue_full"),
+            Self::QueueTimeout { .. } => Some("queue_timeout"),
+            Self::TooManyConnections => Some("too_many_connections"),
             Self::ModelLoading { .. } => Some("model_loading"),
             Self::ShuttingDown => Some("shutting_down"),
             Self::EngineDead => Some("engine_dead"),
@@ -238,7 +291,10 @@ impl ApiError {
     /// How long a client should wait before it tries again.
     fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after, .. } => Some(*retry_after),
+            Self::RateLimited { retry_after, .. }
+            | Self::QueueFull { retry_after, .. }
+            | Self::QueueTimeout { retry_after } => Some(*retry_after),
+            Self::TooManyConnections => Some(RETRY_AFTER_MIN),
             Self::ModelLoading { .. } => Some(Duration::from_secs(2)),
             // Another replica, or this one after its restart.
             Self::ShuttingDown | Self::EngineDead => Some(Duration::from_secs(5)),
@@ -260,24 +316,6 @@ impl ApiError {
     }
 }
 
-impl From<&EngineError> for ApiError {
-    fn from(error: &EngineError) -> Self {
-        match error {
-            EngineError::StepFailed { .. } => Self::Internal {
-                is_deterministic: false,
-            },
-            EngineError::ConstraintFailed { source } => Self::InvalidRequest {
-                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
-                param: None,
-                code: Some("grammar_failed"),
-            },
-            EngineError::DeadlineExceeded => Self::DeadlineExceeded,
-            EngineError::ShutDown => Self::ShuttingDown,
-            EngineError::EngineDead => Self::EngineDead,
-        }
-    }
-}
-
 /// The cause at the bottom, which says most.
 fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut error = error;
@@ -296,11 +334,25 @@ impl IntoResponse for ApiError {
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        if let Self::Unauthorized { .. } = self {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if matches!(self, Self::Internal { is_deterministic: true } | Self::DeadlineExceeded) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         response
     }
+}
+
+/// When all that waits at present should have started.
+fn after_queue(stats: &StatsSnapshot) -> Duration {
+    clamp_retry_after(stats.queue_drain_time().unwrap_or_default())
+}
+
+/// A wait that clients can be told.
+#[must_use]
+pub(crate) fn clamp_retry_after(wait: Duration) -> Duration {
+    wait.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
 }
 
 /// The start of `text`, as much as a message can bear.

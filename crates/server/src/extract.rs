@@ -1,16 +1,23 @@
-//! Reads a request body and parses it as JSON: any content type, bounded in size, time and depth.
+//! Reads a request body and parses it as JSON: any content type, bounded in size, time and depth, and all bodies together
+//! in memory.
 
 use axum::body::Body;
 use axum::http::{HeaderMap, header};
 use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::{ApiError, shorten};
 use crate::state::{AppState, Limits};
 
 /// Bodies up to this size are parsed where they are: half a millisecond.
 const MAX_INLINE_BYTES: usize = 128 << 10;
+
+/// Bytes of a body that are read whatever else is: with `max-connections` of them memory is bounded too. Almost all bodies
+/// are smaller.
+const SMALL_BODY_BYTES: usize = 64 << 10;
 
 /// Reads a request's body and parses it.
 ///
@@ -21,28 +28,39 @@ pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
     headers: &HeaderMap,
     body: Body,
 ) -> Result<T, ApiError> {
-    let bytes = read_body(headers, body, &state.limits).await?;
-    state
-        .compute(bytes.len() > MAX_INLINE_BYTES, move || parse_json(&bytes))
-        .await?
+    let (bytes, room) = read_body(state, headers, body).await?;
+    let num_bytes = bytes.len();
+    let parse = move || {
+        let value = parse_json(&bytes);
+        drop((bytes, room));
+        value
+    };
+    state.compute(num_bytes > MAX_INLINE_BYTES, parse).await?
 }
 
-/// Reads the whole body.
+/// Reads the whole body. A large one waits for room among the other large ones, which is to be kept for as long as it.
 ///
 /// # Errors
 /// It is larger than `limits.max_body_bytes`, slower than `limits.body_timeout`, or broke off.
-pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) -> Result<Bytes, ApiError> {
-    let too_large = ApiError::BodyTooLarge {
-        limit_bytes: limits.max_body_bytes,
-    };
+pub(crate) async fn read_body(
+    state: &AppState,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ApiError> {
+    let limits = &state.limits;
     let announced = headers
         .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > limits.max_body_bytes as u64) {
-        return Err(too_large);
+        .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    if announced.is_some_and(|length| length > limits.max_body_bytes) {
+        return Err(too_large(limits));
     }
-    let read = read_frames(body, limits.max_body_bytes, too_large);
-    match tokio::time::timeout(limits.body_timeout, read).await {
+    // A body that does not say how long it is could become as long as any.
+    let reader = BodyReader {
+        state,
+        max_bytes: announced.unwrap_or(limits.max_body_bytes),
+        room: None,
+    };
+    match tokio::time::timeout(limits.body_timeout, reader.read(body)).await {
         Ok(result) => result,
         Err(_) => Err(ApiError::BodyTimeout {
             limit: limits.body_timeout,
@@ -50,26 +68,52 @@ pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limits: &Limits) 
     }
 }
 
-async fn read_frames(mut body: Body, max_bytes: usize, too_large: ApiError) -> Result<Bytes, ApiError> {
-    let mut first = Bytes::new();
-    let mut rest = BytesMut::new();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| bad_json("the body broke off"))?;
-        let Ok(data) = frame.into_data() else { continue };
-        if first.len().max(rest.len()) + data.len() > max_bytes {
-            return Err(too_large);
-        }
-        if first.is_empty() {
-            first = data;
-        } else {
-            if rest.is_empty() {
-                rest.extend_from_slice(&first);
-            }
-            rest.extend_from_slice(&data);
-        }
+fn too_large(limits: &Limits) -> ApiError {
+    ApiError::BodyTooLarge {
+        limit_bytes: limits.max_body_bytes,
     }
-    // Most bodies arrive in one frame: they are never copied.
-    Ok(if rest.is_empty() { first } else { rest.freeze() })
+}
+
+/// Gathers a body.
+struct BodyReader<'a> {
+    state: &'a AppState,
+    /// The body will not be longer.
+    max_bytes: usize,
+    /// Taken all at once: bodies that each had a part of what they need could wait for each other.
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl BodyReader<'_> {
+    async fn read(mut self, mut body: Body) -> Result<(Bytes, Option<OwnedSemaphorePermit>), ApiError> {
+        let mut first = Bytes::new();
+        let mut rest = BytesMut::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| bad_json("the body broke off"))?;
+            let Ok(data) = frame.into_data() else { continue };
+            let num_bytes = first.len().max(rest.len()) + data.len();
+            if num_bytes > self.max_bytes {
+                return Err(too_large(&self.state.limits));
+            }
+            // One that is there as a whole was read before, and has its room.
+            let is_whole = first.is_empty() && body.is_end_stream();
+            if num_bytes > SMALL_BODY_BYTES && !is_whole && self.room.is_none() {
+                self.room = Some(self.state.body_room(self.max_bytes).await);
+                // Now, or growth would take up to twice as much. Pages are made as they are written.
+                rest.reserve(self.max_bytes - rest.len());
+            }
+            if first.is_empty() {
+                first = data;
+            } else {
+                if rest.is_empty() {
+                    rest.extend_from_slice(&first);
+                }
+                rest.extend_from_slice(&data);
+            }
+        }
+        // Most bodies arrive in one frame: they are never copied.
+        let bytes = if rest.is_empty() { first } else { rest.freeze() };
+        Ok((bytes, self.room))
+    }
 }
 
 /// Parses a JSON object. Nesting is bounded by `serde_json`'s limit of 128.

@@ -17,7 +17,8 @@ use lapidary_text::{CallEvent, CallReader, Detokenizer, GrammarState, StopMatche
 use crate::error::ApiError;
 use crate::grammar::GrammarConstraint;
 use crate::metrics::{FinishedSequence, SequenceEnd};
-use crate::openai::Params;
+use crate::openai::{Deadlines, Params};
+use crate::record::RequestRecord;
 use crate::state::{AppState, ServedModel};
 
 /// All answers to one request, in progress.
@@ -26,6 +27,7 @@ pub(crate) struct Generation {
     choices: Vec<Choice>,
     prompts: Vec<PromptUsage>,
     state: AppState,
+    record: Option<Arc<RequestRecord>>,
     arrival: Instant,
     /// Where the next poll begins: each choice gets its turn.
     next: usize,
@@ -36,7 +38,7 @@ pub(crate) struct Generation {
 /// What a request comes with beside prompts and parameters.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    pub(crate) deadline: Option<Instant>,
+    pub(crate) deadlines: Deadlines,
     pub(crate) arrival: Instant,
     /// What each answer is held to, from its first token on.
     pub(crate) constraint: Option<GrammarState>,
@@ -164,7 +166,7 @@ impl Generation {
         admission: Admission,
     ) -> Result<Self, ApiError> {
         let Admission {
-            deadline,
+            deadlines,
             arrival,
             constraint,
         } = admission;
@@ -183,9 +185,10 @@ impl Generation {
             for choice in 0..params.n {
                 let seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
                 let request = Request {
-                    deadline,
                     // Each answer has its own.
                     constraint: constraint.clone().map(|state| Box::new(GrammarConstraint(state)) as _),
+                    deadline: deadlines.answer,
+                    queue_deadline: deadlines.queue,
                     ..request_of(&prompt.tokens, params, seed, max_tokens)
                 };
                 let submitted = Instant::now();
@@ -208,11 +211,17 @@ impl Generation {
             choices,
             prompts: usages,
             state: state.clone(),
+            record: None,
             arrival,
             next: 0,
             num_unfinished,
             has_failed: false,
         })
+    }
+
+    /// Counts what is used for a request too.
+    pub(crate) fn count_for(&mut self, record: &Arc<RequestRecord>) {
+        self.record = Some(Arc::clone(record));
     }
 
     /// The next choice that has something new in its [`Choice::delta`]; `None` when all are finished. Not to be called
@@ -325,6 +334,12 @@ impl Generation {
         if prompt.num_cached_tokens.is_none() {
             prompt.num_cached_tokens = Some(event.num_cached_tokens);
             metrics.prompt_tokens(prompt.num_tokens(), event.num_cached_tokens);
+            if let Some(record) = &self.record {
+                record.prompt(prompt.num_tokens(), event.num_cached_tokens);
+            }
+        }
+        if let Some(record) = self.record.as_ref().filter(|_| choice.num_tokens > 0) {
+            record.token();
         }
         match event.since_last {
             _ if choice.num_tokens == 0 => {}
@@ -542,7 +557,7 @@ impl Choice {
     }
 }
 
-/// One sequence; the caller knows its deadline.
+/// One sequence; the caller knows its deadlines.
 fn request_of(prompt: &Arc<[TokenId]>, params: &Params, seed: u64, max_tokens: u32) -> Request {
     let sampling = SamplingParams {
         seed,
@@ -561,6 +576,7 @@ fn request_of(prompt: &Arc<[TokenId]>, params: &Params, seed: u64, max_tokens: u
         priority: params.priority,
         cache_salt: params.cache_salt,
         deadline: None,
+        queue_deadline: None,
     }
 }
 

@@ -7,15 +7,18 @@
 //! | [`grammar`] | compiling grammars off the async threads, within limits |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
+//! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
 //! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
 //! | [`check`] | what is wrong with a checkpoint |
-//! | [`bench`] | a load generator, which shares nothing with the rest |
+//! | [`mod@bench`] | a load generator, which shares nothing with the rest |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
 //! | [`state`], [`lifecycle`] | what handlers share; where the process stands |
 
+pub mod access;
+mod access_log;
 pub mod bench;
 pub mod check;
 pub mod cli;
@@ -37,6 +40,7 @@ pub mod metrics;
 mod openai;
 mod probes;
 mod progress;
+mod record;
 mod request_id;
 pub mod serve;
 mod sse;
@@ -49,24 +53,30 @@ pub use crate::lifecycle::{Lifecycle, Phase};
 pub use crate::metrics::Metrics;
 pub use crate::state::{AppState, Limits, SamplingDefaults, ServedModel};
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{HeaderName, header};
 use axum::middleware;
 use axum::response::Response;
 use axum::routing::{get, post};
 use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
-use tower_http::cors::{AllowHeaders, AllowMethods, Any, CorsLayer};
 
 use crate::error::ApiError;
 
-/// How long browsers may remember a preflight's answer: Firefox's upper bound.
-const PREFLIGHT_MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// All routes and layers.
 pub fn router(state: AppState) -> Router {
+    let root_path = state.access.root_path.clone();
+    let routes = routes(state);
+    match root_path.as_str() {
+        "" => routes,
+        // Proxies may strip the prefix or not.
+        prefix => Router::new().nest(prefix, routes.clone()).fallback_service(routes),
+    }
+}
+
+fn routes(state: AppState) -> Router {
+    let cors = state.access.cors.layer();
     Router::new()
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
@@ -94,26 +104,13 @@ pub fn router(state: AppState) -> Router {
         .route("/is_sleeping", get(probes::is_sleeping))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
-        .with_state(state)
+        .with_state(state.clone())
         // Later layers wrap earlier ones: errors of all of them carry an id and are readable across origins.
+        .layer(middleware::from_fn_with_state(state, access::admit))
         .layer(CatchPanicLayer::custom(PanicResponse))
-        .layer(cors())
+        .layer(cors)
+        .layer(middleware::from_fn(access_log::log))
         .layer(middleware::from_fn(request_id::assign))
-}
-
-/// Any page may call. There are no keys yet: beyond loopback a proxy has to decide who may. Headers are mirrored since `*` would not cover
-/// `Authorization`.
-fn cors() -> CorsLayer {
-    CorsLayer::new()
-        .allow_origin(Any)
-        .allow_methods(AllowMethods::mirror_request())
-        .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([
-            request_id::X_REQUEST_ID,
-            header::RETRY_AFTER,
-            HeaderName::from_static("x-should-retry"),
-        ])
-        .max_age(PREFLIGHT_MAX_AGE)
 }
 
 async fn unknown_url(request: Request) -> ApiError {

@@ -9,34 +9,51 @@ use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
 
+use crate::record::RequestRecord;
+
 /// The header's name.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Bytes of a client's id that are taken over; longer ones are replaced.
 const MAX_LEN: usize = 128;
 
-/// Names one HTTP request; goes to the answer's `id`, the log and the response header.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct RequestId(Arc<str>);
+/// Names one HTTP request; goes to the answer's `id`, the log and the response header. Leads to what is known of it.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestId {
+    text: Arc<str>,
+    record: Arc<RequestRecord>,
+}
 
 impl RequestId {
     /// A new random id.
     #[must_use]
     pub(crate) fn random() -> Self {
-        Self(format!("{:016x}{:016x}", random_u64(), random_u64()).into())
+        Self::new(&format!("{:016x}{:016x}", random_u64(), random_u64()))
+    }
+
+    fn new(text: &str) -> Self {
+        Self {
+            text: text.into(),
+            record: Arc::default(),
+        }
     }
 
     /// The id a client chose, unless it could not go into JSON, a log line and a header as it is.
     fn from_header(value: &HeaderValue) -> Option<Self> {
         let text = value.to_str().ok()?;
         let sane = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:/+=@~|".contains(&byte);
-        (!text.is_empty() && text.len() <= MAX_LEN && text.bytes().all(sane)).then(|| Self(text.into()))
+        (!text.is_empty() && text.len() <= MAX_LEN && text.bytes().all(sane)).then(|| Self::new(text))
     }
 
     /// The text.
     #[must_use]
     pub(crate) fn as_str(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// What is known of the request.
+    pub(crate) fn record(&self) -> &Arc<RequestRecord> {
+        &self.record
     }
 }
 
@@ -66,20 +83,19 @@ mod tests {
 
     #[test]
     fn a_sane_id_is_kept_and_others_are_not() {
-        let parse = |text: &'static str| RequestId::from_header(&HeaderValue::from_static(text));
-        assert_eq!(parse("req-1_a.b").expect("kept").as_str(), "req-1_a.b");
+        let parse = |text: &'static str| {
+            RequestId::from_header(&HeaderValue::from_static(text)).map(|id| id.as_str().to_owned())
+        };
+        assert_eq!(parse("req-1_a.b").as_deref(), Some("req-1_a.b"));
         assert_eq!(parse(""), None);
         assert_eq!(parse("a\"b"), None);
         assert_eq!(parse("a b"), None);
-        let long = "x".repeat(MAX_LEN + 1);
-        assert_eq!(
-            RequestId::from_header(&HeaderValue::from_str(&long).expect("ascii")),
-            None
-        );
+        let long = HeaderValue::from_str(&"x".repeat(MAX_LEN + 1)).expect("ascii");
+        assert!(RequestId::from_header(&long).is_none());
     }
 
     #[test]
     fn random_ids_differ() {
-        assert_ne!(RequestId::random(), RequestId::random());
+        assert_ne!(RequestId::random().as_str(), RequestId::random().as_str());
     }
 }

@@ -6,9 +6,13 @@
 //! restarts the process.
 
 mod listener;
+mod reload;
+mod stall;
+mod tls;
 
 use std::io;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
@@ -18,13 +22,15 @@ use axum::response::Response;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
-use crate::config::{Config, HttpConfig};
+use crate::config::{Config, ConfigError, HttpConfig};
 use crate::lifecycle::Phase;
 use crate::load::{LoadError, load};
 use crate::metrics::Metrics;
 use crate::state::{AppState, ServedModel};
 use listener::Connections;
 pub use listener::Listener;
+use tls::Tls;
+pub use tls::TlsError;
 
 /// How often the engine's health is looked at. Its death is rare; clients hear of it at once through their streams.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -43,6 +49,12 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The API keys cannot be read.
+    #[error("cannot tell who may come in")]
+    Access(#[source] ConfigError),
+    /// Certificate or key cannot be used.
+    #[error("cannot serve HTTPS")]
+    Tls(#[source] TlsError),
     /// The system refused to deliver signals.
     #[error("cannot handle signals")]
     Signals(#[source] io::Error),
@@ -65,7 +77,9 @@ pub enum ServeError {
 /// # Errors
 /// See [`ServeError`]: the process should exit non-zero.
 pub async fn serve(config: Config) -> Result<(), ServeError> {
-    let state = AppState::new(config.limits.clone(), Metrics::new(config.load.names[0].clone()));
+    let access = config.access.open().map_err(ServeError::Access)?;
+    let metrics = Metrics::new(config.load.names[0].clone());
+    let state = AppState::with_access(config.limits.clone(), metrics, access);
     let listener = Listener::bind(&config.http).await?;
     let http = config.http.clone();
     serve_on(listener, &http, state, move |state| load(&config, state)).await
@@ -83,10 +97,16 @@ pub async fn serve_on(
 ) -> Result<(), ServeError> {
     let started = Instant::now();
     let mut signals = Signals::new().map_err(ServeError::Signals)?;
-    tracing::info!(url = format!("http://{}", listener.local_address()), "listening");
+    let tls = match &http.tls {
+        Some(tls) => Some(Arc::new(Tls::open(tls).map_err(ServeError::Tls)?)),
+        None => None,
+    };
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    tracing::info!(url = format!("{scheme}://{}", listener.local_address()), "listening");
+    let _reloading = reload::start(&state, tls.as_ref()).map_err(ServeError::Signals)?;
     let router = crate::router(state.clone());
     let router = router.layer(map_response_with_state(state.clone(), close_while_draining));
-    let connections = listener.start(router, http);
+    let connections = listener.start(router, http, tls);
 
     let loading = {
         let state = state.clone();

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use lapidary_engine::{EngineHandle, TokenId};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::access::Access;
 use crate::error::ApiError;
 use crate::grammar::Grammars;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -27,21 +28,36 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What a client may ask for.
     pub limits: Limits,
+    /// Who may ask.
+    pub access: Access,
     /// One permit for each long text that may be parsed or tokenised at the same time: as many as there are cores.
     long_work: Arc<Semaphore>,
+    /// One permit for each KiB of large bodies that may be in memory at the same time.
+    body_room: Arc<Semaphore>,
+    max_body_room: u32,
 }
 
 impl AppState {
-    /// A state without a model.
+    /// A state without a model that lets everybody in.
     #[must_use]
     pub fn new(limits: Limits, metrics: Metrics) -> Self {
+        Self::with_access(limits, metrics, Access::default())
+    }
+
+    /// A state without a model.
+    #[must_use]
+    pub fn with_access(limits: Limits, metrics: Metrics, access: Access) -> Self {
+        let max_body_room = kib(limits.max_bodies_bytes);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             lifecycle: Lifecycle::default(),
             model: OnceLock::new(),
             metrics,
             limits,
+            access,
             long_work: Arc::new(Semaphore::new(cores)),
+            body_room: Arc::new(Semaphore::new(max_body_room as usize)),
+            max_body_room,
         }))
     }
 
@@ -86,6 +102,13 @@ impl AppState {
         })
     }
 
+    /// Room in memory for a body of so many bytes, once there is.
+    pub(crate) async fn body_room(&self, num_bytes: usize) -> OwnedSemaphorePermit {
+        let room = kib(num_bytes).min(self.max_body_room);
+        let acquired = Arc::clone(&self.body_room).acquire_many_owned(room).await;
+        acquired.expect("the semaphore is never closed")
+    }
+
     pub(crate) fn is_engine_dead(&self) -> bool {
         self.model.get().is_some_and(|model| !model.engine.is_alive())
     }
@@ -98,6 +121,10 @@ impl AppState {
             model.engine.is_alive() && !is_stuck
         })
     }
+}
+
+fn kib(num_bytes: usize) -> u32 {
+    u32::try_from(num_bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 impl std::ops::Deref for AppState {
@@ -173,6 +200,8 @@ impl Default for SamplingDefaults {
 pub struct Limits {
     /// Alternatives a `logprobs` request may name (`--max-logprobs`).
     pub max_logprobs: u32,
+    /// Whether requests may name a `priority` (`--scheduling-policy priority`).
+    pub allows_priority: bool,
     /// Log-probabilities of prompt tokens and their alternatives in one request; an answer takes some 50 bytes for each.
     pub max_scored_logprobs: u64,
     /// Sequences of one request: `n` times the number of prompts.
@@ -181,6 +210,8 @@ pub struct Limits {
     pub max_stop_strings: usize,
     /// Bytes of a request body.
     pub max_body_bytes: usize,
+    /// Bytes of all large request bodies that are read and parsed at the same time; further ones wait.
+    pub max_bodies_bytes: usize,
     /// Requests may bring a chat template of their own (`--trust-request-chat-template`).
     pub trust_request_chat_template: bool,
     /// Usage says how many prompt tokens were cached (`--enable-prompt-tokens-details`).
@@ -193,6 +224,8 @@ pub struct Limits {
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
     pub request_timeout: Option<Duration>,
+    /// Server-wide bound on the wait for the first step; none by default.
+    pub queue_timeout: Option<Duration>,
     /// Time for a request's body to arrive.
     pub body_timeout: Duration,
     /// A step that takes longer makes `/health` fail.
@@ -203,17 +236,20 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_logprobs: 20,
+            allows_priority: false,
             // 128 contexts of 8192 tokens with one alternative each, twice.
             max_scored_logprobs: 1 << 22,
             max_sequences_per_request: 128,
             max_stop_strings: 16,
             max_body_bytes: 32 << 20,
+            max_bodies_bytes: 256 << 20,
             trust_request_chat_template: false,
             prompt_tokens_details: true,
             force_include_usage: false,
             per_request_metrics: false,
             sse_keep_alive: Duration::from_secs(15),
             request_timeout: None,
+            queue_timeout: None,
             body_timeout: Duration::from_secs(60),
             // A step of a large prompt on a slow CPU takes tens of seconds.
             engine_stall: Duration::from_secs(120),

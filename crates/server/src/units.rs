@@ -16,6 +16,25 @@ pub struct ByteSize(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
 
+/// Names: a JSON list, as vLLM takes them, or separated by commas.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct NameList(pub Vec<String>);
+
+impl FromStr for NameList {
+    type Err = UnitError;
+
+    fn from_str(typed: &str) -> Result<Self, UnitError> {
+        if typed.trim_start().starts_with('[') {
+            return serde_json::from_str(typed).map(Self).map_err(|_| UnitError::Syntax {
+                typed: typed.to_owned(),
+                wanted: "a JSON list of strings like [\"a\", \"b\"]",
+            });
+        }
+        Ok(Self(typed.split(',').map(|name| name.trim().to_owned()).collect()))
+    }
+}
+
 /// What was typed is no quantity of the kind wanted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UnitError {
@@ -226,6 +245,15 @@ mod tests {
         ] {
             assert_eq!(typed.parse(), Ok(Span(Duration::from_millis(millis))), "{typed}");
         }
+    }
+
+    #[test]
+    fn lists_are_json_or_separated_by_commas() {
+        let names = |typed: &str| typed.parse::<NameList>().map(|NameList(names)| names);
+        assert_eq!(names(r#"["a", "b"]"#).unwrap(), ["a", "b"]);
+        assert_eq!(names("a, b").unwrap(), ["a", "b"]);
+        assert_eq!(names("*").unwrap(), ["*"]);
+        assert!(matches!(names("[1]"), Err(UnitError::Syntax { .. })));
     }
 
     #[test]

@@ -228,6 +228,9 @@ async fn values_out_of_range() {
         bad("max_completion_tokens", json!(0), "integer_below_min_value"),
         bad("min_tokens", json!(-1), "integer_below_min_value"),
         bad("priority", json!(1_i64 << 40), "integer_above_max_value"),
+        bad("priority", json!(-1), "unsupported_parameter"),
+        bad("timeout", json!(0), "invalid_value"),
+        bad("queue_timeout", json!(-0.5), "invalid_value"),
         bad("truncate_prompt_tokens", json!(0), "integer_below_min_value"),
         bad("truncate_prompt_tokens", json!(-2), "integer_below_min_value"),
         bad("truncate_prompt_tokens", json!(257), "integer_above_max_value"),
@@ -669,16 +672,16 @@ async fn faults_of_the_small_endpoints() {
 #[tokio::test]
 async fn headers_that_make_no_sense() {
     let server = Setup::default().start();
-    for value in ["soon", "-1", "0", "NaN", "inf", "1e300"] {
-        let mut request = post_request(CHAT, chat("n", json!(1)));
-        request
-            .headers_mut()
-            .insert("x-request-timeout", value.parse().unwrap());
-        let answer = server.send(request).await;
-        assert_eq!(answer.status, 400, "{value}");
-        assert_eq!(answer.json()["error"]["param"], "x-request-timeout");
+    for name in ["x-request-timeout", "x-queue-timeout"] {
+        for value in ["soon", "-1", "0", "NaN", "inf", "1e300"] {
+            let mut request = post_request(CHAT, chat("n", json!(1)));
+            request.headers_mut().insert(name, value.parse().unwrap());
+            let answer = server.send(request).await;
+            assert_eq!(answer.status, 400, "{value}");
+            assert_eq!(answer.json()["error"]["param"], name);
+        }
     }
-    assert_healthy(&server, 6).await;
+    assert_healthy(&server, 12).await;
 }
 
 #[tokio::test]

@@ -2,8 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test panics where something is not as it should be")]
 
+#[path = "http/access.rs"]
+mod access;
 #[path = "http/answers.rs"]
 mod answers;
+#[path = "http/bodies.rs"]
+mod bodies;
 #[path = "http/disconnects.rs"]
 mod disconnects;
 #[path = "http/engine_trouble.rs"]

@@ -6,8 +6,13 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 /// Far above what anything here takes, far below what a stuck test may cost.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -21,7 +26,7 @@ fn lapidary(arguments: &[&str]) -> Command {
         .stderr(Stdio::piped());
     let foreign = std::env::vars()
         .map(|(name, _)| name)
-        .filter(|n| n.starts_with("LAPIDARY_") || n.starts_with("HF_"));
+        .filter(|n| n.starts_with("LAPIDARY_") || n.starts_with("VLLM_") || n.starts_with("HF_"));
     for name in foreign {
         command.env_remove(name);
     }
@@ -64,7 +69,7 @@ impl Server {
         });
         let mut server = Self { child, port: 0, log };
         let line = server.log_line("\"listening\"");
-        let url = line.split("http://127.0.0.1:").nth(1).unwrap();
+        let url = line.split("://127.0.0.1:").nth(1).unwrap();
         server.port = url.split('"').next().unwrap().parse().unwrap();
         server
     }
@@ -572,20 +577,164 @@ fn a_client_that_never_finishes_its_headers_is_cut_off() {
 }
 
 #[test]
-fn connections_beyond_the_bound_wait_for_a_free_one() {
-    let server = Server::ready(&["serve", "demo", "--max-connections", "1"]);
-    let mut first = server.connect();
-    write!(first, "GET /live HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    first.read_exact(&mut [0]).unwrap();
-    let second = server.send("GET", "/live", "");
-    second.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(matches!(
-        second.peek(&mut [0]).unwrap_err().kind(),
-        ErrorKind::WouldBlock | ErrorKind::TimedOut
-    ));
-    drop(first);
-    second.set_read_timeout(Some(DEADLINE)).unwrap();
-    assert_eq!(read_response(second).0, 200);
+fn probes_are_answered_when_all_connections_are_taken_and_other_requests_are_refused() {
+    let server = Server::ready(&["serve", "demo", "--max-connections", "2"]);
+    let stream = server.stream(LONG_ANSWER);
+    let idle = server.connect();
+    for path in ["/live", "/ready", "/health", "/metrics"] {
+        assert_eq!(server.get(path).0, 200, "{path}");
+    }
+    let (status, body) = server.get("/v1/models");
+    assert!(
+        status == 503 && body.contains("too_many_connections"),
+        "{status} {body}"
+    );
+    drop((stream, idle));
+    poll("a free connection", || {
+        (server.get("/v1/models").0 == 200).then_some(())
+    });
+}
+
+#[test]
+fn every_request_has_one_line_in_the_log_with_what_it_used() {
+    let server = Server::ready(&["serve", "demo"]);
+    let body = r#"{"model":"demo","prompt":"Hello","max_tokens":4,"ignore_eos":true}"#;
+    let request = |path: &str| read_response(server.send("POST", path, body)).0;
+    assert_eq!(request("/v1/completions?secret=1"), 200);
+    assert_eq!(request("/v1/nothing"), 404);
+    let line = server.log_line("\"message\":\"request\"");
+    for part in [
+        r#""method":"POST","path":"/v1/completions","status":200,"outcome":"length""#,
+        r#""completion_tokens":4"#,
+        r#""total_ms":"#,
+        r#""request_id":""#,
+    ] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+    assert!(!line.contains("secret"), "{line}");
+    let line = server.log_line("\"message\":\"request\"");
+    assert!(line.contains(r#""path":"/v1/nothing","status":404"#), "{line}");
+    // Not read to its end: the client leaves.
+    drop(server.stream(LONG_ANSWER));
+    let line = server.log_line("\"message\":\"request\"");
+    assert!(line.contains(r#""outcome":"client_abort""#), "{line}");
+}
+
+/// Status of a GET with a key.
+fn get_with_key(server: &Server, path: &str, key: &str) -> u16 {
+    let mut stream = server.connect();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}");
+    write!(stream, "{head}\r\n\r\n").unwrap();
+    read_response(stream).0
+}
+
+#[test]
+fn keys_come_from_flags_the_environment_and_a_file_that_may_change() {
+    let folder = Folder::new("keys");
+    let file = folder.0.join("keys");
+    std::fs::write(&file, "sk-file\n").unwrap();
+    let mut command = lapidary(&["serve", "demo", "--api-key-file", file.to_str().unwrap()]);
+    command
+        .env("VLLM_API_KEY", "sk-vllm")
+        .env("LAPIDARY_LOG_LEVEL", "debug");
+    let server = Server::start_with(command);
+    server.log_line("\"ready\"");
+    let statuses = |keys: [&str; 4]| keys.map(|key| get_with_key(&server, "/v1/models", key));
+    let keys = ["sk-file", "sk-vllm", "sk-new", ""];
+    assert_eq!(statuses(keys), [200, 200, 401, 401]);
+    assert_eq!(server.get("/live").0, 200);
+    std::fs::write(&file, "# rotated\nsk-new\n").unwrap();
+    server.signal("HUP");
+    server.log_line("\"read again\"");
+    assert_eq!(statuses(keys), [401, 200, 200, 401]);
+    // Without a signal, too.
+    std::fs::write(&file, "sk-file\nsk-and-another\n").unwrap();
+    server.log_line("\"read again\"");
+    assert_eq!(statuses(keys), [200, 200, 401, 401]);
+    std::fs::remove_file(&file).unwrap();
+    let line = server.log_line("cannot be read again");
+    assert_eq!(statuses(keys), [200, 200, 401, 401], "{line}");
+    server.signal("TERM");
+    let log: String = server.log.iter().collect();
+    assert!(!log.contains("sk-"), "a key is in the log: {log}");
+}
+
+#[test]
+fn print_config_shows_no_key() {
+    let flags = ["--api-key", "sk-one", "--api-key", "sk-two"];
+    let (code, said) = finish(&[&["serve", "--print-config"][..], &flags].concat());
+    assert_eq!(code, 0);
+    assert!(
+        said.contains("# api-key: not shown\n") && !said.contains("sk-"),
+        "{said}"
+    );
+}
+
+/// Writes a certificate for `localhost` and its key, and gives the certificate.
+fn write_certificate(folder: &Folder) -> CertificateDer<'static> {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    std::fs::write(folder.0.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    std::fs::write(folder.0.join("cert.pem"), made.cert.pem()).unwrap();
+    made.cert.der().clone()
+}
+
+/// Status of a GET of /ready over TLS by a client that trusts one certificate.
+fn get_over_tls(server: &Server, trusted: &CertificateDer<'static>) -> Result<u16, std::io::Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add(trusted.clone()).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let client = ClientConnection::new(Arc::new(config), "localhost".try_into().unwrap()).unwrap();
+    let mut stream = StreamOwned::new(client, server.connect());
+    stream.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut status = [0; 12];
+    stream.read_exact(&mut status)?;
+    Ok(std::str::from_utf8(&status[9..]).unwrap().parse().unwrap())
+}
+
+#[test]
+fn https_is_served_with_a_certificate_that_may_change() {
+    let folder = Folder::new("tls");
+    let old = write_certificate(&folder);
+    let file = |name: &str| folder.0.join(name).to_str().unwrap().to_owned();
+    let (cert, key) = (file("cert.pem"), file("key.pem"));
+    let server = Server::ready(&["serve", "demo", "--ssl-certfile", &cert, "--ssl-keyfile", &key]);
+    assert_eq!(get_over_tls(&server, &old).unwrap(), 200);
+    // A client that speaks HTTP gets no answer, and disturbs nobody.
+    let mut rest = Vec::new();
+    let _ = server.send("GET", "/ready", "").read_to_end(&mut rest);
+    assert!(!rest.starts_with(b"HTTP"));
+    let new = write_certificate(&folder);
+    server.signal("HUP");
+    server.log_line("\"read again\"");
+    assert_eq!(get_over_tls(&server, &new).unwrap(), 200);
+    assert!(
+        get_over_tls(&server, &old).is_err(),
+        "the old certificate is still in use"
+    );
+    std::fs::write(&cert, "no certificate").unwrap();
+    server.signal("HUP");
+    server.log_line("cannot be read again");
+    assert_eq!(get_over_tls(&server, &new).unwrap(), 200);
+}
+
+#[test]
+fn a_certificate_without_its_key_is_a_usage_error() {
+    let (code, said) = finish(&["serve", "--ssl-certfile", "/etc/hostname"]);
+    assert_eq!(
+        (code, said.as_str()),
+        (2, "error: ssl-keyfile: is needed with ssl-certfile\n")
+    );
+    let files = ["--ssl-certfile", "/etc/hostname", "--ssl-keyfile", "/etc/hostname"];
+    let (code, said) = finish(&[&["serve", "--port", "0", "--log-level", "error"][..], &files].concat());
+    assert_eq!(code, 1);
+    assert!(
+        said.contains("cannot serve HTTPS") && said.contains("/etc/hostname"),
+        "{said}"
+    );
 }
 
 /// Tokens of an answer that outlives any test that cuts it short.

@@ -30,6 +30,8 @@ fn http() -> HttpConfig {
         addresses: vec!["127.0.0.1:0".parse().unwrap()],
         max_connections: 16,
         header_read_timeout: DEADLINE,
+        tls: None,
+        write_timeout: DEADLINE,
         shutdown_timeout: DEADLINE,
         drain_grace: Duration::ZERO,
     }

@@ -515,7 +515,7 @@ fn shared_memory_and_grids_are_what_devices_have() {
         for rows in [1, 128, 129, 300, 8192] {
             let blocks = tiling.grid(rows, 3584, 132).blocks;
             assert!(
-                blocks[0] <= 132 && blocks[0] as usize % tiling.cluster() == 0,
+                blocks[0] <= 132 && (blocks[0] as usize).is_multiple_of(tiling.cluster()),
                 "{} {blocks:?}",
                 tiling.name
             );

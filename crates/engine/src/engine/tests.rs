@@ -479,6 +479,40 @@ fn a_deadline_is_kept_while_queued_and_while_running() {
 }
 
 #[test]
+fn a_deadline_of_the_queue_is_over_once_a_request_runs() {
+    let config = EngineConfig {
+        max_num_seqs: 1,
+        ..EngineConfig::default()
+    };
+    let step_time = Duration::from_millis(1);
+    let handle = spawn(config, ScriptedConfig { step_time, ..depth(1) });
+    let patient = |millis, num_tokens| Request {
+        queue_deadline: Some(Instant::now() + Duration::from_millis(millis)),
+        ..Request::for_test([1], num_tokens)
+    };
+    let running = handle.submit(patient(10_000, 100)).unwrap();
+    let queued = handle.submit(patient(10, 5)).unwrap();
+    let both = handle
+        .submit(Request {
+            deadline: Some(Instant::now()),
+            ..patient(10, 5)
+        })
+        .unwrap();
+    assert!(
+        matches!(read(both).1, Err(EngineError::DeadlineExceeded)),
+        "the earlier one"
+    );
+    let (tokens, end) = read(queued);
+    assert!(tokens.is_empty() && matches!(end, Err(EngineError::QueueDeadlineExceeded)));
+    assert!(read(running).1.is_ok());
+    // It starts at once, and runs for longer than it would have waited.
+    let late = handle.submit(patient(20, 100)).unwrap();
+    assert!(read(late).1.is_ok());
+    assert_eq!(handle.stats().requests_expired, 2);
+    assert_eq!(handle.stats().num_queued, 0);
+}
+
+#[test]
 fn a_client_that_never_reads_holds_nobody_up() {
     let handle = spawn(EngineConfig::default(), depth(2));
     let lazy = handle.submit(Request::for_test([1], 100)).unwrap();

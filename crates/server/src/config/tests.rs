@@ -83,7 +83,11 @@ fn help_states_the_defaults_in_effect() {
         let stated = help
             .split("[default: ")
             .nth(1)
-            .map(|rest| rest.trim_end_matches(']').trim_end_matches('s'));
+            .map(|rest| rest.trim_end_matches(']'))
+            .map(|rest| {
+                let seconds = rest.strip_suffix('s').filter(|number| number.parse::<u64>().is_ok());
+                seconds.unwrap_or(rest)
+            });
         if name != "model" && name != "revision" {
             assert_eq!(stated, Some(default.as_str()), "--{name}");
         }
@@ -110,7 +114,9 @@ fn every_setting_can_be_a_variable() {
             "system-role" => "error",
             "generation-config" => "vllm",
             "device" => "cpu",
+            "scheduling-policy" => "priority",
             "log-format" => "json",
+            "unauthenticated-metrics" | "allow-credentials" => "false",
             name if ["enable-", "enforce-", "trust-"]
                 .iter()
                 .any(|verb| name.starts_with(verb)) =>
@@ -240,6 +246,20 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
             &["--query-pre-attn-scalar", "0"],
             "query-pre-attn-scalar: must be a positive number",
         ),
+        (&["--write-timeout", "0"], "write-timeout: must be more than 0"),
+        (&["--api-key", ""], "api-key: a key is empty"),
+        (&["--api-key-file", "/no/such/file"], "api-key-file: there is no file"),
+        (
+            &["--max-concurrency-per-key", "1"],
+            "max-concurrency-per-key: has no effect without api-key",
+        ),
+        (
+            &["--allowed-origins", "chat.example"],
+            "allowed-origins: \"chat.example\"",
+        ),
+        (&["--allowed-methods", "GE T"], "allowed-methods: \"GE T\""),
+        (&["--root-path", "gem"], "root-path: must be a path"),
+        (&["--ssl-keyfile", "/etc/hostname"], "ssl-certfile: is needed"),
         (&["--log-level", "lapidary=loud"], "log-level: "),
         (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
         (&["--served-model-name", ""], "served-model-name: a name is empty"),
@@ -292,6 +312,29 @@ fn the_token_is_read_from_the_login_file_and_never_printed() {
     let hub = resolve(&[], &[("HF_TOKEN_PATH", file.path())].into()).unwrap().hub;
     assert_eq!(hub.token.as_ref().unwrap().expose(), "hf_secret");
     assert!(!format!("{hub:?}").contains("secret"));
+}
+
+#[test]
+fn browsers_are_let_in_as_vllm_is_told() {
+    let flags = [
+        "--allowed-origins",
+        r#"["https://a.example", "https://b.example"]"#,
+        "--allowed-methods",
+        "GET,POST",
+    ];
+    let settings = resolve(&flags, &Environment::default()).unwrap().settings;
+    assert_eq!(
+        settings.allowed_origins.unwrap().0,
+        ["https://a.example", "https://b.example"]
+    );
+    assert_eq!(settings.allowed_methods.unwrap().0, ["GET", "POST"]);
+}
+
+#[test]
+fn api_keys_are_never_printed() {
+    let config = resolve(&["--api-key", "sk-hush"], &[("VLLM_API_KEY", "sk-mum")].into()).unwrap();
+    let text = format!("{config:?} {:?}", config.access.open().unwrap());
+    assert!(!text.contains("sk-"), "{text}");
 }
 
 #[test]

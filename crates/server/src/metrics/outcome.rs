@@ -1,7 +1,5 @@
 //! Every request on a generation endpoint ends in exactly one counted outcome, whatever becomes of it.
 
-use std::time::Instant;
-
 use axum::response::{IntoResponse, Response};
 use lapidary_engine::EngineError;
 
@@ -22,6 +20,10 @@ pub(crate) enum Outcome {
     ClientAbort,
     /// A deadline passed.
     Timeout,
+    /// Refused: no API key of ours.
+    Unauthorized,
+    /// Refused: the API key has used what it may.
+    RateLimited,
     /// Refused: no room in the queue.
     QueueFull,
     /// Refused: the client's mistake.
@@ -35,11 +37,13 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Stop,
         Self::Length,
         Self::ClientAbort,
         Self::Timeout,
+        Self::Unauthorized,
+        Self::RateLimited,
         Self::QueueFull,
         Self::Invalid,
         Self::NotReady,
@@ -48,12 +52,14 @@ impl Outcome {
     ];
 
     /// Label value.
-    pub(super) fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::ClientAbort => "client_abort",
             Self::Timeout => "timeout",
+            Self::Unauthorized => "unauthorized",
+            Self::RateLimited => "rate_limited",
             Self::QueueFull => "queue_full",
             Self::Invalid => "invalid",
             Self::NotReady => "not_ready",
@@ -80,8 +86,10 @@ impl From<&ApiError> for Outcome {
             | ApiError::UnknownUrl { .. }
             | ApiError::MethodNotAllowed { .. }
             | ApiError::BodyTooLarge { .. } => Self::Invalid,
-            ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded => Self::Timeout,
-            ApiError::QueueFull { .. } => Self::QueueFull,
+            ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded | ApiError::QueueTimeout { .. } => Self::Timeout,
+            ApiError::Unauthorized { .. } => Self::Unauthorized,
+            ApiError::RateLimited { .. } => Self::RateLimited,
+            ApiError::QueueFull { .. } | ApiError::TooManyConnections => Self::QueueFull,
             ApiError::ModelLoading { .. } => Self::NotReady,
             ApiError::ShuttingDown => Self::Shutdown,
             ApiError::EngineDead | ApiError::Internal { .. } => Self::EngineError,
@@ -95,19 +103,17 @@ pub(crate) struct RequestOutcome {
     state: AppState,
     endpoint: Endpoint,
     request_id: RequestId,
-    arrival: Instant,
     is_recorded: bool,
 }
 
 impl RequestOutcome {
     /// Counts the request as received.
-    pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId, arrival: Instant) -> Self {
+    pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId) -> Self {
         state.metrics.request_received(endpoint);
         Self {
             state: state.clone(),
             endpoint,
             request_id,
-            arrival,
             is_recorded: false,
         }
     }
@@ -118,16 +124,7 @@ impl RequestOutcome {
             return;
         }
         self.state.metrics.request_ended(self.endpoint, outcome);
-        tracing::info!(
-            request_id = self.request_id.as_str(),
-            endpoint = self.endpoint.as_str(),
-            outcome = outcome.as_str(),
-            prompt_tokens = usage.prompt_tokens,
-            cached_tokens = usage.cached_tokens,
-            completion_tokens = usage.completion_tokens,
-            total_ms = u64::try_from(self.arrival.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "request finished"
-        );
+        self.request_id.record().end(outcome, usage);
     }
 
     /// The request is refused before the engine had it.
@@ -144,12 +141,13 @@ impl RequestOutcome {
 
     /// The engine gave up on the request after the status was sent: the error is for the stream.
     pub(crate) fn fail_stream(mut self, error: &EngineError) -> ApiError {
-        let api_error = ApiError::from(error);
+        let stats = self.state.model.get().map(|model| model.engine.stats());
+        let api_error = ApiError::failed(error, &stats.unwrap_or_default());
         self.record(Outcome::from(&api_error), Usage::default());
         match error {
             // The engine has logged it.
             EngineError::ConstraintFailed { .. } => {}
-            EngineError::DeadlineExceeded | EngineError::ShutDown => {}
+            EngineError::DeadlineExceeded | EngineError::QueueDeadlineExceeded | EngineError::ShutDown => {}
             EngineError::StepFailed { .. } | EngineError::EngineDead => tracing::error!(
                 request_id = self.request_id.as_str(),
                 error = error as &dyn std::error::Error,

@@ -4,6 +4,7 @@
 pub(crate) mod answer;
 mod chat;
 mod completions;
+mod deadlines;
 mod logprobs;
 mod messages;
 pub(crate) mod models;
@@ -18,15 +19,17 @@ pub(crate) mod types;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
 use lapidary_text::GrammarState;
 
+pub(crate) use self::deadlines::Deadlines;
+use self::deadlines::Patience;
 pub(crate) use self::params::{Params, Streaming};
 
 use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
@@ -38,10 +41,7 @@ use crate::generate::{Admission, Generation};
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
-use crate::state::{AppState, Limits, ServedModel};
-
-/// A client's own deadline, in seconds.
-const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
+use crate::state::{AppState, ServedModel};
 
 /// The endpoints that generate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +55,18 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
+    /// The endpoint that would get such a request.
+    pub(crate) fn of(method: &Method, path: &str) -> Option<Self> {
+        match path {
+            _ if method != Method::POST => None,
+            "/v1/chat/completions" => Some(Self::Chat),
+            "/v1/completions" => Some(Self::Completions),
+            // Either; as what it is counted when nobody has looked.
+            "/invocations" => Some(Self::Chat),
+            _ => None,
+        }
+    }
+
     /// Label value.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -154,16 +166,17 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
     struct Kind {
         prompt: Option<serde::de::IgnoredAny>,
     }
-    let arrival = Instant::now();
-    let (parts, body) = request.into_parts();
-    let bytes = match read_body(&parts.headers, body, &state.limits).await {
-        Ok(bytes) => bytes,
+    let (mut parts, body) = request.into_parts();
+    let (bytes, room) = match read_body(&state, &parts.headers, body).await {
+        Ok(read) => read,
         Err(error) => {
             let request_id = parts.extensions.get::<RequestId>().cloned();
             let request_id = request_id.unwrap_or_else(RequestId::random);
-            return RequestOutcome::new(&state, Endpoint::Chat, request_id, arrival).refuse(error);
+            return RequestOutcome::new(&state, Endpoint::Chat, request_id).refuse(error);
         }
     };
+    // Kept for as long as the request.
+    parts.extensions.insert(room.map(Arc::new));
     // What is no JSON is refused, by name, as a chat.
     let endpoint = match serde_json::from_slice(&bytes) {
         Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
@@ -180,7 +193,7 @@ async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Respo
         .cloned()
         .unwrap_or_else(RequestId::random);
     // Before anything can fail or be cancelled: from here on the request is counted, whatever happens.
-    let outcome = RequestOutcome::new(&state, endpoint, request_id.clone(), arrival);
+    let outcome = RequestOutcome::new(&state, endpoint, request_id.clone());
     match start(endpoint, &state, request, &request_id, arrival).await {
         Err(error) => outcome.refuse(error),
         Ok(started) => match started.stream {
@@ -244,9 +257,9 @@ async fn submit(
         model,
         params,
         prompts,
+        patience,
         constraint,
-    } = prepare(endpoint, state, body).await?;
-    let deadline = deadline(&headers, &state.limits, arrival)?;
+    } = prepare(endpoint, state, &headers, body).await?;
     let shape = match settings {
         None => Shape::Choices(Head::new(
             endpoint,
@@ -262,11 +275,12 @@ async fn submit(
         }
     };
     let admission = Admission {
-        deadline,
+        deadlines: patience.from(arrival),
         arrival,
         constraint,
     };
-    let generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
+    let mut generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
+    generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
     Ok(Started {
         generation,
@@ -281,13 +295,20 @@ struct Prepared<'a> {
     params: Params,
     prompts: Prompts,
     constraint: Option<GrammarState>,
+    patience: Patience,
 }
 
 /// Checks all of a request that needs no engine.
-async fn prepare<'a>(endpoint: Endpoint, state: &'a AppState, body: GenerationBody) -> Result<Prepared<'a>, ApiError> {
+async fn prepare<'a>(
+    endpoint: Endpoint,
+    state: &'a AppState,
+    headers: &HeaderMap,
+    body: GenerationBody,
+) -> Result<Prepared<'a>, ApiError> {
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
+    let patience = Patience::new(headers, &body, &state.limits)?;
     let constraint = tools::compile(model, &params).await?;
     let prompts = match endpoint {
         Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
@@ -299,6 +320,7 @@ async fn prepare<'a>(endpoint: Endpoint, state: &'a AppState, body: GenerationBo
         params,
         prompts,
         constraint,
+        patience,
     })
 }
 
@@ -326,25 +348,6 @@ fn check_lengths(
         }
     }
     Ok(())
-}
-
-/// The earlier of the client's deadline and the server's.
-fn deadline(headers: &HeaderMap, limits: &Limits, arrival: Instant) -> Result<Option<Instant>, ApiError> {
-    let asked = match headers.get(X_REQUEST_TIMEOUT) {
-        None => None,
-        Some(value) => {
-            let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
-            let timeout = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-            Some(timeout.filter(|timeout| !timeout.is_zero()).ok_or_else(|| {
-                ApiError::invalid(
-                    X_REQUEST_TIMEOUT,
-                    "The header x-request-timeout must be a positive number of seconds.",
-                )
-            })?)
-        }
-    };
-    let timeout = asked.into_iter().chain(limits.request_timeout).min();
-    Ok(timeout.and_then(|timeout| arrival.checked_add(timeout)))
 }
 
 /// Waits for all of the answer and sends it as one body. Dropped with the connection, which aborts the generation.

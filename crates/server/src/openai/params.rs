@@ -138,7 +138,7 @@ impl Params {
             prompt_logprobs: prompt_logprobs(body, limits)?,
             returns_token_ids: is_set(body.return_token_ids),
             names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
-            priority: priority(body.priority)?,
+            priority: priority(body.priority, limits)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             form,
             tools,
@@ -527,10 +527,17 @@ fn truncation(
     Ok(Some(Truncation { num_tokens, keeps_end }))
 }
 
-fn priority(priority: Option<Int>) -> Result<i32, ApiError> {
+/// Any client could name itself the most important one: the operator has to want that.
+fn priority(priority: Option<Int>, limits: &Limits) -> Result<i32, ApiError> {
     let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
-    let priority = integer("priority", priority, range, "priority must fit in 32 bits")?;
-    Ok(priority.map_or(0, |priority| i32::try_from(priority).expect("checked")))
+    let priority = integer("priority", priority, range, "priority must fit in 32 bits")?.unwrap_or(0);
+    if priority != 0 && !limits.allows_priority {
+        let message = format!(
+            "Got priority {priority} but priority scheduling is not enabled (--scheduling-policy priority enables it)."
+        );
+        return Err(ApiError::unsupported("priority", message));
+    }
+    Ok(i32::try_from(priority).expect("checked"))
 }
 
 /// Hashed with keys of this process, so that no client can compute another tenant's salt.

@@ -58,7 +58,7 @@ async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Requ
     let body: GenerationBody = read_json(&state, &parts.headers, body).await?;
     let Prepared {
         model, params, prompts, ..
-    } = prepare(endpoint, &state, body).await?;
+    } = prepare(endpoint, &state, &parts.headers, body).await?;
     let request_id = parts.extensions.get::<RequestId>().cloned();
     let request_id = request_id.unwrap_or_else(RequestId::random);
     let request_id = format!("{}-{}", endpoint.id_prefix(), request_id.as_str());

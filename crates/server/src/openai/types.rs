@@ -46,6 +46,8 @@ pub(crate) struct GenerationBody {
     pub(crate) return_token_ids: Option<Flag>,
     pub(crate) return_tokens_as_token_ids: Option<Flag>,
     pub(crate) priority: Option<Int>,
+    pub(crate) timeout: Option<Number>,
+    pub(crate) queue_timeout: Option<Number>,
     pub(crate) cache_salt: Option<String>,
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,

@@ -1,24 +1,32 @@
-//! Accepts connections, bounds how many there are and how long a client may take for its headers.
+//! Accepts connections, bounds how many there are and how long a client may take for its headers and its answer.
 //!
-//! `axum::serve` has neither bound, so this drives hyper itself.
+//! `axum::serve` has none of these bounds, so this drives hyper itself.
+//!
+//! Connections beyond the bound are accepted too: whether the server is well must be known just when it is full. A few
+//! of these spare connections are kept, for a moment each; all but probes is refused on them.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 
 use super::ServeError;
+use super::stall::WriteDeadline;
+use super::tls::Tls;
+use crate::access::SpareConnection;
 use crate::config::HttpConfig;
 
 /// Wait after an accept that failed for want of descriptors or memory: the next one would fail too.
@@ -28,6 +36,12 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// nothing, even where a request waits in the system's buffer; and a client that has just connected is about to send.
 /// Far above a round trip within a data centre, far below what a drain may take.
 const FIRST_BYTE_GRACE: Duration = Duration::from_millis(500);
+
+/// Connections beyond `max-connections` that are open at the same time. The oldest has to go for a new one.
+const MAX_SPARE_CONNECTIONS: usize = 64;
+
+/// Bytes of a request's line and headers; also what is read ahead of a body and gathered of an answer.
+const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// Files, the listener, the runtime's own.
 const DESCRIPTORS_FOR_THE_REST: u64 = 64;
@@ -65,15 +79,9 @@ impl Listener {
     }
 
     /// Starts to accept.
-    pub(super) fn start(self, router: Router, http: &HttpConfig) -> Connections {
+    pub(super) fn start(self, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Connections {
         let (stop, stopped) = oneshot::channel();
-        let acceptor = Acceptor {
-            socket: self.socket,
-            router,
-            header_read_timeout: http.header_read_timeout,
-            slots: Arc::new(Semaphore::new(http.max_connections as usize)),
-            stopping: watch::Sender::new(()),
-        };
+        let acceptor = Acceptor::new(self.socket, router, http, tls);
         let accepting = tokio::spawn(acceptor.run(stopped));
         Connections { stop, accepting }
     }
@@ -106,40 +114,55 @@ async fn end_all(stopping: watch::Sender<()>) {
 struct Acceptor {
     socket: TcpListener,
     router: Router,
+    /// The same for connections beyond the bound.
+    spare_router: Router,
+    tls: Option<Arc<Tls>>,
     header_read_timeout: Duration,
+    write_timeout: Duration,
     slots: Arc<Semaphore>,
+    /// Oldest first; some may have ended.
+    spare: VecDeque<AbortHandle>,
     /// Tells connections to end. Each holds a receiver until it has.
     stopping: watch::Sender<()>,
 }
 
 impl Acceptor {
+    fn new(socket: TcpListener, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Self {
+        Self {
+            socket,
+            spare_router: router.clone().layer(Extension(SpareConnection)),
+            router,
+            tls,
+            header_read_timeout: http.header_read_timeout,
+            write_timeout: http.write_timeout,
+            slots: Arc::new(Semaphore::new(http.max_connections as usize)),
+            spare: VecDeque::new(),
+            stopping: watch::Sender::new(()),
+        }
+    }
+
     /// Accepts until told to stop, then closes the socket and gives up the connections to whoever waits for their end.
-    async fn run(self, mut stopped: oneshot::Receiver<()>) -> watch::Sender<()> {
+    async fn run(mut self, mut stopped: oneshot::Receiver<()>) -> watch::Sender<()> {
         loop {
-            let (stream, slot) = tokio::select! {
+            let stream = tokio::select! {
                 biased;
                 _ = &mut stopped => break,
                 accepted = self.accept() => accepted,
             };
-            self.serve(stream, slot);
+            self.serve(stream);
         }
         // Clients in the system's queue believe they are connected: closing the socket would reset them.
-        while let Ok((stream, slot)) = timeout(Duration::ZERO, self.accept()).await {
-            self.serve(stream, slot);
+        while let Ok(stream) = timeout(Duration::ZERO, self.accept()).await {
+            self.serve(stream);
         }
         self.stopping
     }
 
-    /// A slot first: connections beyond the bound wait in the system's queue, where they cost us nothing.
-    async fn accept(&self) -> (TcpStream, OwnedSemaphorePermit) {
-        let slot = Arc::clone(&self.slots)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
+    async fn accept(&self) -> TcpStream {
         let mut is_told = false;
         loop {
             match self.socket.accept().await {
-                Ok((stream, _)) => return (stream, slot),
+                Ok((stream, _)) => return stream,
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
                     if !std::mem::replace(&mut is_told, true) {
@@ -151,35 +174,76 @@ impl Acceptor {
         }
     }
 
-    fn serve(&self, stream: TcpStream, slot: OwnedSemaphorePermit) {
+    fn serve(&mut self, stream: TcpStream) {
         // Tokens are small packets: Nagle's algorithm would hold each back for the last one's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
+        match Arc::clone(&self.slots).try_acquire_owned() {
+            Ok(slot) => {
+                tokio::spawn(self.connection(stream, self.router.clone(), Some(slot)));
+            }
+            Err(_) => {
+                self.spare.retain(|connection| !connection.is_finished());
+                if self.spare.len() == MAX_SPARE_CONNECTIONS
+                    && let Some(oldest) = self.spare.pop_front()
+                {
+                    oldest.abort();
+                }
+                let connection = tokio::spawn(self.connection(stream, self.spare_router.clone(), None));
+                self.spare.push_back(connection.abort_handle());
+            }
+        }
+    }
+
+    /// The life of a connection. It holds its slot to the end.
+    fn connection(
+        &self,
+        stream: TcpStream,
+        router: Router,
+        slot: Option<OwnedSemaphorePermit>,
+    ) -> impl Future<Output = ()> + Send + use<> {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(self.header_read_timeout);
-        let service = TowerToHyperService::new(self.router.clone());
-        let mut stopping = self.stopping.subscribe();
-        tokio::spawn(async move {
+            .header_read_timeout(self.header_read_timeout)
+            .max_buf_size(MAX_HEAD_BYTES);
+        let (tls, handshake_timeout) = (self.tls.clone(), self.header_read_timeout);
+        let (write_timeout, stopping) = (self.write_timeout, self.stopping.subscribe());
+        async move {
             // Not `readable`: tokio takes an accepted socket to be that from the start. An error is hyper's to handle.
             let _ = timeout(FIRST_BYTE_GRACE, stream.peek(&mut [0])).await;
-            let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
-            let ended = tokio::select! {
-                // What has come is read before the connection is told to end.
-                biased;
-                ended = &mut connection => ended,
-                _ = stopping.changed() => {
-                    connection.as_mut().graceful_shutdown();
-                    connection.await
-                }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "connection ended early");
+            let stream = WriteDeadline::new(stream, write_timeout);
+            match tls {
+                None => converse(builder, stream, router, stopping).await,
+                Some(tls) => match timeout(handshake_timeout, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => converse(builder, stream, router, stopping).await,
+                    Ok(Err(error)) => tracing::debug!(%error, "no TLS handshake"),
+                    Err(_) => tracing::debug!("no TLS handshake in time"),
+                },
             }
             drop(slot);
-        });
+        }
+    }
+}
+
+/// Requests and answers, until either side has had enough.
+async fn converse<S>(builder: http1::Builder, stream: S, router: Router, mut stopping: watch::Receiver<()>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let ended = tokio::select! {
+        // What has come is read before the connection is told to end.
+        biased;
+        ended = &mut connection => ended,
+        _ = stopping.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended early");
     }
 }
 
@@ -193,7 +257,7 @@ fn raise_descriptor_limit(max_connections: u32) {
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::debug!(%error, "cannot raise the limit of open files");
     }
-    let needed = u64::from(max_connections) + DESCRIPTORS_FOR_THE_REST;
+    let needed = u64::from(max_connections) + MAX_SPARE_CONNECTIONS as u64 + DESCRIPTORS_FOR_THE_REST;
     if let Some(allowed) = getrlimit(Resource::Nofile).current.filter(|allowed| *allowed < needed) {
         tracing::warn!(
             allowed,
@@ -221,21 +285,31 @@ mod tests {
 
     const DEADLINE: Duration = Duration::from_secs(60);
 
-    /// A client and the acceptor that has just accepted it.
-    async fn accepted() -> (TcpStream, Acceptor) {
-        let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
-        let acceptor = Acceptor {
-            socket,
-            router: Router::new().route("/", get(|| async { "answered" })),
+    fn http() -> HttpConfig {
+        HttpConfig {
+            addresses: vec!["127.0.0.1:0".parse().unwrap()],
+            max_connections: 1,
             header_read_timeout: DEADLINE,
-            slots: Arc::new(Semaphore::new(1)),
-            stopping: watch::Sender::new(()),
-        };
-        let (stream, slot) = acceptor.accept().await;
-        acceptor.serve(stream, slot);
+            tls: None,
+            write_timeout: DEADLINE,
+            shutdown_timeout: DEADLINE,
+            drain_grace: Duration::ZERO,
+        }
+    }
+
+    /// A client and the acceptor that has just accepted it.
+    async fn accepted(router: Router, http: &HttpConfig) -> (TcpStream, Acceptor) {
+        let socket = TcpListener::bind(&*http.addresses).await.unwrap();
+        let client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
+        let mut acceptor = Acceptor::new(socket, router, http, None);
+        let stream = acceptor.accept().await;
+        acceptor.serve(stream);
         assert_eq!(acceptor.slots.available_permits(), 0, "the connection is open");
         (client, acceptor)
+    }
+
+    fn answering() -> Router {
+        Router::new().route("/", get(|| async { "answered" }))
     }
 
     async fn send_request(client: &mut TcpStream) {
@@ -254,7 +328,7 @@ mod tests {
     /// On one thread: the connection's task runs for the first time when it has been told to end already.
     #[tokio::test]
     async fn a_request_that_was_not_read_when_the_drain_began_is_answered() {
-        let (mut client, acceptor) = accepted().await;
+        let (mut client, acceptor) = accepted(answering(), &http()).await;
         send_request(&mut client).await;
         let closed = timeout(DEADLINE, end_all(acceptor.stopping)).await;
         assert!(closed.is_ok(), "the drain waits for a connection that is over");
@@ -263,7 +337,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_had_just_connected_when_the_drain_began_is_answered() {
-        let (mut client, acceptor) = accepted().await;
+        let (mut client, acceptor) = accepted(answering(), &http()).await;
         let closing = tokio::spawn(end_all(acceptor.stopping));
         // The connection's task runs and finds nothing, and is told to end.
         tokio::task::yield_now().await;
@@ -271,5 +345,52 @@ mod tests {
         let closed = timeout(DEADLINE, closing).await;
         assert!(closed.is_ok(), "the drain waits for a connection that is over");
         expect_answer(client).await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_its_answer_is_cut_off() {
+        let endless = || async { axum::body::Body::new(Endless) };
+        let http = HttpConfig {
+            write_timeout: Duration::from_millis(100),
+            ..http()
+        };
+        let (mut client, acceptor) = accepted(Router::new().route("/", get(endless)), &http).await;
+        send_request(&mut client).await;
+        let freed = timeout(DEADLINE, acceptor.slots.acquire()).await;
+        assert!(freed.is_ok(), "the connection is still open");
+    }
+
+    /// An answer without end.
+    struct Endless;
+
+    impl http_body::Body for Endless {
+        type Data = bytes::Bytes;
+        type Error = std::convert::Infallible;
+
+        fn poll_frame(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<http_body::Frame<bytes::Bytes>, Self::Error>>> {
+            let data = bytes::Bytes::from_static(&[b'x'; 1024]);
+            std::task::Poll::Ready(Some(Ok(http_body::Frame::data(data))))
+        }
+    }
+
+    #[tokio::test]
+    async fn spare_connections_are_few_and_the_newest_win() {
+        let (first, mut acceptor) = accepted(answering(), &http()).await;
+        let address = acceptor.socket.local_addr().unwrap();
+        let mut clients = Vec::new();
+        for _ in 0..=MAX_SPARE_CONNECTIONS {
+            clients.push(TcpStream::connect(address).await.unwrap());
+            let stream = acceptor.accept().await;
+            acceptor.serve(stream);
+        }
+        assert_eq!(acceptor.spare.len(), MAX_SPARE_CONNECTIONS);
+        assert_eq!(clients[0].read(&mut [0]).await.unwrap(), 0, "the oldest is closed");
+        let mut newest = clients.pop().unwrap();
+        send_request(&mut newest).await;
+        newest.read_exact(&mut [0]).await.unwrap();
+        drop(first);
     }
 }

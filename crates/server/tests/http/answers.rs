@@ -1,5 +1,6 @@
 //! Answers in one piece.
 
+use lapidary_server::Limits;
 use serde_json::{Value, json};
 
 use crate::support::{END_OF_TURN, EOS, Setup};
@@ -307,5 +308,28 @@ async fn counters_are_the_sum_of_usage() {
     assert_eq!(
         server.outcomes().await,
         [("stop".to_owned(), 2), ("length".to_owned(), 2)]
+    );
+}
+
+#[tokio::test]
+async fn priorities_are_taken_where_the_operator_wants_them() {
+    let server = Setup {
+        limits: Limits {
+            allows_priority: true,
+            ..Limits::default()
+        },
+        ..Setup::default()
+    }
+    .start();
+    assert_eq!(server.chat(json!({ "priority": -1 })).await.status, 200);
+    let server = Setup::default().start();
+    assert_eq!(server.chat(json!({ "priority": 0 })).await.status, 200);
+    let refused = server.chat(json!({ "priority": 1 })).await;
+    assert_eq!(refused.status, 400);
+    assert!(
+        refused.json()["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("--scheduling-policy priority")
     );
 }

@@ -1,10 +1,17 @@
 //! Full queues, failed steps, deadlines, a dead engine: what clients are told, and that it is counted once.
 
+use std::time::{Duration, Instant};
+
+use http_body_util::BodyExt;
 use lapidary_engine::EngineConfig;
-use serde_json::json;
+use lapidary_server::Limits;
+use serde_json::{Value, json};
 use tower::ServiceExt;
 
 use crate::support::{Server, Setup, post_request, with_messages};
+
+/// For the queue.
+const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Starts a request and waits until the engine has it.
 async fn start_one(server: &Server) -> tokio::task::JoinHandle<axum::response::Response> {
@@ -85,7 +92,7 @@ async fn a_failed_step_in_a_stream_is_an_event_and_the_end() {
     assert_eq!(answer.status, 200);
     let events = answer.events();
     assert_eq!(*events.last().unwrap(), "[DONE]");
-    let error: serde_json::Value = serde_json::from_str(events[events.len() - 2]).unwrap();
+    let error: Value = serde_json::from_str(events[events.len() - 2]).unwrap();
     assert_eq!(error["error"]["code"], "internal_error");
     assert_eq!(error["error"].as_object().unwrap().len(), 4);
     assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 1)]);
@@ -108,13 +115,62 @@ async fn a_deadline_ends_the_request_with_408() {
         tokio::task::yield_now().await;
     }
     // Now it is submitted; the deadline passes while its first step waits at the gate, or before that.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_millis(5);
-    while std::time::Instant::now() < deadline {
+    let deadline = Instant::now() + Duration::from_millis(5);
+    while Instant::now() < deadline {
         tokio::task::yield_now().await;
     }
     drop(gate);
     assert_eq!(pending.await.unwrap().status(), 408);
     assert_eq!(server.outcomes().await, [("timeout".to_owned(), 1)]);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn who_waits_in_the_queue_for_too_long_is_told_when_to_come_back() {
+    let (mut setup, gate) = Setup::answering(&["a"; 200]).gated();
+    setup.engine.max_num_seqs = 1;
+    let limits = Limits {
+        queue_timeout: Some(PATIENCE),
+        ..Limits::default()
+    };
+    let server = Setup { limits, ..setup }.start();
+    let send = |body: Value| {
+        let request = post_request("/v1/chat/completions", with_messages(body));
+        let router = server.router.clone();
+        tokio::spawn(async move { router.oneshot(request).await.unwrap() })
+    };
+    let running = send(json!({ "max_tokens": 100 }));
+    gate.send(()).unwrap();
+    while server.engine.stats().num_running == 0 {
+        tokio::task::yield_now().await;
+    }
+    // As long as the server lets it, or less; a client cannot have more.
+    let waiting = [
+        json!({}),
+        json!({ "queue_timeout": 0.001 }),
+        json!({ "queue_timeout": 3600 }),
+    ]
+    .map(send);
+    while server.engine.stats().num_queued < 3 {
+        tokio::task::yield_now().await;
+    }
+    let last = Instant::now() + PATIENCE;
+    while Instant::now() <= last {
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    for refused in waiting {
+        let refused = refused.await.unwrap();
+        assert_eq!(refused.status(), 429);
+        let wait: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((1..=60).contains(&wait));
+        let body = refused.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&body).contains("queue_timeout"));
+    }
+    assert_eq!(running.await.unwrap().status(), 200);
+    let mut outcomes = server.outcomes().await;
+    outcomes.sort();
+    assert_eq!(outcomes, [("length".to_owned(), 1), ("timeout".to_owned(), 3)]);
     server.assert_idle().await;
 }
 
@@ -158,10 +214,7 @@ async fn a_shutdown_cuts_streams_off_with_an_error() {
         tokio::task::yield_now().await;
     }
     drop(gate);
-    let bytes = http_body_util::BodyExt::collect(response.into_body())
-        .await
-        .unwrap()
-        .to_bytes();
+    let bytes = BodyExt::collect(response.into_body()).await.unwrap().to_bytes();
     let text = String::from_utf8(bytes.to_vec()).unwrap();
     assert!(
         text.contains("\"code\":\"shutting_down\"") && text.ends_with("data: [DONE]\n\n"),

@@ -15,6 +15,7 @@ use http_body_util::BodyExt;
 use lapidary_engine::{
     Engine, EngineConfig, EngineHandle, KvCacheConfig, Script, ScriptedConfig, ScriptedExecutor, TokenId,
 };
+use lapidary_server::access::Access;
 use lapidary_server::{AppState, Grammars, Limits, Metrics, Phase, SamplingDefaults, ServedModel};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
 use serde_json::Value;
@@ -31,6 +32,7 @@ pub(crate) struct Setup {
     pub(crate) engine: EngineConfig,
     pub(crate) scripted: ScriptedConfig,
     pub(crate) limits: Limits,
+    pub(crate) access: Access,
     pub(crate) is_loaded: bool,
 }
 
@@ -50,6 +52,7 @@ impl Default for Setup {
                 ..ScriptedConfig::default()
             },
             limits: Limits::default(),
+            access: Access::default(),
             is_loaded: true,
         }
     }
@@ -85,7 +88,7 @@ impl Setup {
         }
         let build = move || Ok::<_, Infallible>(ScriptedExecutor::new(scripted));
         let engine = Engine::spawn(self.engine, build).unwrap();
-        let state = AppState::new(self.limits, Metrics::new(MODEL));
+        let state = AppState::with_access(self.limits, Metrics::new(MODEL), self.access);
         if self.is_loaded {
             state.model.set(served(tokenizer, engine.clone())).unwrap();
             state.lifecycle.enter(Phase::Ready);

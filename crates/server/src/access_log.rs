@@ -1,0 +1,125 @@
+//! One line in the log for each request, when its last byte was handed over or its client left.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::Response;
+use http_body::{Frame, SizeHint};
+
+use crate::access::is_probe_or_metrics;
+use crate::error::shorten;
+use crate::record::RequestRecord;
+use crate::request_id::RequestId;
+
+/// Status in the log of a request whose client left before it was answered: nginx's.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
+/// Middleware: writes the line. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
+pub(crate) async fn log(request: Request, next: Next) -> Response {
+    let Some(id) = request.extensions().get::<RequestId>().cloned() else {
+        return next.run(request).await;
+    };
+    // The query is left out: clients put secrets there.
+    let mut line = Line {
+        method: request.method().clone(),
+        path: shorten(request.uri().path()).into_owned(),
+        record: Arc::clone(id.record()),
+        id,
+        arrival: Instant::now(),
+        answered: None,
+        num_bytes: 0,
+    };
+    let response = next.run(request).await;
+    line.answered = Some((response.status(), Instant::now()));
+    response.map(|body| Body::new(LoggedBody { body, line }))
+}
+
+/// Written when dropped.
+#[derive(Debug)]
+struct Line {
+    id: RequestId,
+    record: Arc<RequestRecord>,
+    method: Method,
+    path: String,
+    arrival: Instant,
+    /// Status, and when it was known.
+    answered: Option<(StatusCode, Instant)>,
+    /// Of the answer's body.
+    num_bytes: u64,
+}
+
+/// The line as an event of one level: the level of an event has to be a constant.
+macro_rules! write_line {
+    ($level:expr, $line:expr) => {{
+        let line: &Line = $line;
+        let usage = line.record.usage();
+        let ms = |until: Instant| (until - line.arrival).as_secs_f64() * 1000.0;
+        let is_generation = line.record.outcome().is_some();
+        tracing::event!(
+            $level,
+            request_id = line.id.as_str(),
+            method = line.method.as_str(),
+            path = line.path,
+            status = line
+                .answered
+                .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16()),
+            outcome = line.record.outcome().map(|outcome| outcome.as_str()),
+            prompt_tokens = is_generation.then_some(usage.prompt_tokens),
+            cached_tokens = is_generation.then_some(usage.cached_tokens),
+            completion_tokens = is_generation.then_some(usage.completion_tokens),
+            bytes = line.num_bytes,
+            head_ms = line.answered.map(|(_, when)| ms(when)),
+            total_ms = ms(Instant::now()),
+            "request"
+        );
+    }};
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        // Asked every second by whoever watches the process: they would be most of the log.
+        if is_probe_or_metrics(&self.path) {
+            write_line!(tracing::Level::DEBUG, self);
+        } else {
+            write_line!(tracing::Level::INFO, self);
+        }
+    }
+}
+
+/// Holds the line until the answer is over.
+#[derive(Debug)]
+struct LoggedBody {
+    /// Dropped first: only then is a client that left counted as such.
+    body: Body,
+    line: Line,
+}
+
+impl http_body::Body for LoggedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if let Some(Ok(frame)) = &frame {
+            self.line.num_bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

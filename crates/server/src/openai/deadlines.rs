@@ -1,0 +1,88 @@
+//! How long a request may wait and take: the shorter of what its client and what the operator wants.
+
+use std::time::{Duration, Instant};
+
+use axum::http::HeaderMap;
+
+use super::types::GenerationBody;
+use crate::error::ApiError;
+use crate::lenient::Number;
+use crate::state::Limits;
+
+/// A client's own limits, in seconds; the fields of the body mean the same.
+const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
+const X_QUEUE_TIMEOUT: &str = "x-queue-timeout";
+
+/// How long a request may wait and take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Patience {
+    answer: Option<Duration>,
+    queue: Option<Duration>,
+}
+
+/// When patience ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Deadlines {
+    /// For the whole answer.
+    pub(crate) answer: Option<Instant>,
+    /// For the first step.
+    pub(crate) queue: Option<Instant>,
+}
+
+impl Patience {
+    /// Reads headers and body.
+    pub(super) fn new(headers: &HeaderMap, body: &GenerationBody, limits: &Limits) -> Result<Self, ApiError> {
+        let shortest = |header, field, typed, limit: Option<Duration>| {
+            let asked = [of_header(headers, header)?, of_body(field, typed)?];
+            Ok(asked.into_iter().flatten().chain(limit).min())
+        };
+        Ok(Self {
+            answer: shortest(X_REQUEST_TIMEOUT, "timeout", body.timeout, limits.request_timeout)?,
+            queue: shortest(
+                X_QUEUE_TIMEOUT,
+                "queue_timeout",
+                body.queue_timeout,
+                limits.queue_timeout,
+            )?,
+        })
+    }
+
+    /// Of a request that came then.
+    pub(super) fn from(self, arrival: Instant) -> Deadlines {
+        let at = |timeout: Option<Duration>| timeout.and_then(|timeout| arrival.checked_add(timeout));
+        Deadlines {
+            answer: at(self.answer),
+            queue: at(self.queue),
+        }
+    }
+}
+
+fn of_header(headers: &HeaderMap, name: &'static str) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(name) else {
+        return Ok(None);
+    };
+    let seconds = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    match seconds.and_then(timeout) {
+        Some(timeout) => Ok(Some(timeout)),
+        None => Err(ApiError::invalid(
+            name,
+            format!("The header {name} must be a positive number of seconds."),
+        )),
+    }
+}
+
+fn of_body(field: &'static str, typed: Option<Number>) -> Result<Option<Duration>, ApiError> {
+    let Some(Number(seconds)) = typed else { return Ok(None) };
+    match timeout(seconds) {
+        Some(timeout) => Ok(Some(timeout)),
+        None => Err(ApiError::invalid(
+            field,
+            format!("{field} must be a positive number of seconds, got {seconds:?}."),
+        )),
+    }
+}
+
+fn timeout(seconds: f64) -> Option<Duration> {
+    let timeout = Duration::try_from_secs_f64(seconds).ok();
+    timeout.filter(|timeout| !timeout.is_zero())
+}

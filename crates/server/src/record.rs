@@ -1,0 +1,69 @@
+//! What becomes known of a request while it is served: for its line in the log and the limits of
+//! its API key.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use crate::access::KeyPermit;
+use crate::generate::Usage;
+use crate::metrics::Outcome;
+
+/// Filled by whoever knows, read when the request is over. Counts as it goes: a client that leaves has used tokens too.
+#[derive(Debug, Default)]
+pub(crate) struct RequestRecord {
+    outcome: OnceLock<Outcome>,
+    prompt_tokens: AtomicU32,
+    cached_tokens: AtomicU32,
+    completion_tokens: AtomicU32,
+    /// Of the API key it came with.
+    permit: OnceLock<KeyPermit>,
+}
+
+impl Drop for RequestRecord {
+    fn drop(&mut self) {
+        let usage = self.usage();
+        if let Some(permit) = self.permit.get_mut() {
+            permit.num_tokens = u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens);
+        }
+    }
+}
+
+impl RequestRecord {
+    /// A prompt was computed, or found in the cache.
+    pub(crate) fn prompt(&self, num_tokens: u32, num_cached: u32) {
+        self.prompt_tokens.fetch_add(num_tokens, Relaxed);
+        self.cached_tokens.fetch_add(num_cached, Relaxed);
+    }
+
+    /// A token was generated.
+    pub(crate) fn token(&self) {
+        self.completion_tokens.fetch_add(1, Relaxed);
+    }
+
+    /// The request ended, and used at least so much. The first outcome counts.
+    pub(crate) fn end(&self, outcome: Outcome, usage: Usage) {
+        let _ = self.outcome.set(outcome);
+        self.prompt_tokens.fetch_max(usage.prompt_tokens, Relaxed);
+        self.cached_tokens.fetch_max(usage.cached_tokens, Relaxed);
+        self.completion_tokens.fetch_max(usage.completion_tokens, Relaxed);
+    }
+
+    /// Gives the permit back, charged with what was used, once nobody knows the request any more.
+    pub(crate) fn hold(&self, permit: KeyPermit) {
+        let _ = self.permit.set(permit);
+    }
+
+    /// How it ended; `None` where only generations are told apart.
+    pub(crate) fn outcome(&self) -> Option<Outcome> {
+        self.outcome.get().copied()
+    }
+
+    /// What was used so far.
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            completion_tokens: self.completion_tokens.load(Relaxed),
+            cached_tokens: self.cached_tokens.load(Relaxed),
+        }
+    }
+}

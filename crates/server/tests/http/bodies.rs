@@ -1,0 +1,106 @@
+//! Request bodies that come slowly, or are large.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::Request;
+use http_body::Frame;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tower::ServiceExt;
+
+use crate::support::{Server, Setup};
+
+/// A body that comes as it is sent; it ends with the sender.
+struct Sent(UnboundedReceiver<Bytes>);
+
+impl http_body::Body for Sent {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0
+            .poll_recv(context)
+            .map(|data| data.map(|data| Ok(Frame::data(data))))
+    }
+}
+
+fn request(num_bytes: Option<usize>) -> (UnboundedSender<Bytes>, Request<Body>) {
+    let (sender, receiver) = unbounded_channel();
+    let mut request = Request::post("/v1/completions");
+    if let Some(num_bytes) = num_bytes {
+        request = request.header("content-length", num_bytes);
+    }
+    (sender, request.body(Body::new(Sent(receiver))).unwrap())
+}
+
+/// A completion of exactly so many bytes.
+fn completion(num_bytes: usize) -> Bytes {
+    let body = r#"{"prompt":"a","max_tokens":2}"#;
+    format!("{body}{}", " ".repeat(num_bytes - body.len())).into()
+}
+
+/// Sends a request and says when it has looked at its body.
+fn send(server: &Server, request: Request<Body>) -> tokio::task::JoinHandle<u16> {
+    let answer = server.router.clone().oneshot(request);
+    tokio::spawn(async move { answer.await.unwrap().status().as_u16() })
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_in_time_is_408() {
+    let mut setup = Setup::default();
+    setup.limits.body_timeout = Duration::from_millis(20);
+    let server = setup.start();
+    let (sender, slow) = request(Some(100));
+    sender.send(completion(50)).unwrap();
+    assert_eq!(send(&server, slow).await.unwrap(), 408);
+    assert_eq!(server.outcomes().await, [("timeout".to_owned(), 1)]);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn a_large_body_that_is_looked_at_twice_needs_room_once() {
+    const LARGE: usize = 600 << 10;
+    let mut setup = Setup::default();
+    setup.limits.max_bodies_bytes = LARGE;
+    setup.limits.body_timeout = Duration::from_secs(5);
+    let server = setup.start();
+    let (sender, mut twice) = request(Some(LARGE));
+    *twice.uri_mut() = "/invocations".parse().unwrap();
+    sender.send(completion(LARGE)).unwrap();
+    drop(sender);
+    assert_eq!(send(&server, twice).await.unwrap(), 200);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn large_bodies_wait_for_room_and_small_ones_do_not() {
+    const LARGE: usize = 600 << 10;
+    let mut setup = Setup::default();
+    setup.limits.max_bodies_bytes = 1 << 20;
+    let server = setup.start();
+    // Half of it comes, and all the room for it is taken.
+    let (first_sender, first) = request(Some(LARGE));
+    first_sender.send(completion(LARGE / 2)).unwrap();
+    let first = send(&server, first);
+    let (second_sender, second) = request(None);
+    second_sender.send(completion(LARGE)).unwrap();
+    drop(second_sender);
+    let mut second = send(&server, second);
+    let (small_sender, small) = request(Some(1000));
+    small_sender.send(completion(1000)).unwrap();
+    drop(small_sender);
+    assert_eq!(send(&server, small).await.unwrap(), 200);
+    let waits = tokio::time::timeout(Duration::from_millis(20), &mut second).await;
+    assert!(waits.is_err(), "both are in memory: {waits:?}");
+    first_sender.send(Bytes::from(vec![b' '; LARGE / 2])).unwrap();
+    drop(first_sender);
+    assert_eq!(first.await.unwrap(), 200);
+    assert_eq!(second.await.unwrap(), 200);
+    server.assert_idle().await;
+}
