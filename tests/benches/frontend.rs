@@ -20,7 +20,7 @@ use lapidary_engine::{
 };
 use lapidary_server::config::HttpConfig;
 use lapidary_server::serve::{Listener, serve_on};
-use lapidary_server::{AppState, Limits, Metrics, SamplingDefaults, ServedModel};
+use lapidary_server::{AppState, Grammars, Limits, Metrics, SamplingDefaults, ServedModel};
 use lapidary_tests::http::Connection;
 use lapidary_text::{SystemRole, Tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -117,17 +117,21 @@ fn model(tokenizer: Tokenizer, executor: impl FnOnce() -> FreeExecutor + Send + 
         ..EngineConfig::default()
     };
     let engine = Engine::spawn(config, move || Ok::<_, io::Error>(executor())).expect("the executor cannot fail");
+    let tokenizer = Arc::new(tokenizer);
+    let vocab_size = u32::try_from(tokenizer.vocab_size()).expect("a vocabulary fits u32");
+    let stop_token_ids: Arc<[TokenId]> = Arc::from([1]);
     ServedModel {
         names: vec!["bench".to_owned()],
         root: "bench".to_owned(),
         created: 0,
         max_model_len: config.max_model_len,
-        vocab_size: u32::try_from(tokenizer.vocab_size()).expect("a vocabulary fits u32"),
-        tokenizer: Arc::new(tokenizer),
+        vocab_size,
+        grammars: Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids)),
+        tokenizer,
         chat_template: None,
         system_role: SystemRole::Merge,
         eos_token_id: 1,
-        stop_token_ids: Arc::from([1]),
+        stop_token_ids,
         defaults: SamplingDefaults::default(),
         system_fingerprint: "bench".to_owned(),
         engine,

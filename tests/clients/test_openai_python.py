@@ -1,9 +1,34 @@
 """openai-python, sync and async, against the demo model."""
 
+import json
+from typing import Literal
+
 import openai
+import pydantic
 import pytest
 
 SUM = [{"role": "user", "content": "What is 12 + 7?"}]
+ADA = [{"role": "user", "content": "Ada is 36 years old. Answer in JSON."}]
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+class Owner(pydantic.BaseModel, extra="forbid"):
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=0, le=150)
+
+
+class Ticket(pydantic.BaseModel, extra="forbid"):
+    """Bounded everywhere, so that whatever a small model says comes to an end."""
+
+    kind: Literal["bug", "wish"]
+    votes: int = pydantic.Field(ge=0, le=99)
+    owner: Owner | None
+    tags: list[Literal["red", "green", "blue"]] = pydantic.Field(max_length=3)
+    code: str = pydantic.Field(pattern="^[A-Z]{2}-[0-9]{3}$")
 
 
 def test_a_chat_answers_rightly(client):
@@ -90,6 +115,117 @@ def test_completions_take_batches_of_text_and_of_ids(client):
     streamed = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0, stream=True)
     whole = client.completions.create(model="demo", prompt="One", max_tokens=3, temperature=0)
     assert "".join(c.choices[0].text for c in streamed if c.choices) == whole.choices[0].text
+
+
+def test_parse_gives_what_the_model_said_as_an_object(client):
+    completion = client.chat.completions.parse(model="demo", messages=ADA, response_format=Person, temperature=0)
+    assert completion.choices[0].message.parsed == Person(name="Ada", age=36)
+    assert completion.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(model="demo", messages=ADA, response_format=Person, temperature=0) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == Person(name="Ada", age=36)
+
+
+def test_any_answer_that_ends_is_valid(client):
+    num_ended = 0
+    for seed in range(10):
+        schema = {"name": "ticket", "strict": True, "schema": Ticket.model_json_schema()}
+        completion = client.chat.completions.create(
+            model="demo",
+            messages=SUM,
+            response_format={"type": "json_schema", "json_schema": schema},
+            temperature=1.5,
+            seed=seed,
+            max_tokens=300,
+            n=2,
+        )
+        for choice in completion.choices:
+            if choice.finish_reason == "stop":
+                Ticket.model_validate_json(choice.message.content)
+                num_ended += 1
+    assert num_ended == 20
+
+
+def test_json_mode_and_guided_extras_shape_answers(client):
+    completion = client.chat.completions.create(
+        model="demo", messages=ADA, response_format={"type": "json_object"}, temperature=0
+    )
+    assert json.loads(completion.choices[0].message.content) == {"name": "Ada", "age": 36}
+    for extra in ({"guided_choice": ["18", "19", "20"]}, {"structured_outputs": {"regex": "[0-9]{2}"}}):
+        completion = client.chat.completions.create(model="demo", messages=SUM, temperature=0, extra_body=extra)
+        assert len(completion.choices[0].message.content) == 2 and completion.choices[0].message.content.isdigit()
+    text = client.completions.create(
+        model="demo", prompt="One", extra_body={"structured_outputs": {"grammar": 'start: "a"+ "b"'}, "seed": 3}
+    )
+    assert set(text.choices[0].text) <= {"a", "b"}
+
+
+def test_a_schema_that_cannot_be_kept_is_a_bad_request(client):
+    schema = {"name": "x", "schema": {"type": "object", "properties": {"a": {"type": "strin"}}}}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(
+            model="demo", messages=SUM, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    assert "Invalid schema for response_format 'x'" in error.value.message
+    assert error.value.param == "response_format.json_schema.schema"
+
+
+def test_a_forced_call_has_arguments_that_parse(client):
+    tools = [openai.pydantic_function_tool(Ticket, name="file_ticket", description="Files a ticket.")]
+    ask = {"model": "demo", "messages": SUM, "tools": tools, "tool_choice": "required", "temperature": 0, "max_tokens": 300}
+    completion = client.chat.completions.parse(**ask, parallel_tool_calls=False)
+    message = completion.choices[0].message
+    assert completion.choices[0].finish_reason == "tool_calls" and message.content is None
+    assert message.tool_calls[0].function.name == "file_ticket"
+    assert isinstance(message.tool_calls[0].function.parsed_arguments, Ticket)
+    with client.chat.completions.stream(**ask, parallel_tool_calls=False) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.delta" in kinds and "tool_calls.function.arguments.done" in kinds
+    assert streamed.tool_calls[0].function.parsed_arguments == message.tool_calls[0].function.parsed_arguments
+
+    history = SUM + [
+        message.model_dump(exclude_none=True, exclude={"parsed"}),
+        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "filed"},
+    ]
+    answer = client.chat.completions.create(model="demo", messages=history, tools=tools, max_tokens=5)
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_functions_that_are_only_offered_leave_the_model_its_words(client):
+    tools = [{"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {}}}]
+    for choice in ("auto", "none", openai.omit):
+        completion = client.chat.completions.create(
+            model="demo", messages=SUM, tools=tools, tool_choice=choice, temperature=0, max_tokens=20
+        )
+        assert completion.choices[0].message.content and completion.choices[0].message.tool_calls is None
+
+
+def test_responses_say_what_chats_say(client):
+    chat = client.chat.completions.create(model="demo", messages=SUM, temperature=0).choices[0].message.content
+    response = client.responses.create(model="demo", input=SUM[0]["content"], temperature=0)
+    assert response.output_text == chat and response.status == "completed"
+    assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    with client.responses.stream(model="demo", input=SUM, temperature=0) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == stream.get_final_response().output_text == chat
+    parsed = client.responses.parse(model="demo", input=ADA, text_format=Person, temperature=0)
+    assert parsed.output_parsed == Person(name="Ada", age=36)
+
+
+def test_responses_call_functions(client):
+    tool = {"type": "function", "name": "file_ticket", "parameters": Ticket.model_json_schema(), "strict": True}
+    ask = {"model": "demo", "tools": [tool], "temperature": 0, "max_output_tokens": 300, "parallel_tool_calls": False}
+    response = client.responses.create(**ask, input=SUM, tool_choice="required")
+    call = response.output[0]
+    assert call.type == "function_call" and call.name == "file_ticket"
+    Ticket.model_validate_json(call.arguments)
+    history = SUM + [call.model_dump(), {"type": "function_call_output", "call_id": call.call_id, "output": "filed"}]
+    assert client.responses.create(**ask, input=history, tool_choice="none").output_text is not None
+    with pytest.raises(openai.BadRequestError) as error:
+        client.responses.create(model="demo", input="x", previous_response_id="resp_1")
+    assert error.value.param == "previous_response_id"
 
 
 def test_vllm_extras_are_taken(client):

@@ -79,7 +79,7 @@ impl Kernel for Choose<'_> {
     }
 }
 
-/// Biases, bans and penalties.
+/// Biases, bans, masks and penalties.
 #[inline(always)]
 fn adjust(sample: &SampleRow, fed: Option<TokenId>, logits: &mut [f32], scratch: &mut SampleScratch) {
     let params = &sample.params;
@@ -92,6 +92,9 @@ fn adjust(sample: &SampleRow, fed: Option<TokenId>, logits: &mut [f32], scratch:
         if let Some(logit) = logits.get_mut(*token as usize) {
             *logit = f32::NEG_INFINITY;
         }
+    }
+    if let Some(mask) = &sample.mask {
+        forbid(mask, logits);
     }
     let Some(history) = &sample.history else { return };
     let SampleScratch { counts, counted, .. } = scratch;
@@ -119,6 +122,24 @@ fn adjust(sample: &SampleRow, fed: Option<TokenId>, logits: &mut [f32], scratch:
         if generated > 0 {
             *logit -= params.frequency_penalty * generated as f32;
             *logit -= params.presence_penalty;
+        }
+    }
+}
+
+/// Leaves only what the mask allows. A mask of JSON allows nearly all tokens or nearly none: whole words go at once.
+#[inline(always)]
+fn forbid(mask: &[u32], logits: &mut [f32]) {
+    for (&word, chunk) in mask.iter().zip(logits.chunks_mut(32)) {
+        match word {
+            u32::MAX => {}
+            0 => chunk.fill(f32::NEG_INFINITY),
+            _ => {
+                for (bit, logit) in chunk.iter_mut().enumerate() {
+                    if word >> bit & 1 == 0 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
         }
     }
 }

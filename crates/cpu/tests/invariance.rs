@@ -286,6 +286,7 @@ impl Step {
             given: None,
             params,
             banned: None,
+            mask: None,
             history,
         });
         self.owners.push(owner);

@@ -158,7 +158,7 @@ impl Prepared {
         let choices = batch.samples.iter().map(|sample| Choice {
             sample,
             given: sample.given,
-            mask: None,
+            mask: sample.mask.as_deref(),
         });
         self.sampler_for(device, vocab)?.upload(device, batch, choices, vocab)
     }

@@ -94,6 +94,8 @@ impl Needs {
             params.logprobs.is_none()
                 && params.logit_bias.is_empty()
                 && sample.banned.is_none()
+                && sample.mask.is_none()
+                && sample.given.is_none()
                 && sample.history.is_none()
         })
     }

@@ -299,6 +299,7 @@ pub(crate) mod tests {
             given: None,
             params: Arc::new(SamplingParams::default()),
             banned: None,
+            mask: None,
             history: None,
         }
     }

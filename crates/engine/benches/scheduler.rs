@@ -70,6 +70,7 @@ impl Load {
             priority: 0,
             cache_salt: 0,
             deadline: None,
+            constraint: None,
             queue_deadline: None,
         };
         self.scheduler.add(RequestId(id), request);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{RequestId, SamplingParams, TokenId};
+use crate::{RequestId, SamplingParams, TokenId, TokenMask};
 
 /// Index of a KV block (kernels call it a page).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,6 +62,8 @@ pub struct SampleRow {
     pub params: Arc<SamplingParams>,
     /// Tokens that must not be chosen (`min_tokens` not reached).
     pub banned: Option<Arc<[TokenId]>>,
+    /// Only tokens in this mask may be chosen; at least one of them is not banned.
+    pub mask: Option<TokenMask>,
     /// Present when [`SamplingParams::needs_history`].
     pub history: Option<TokenHistory>,
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use crate::constraint::MaskPool;
 use crate::error::{EngineError, SpawnError};
 use crate::handle::{EventResult, Mailbox, Shared, Submission};
 use crate::scheduler::{Scheduler, SchedulerConfig, SequenceOutput};
@@ -26,6 +27,7 @@ pub struct Engine<E> {
     scheduler: Scheduler,
     callers: Callers,
     mailbox: Mailbox,
+    masks: MaskPool,
     max_steps_in_flight: usize,
     /// Kept for their capacity.
     outputs: Vec<SequenceOutput>,
@@ -105,6 +107,7 @@ impl<E: Executor> Engine<E> {
             scheduler,
             callers: Callers::new(shared),
             mailbox: Mailbox::default(),
+            masks: MaskPool::new(),
             max_steps_in_flight,
             outputs: Vec::new(),
             failed: Vec::new(),
@@ -152,14 +155,37 @@ impl<E: Executor> Engine<E> {
 
     /// Launches a step if one can be, and collects the oldest unless another could be launched on top.
     fn step(&mut self) -> Result<(), DeviceLost> {
+        self.take_in_masks();
         let launched = self.launch()?;
         let num_in_flight = self.scheduler.num_steps_in_flight();
         if num_in_flight == self.max_steps_in_flight || (num_in_flight > 0 && launched != Launched::Step) {
             return self.collect();
         }
-        let is_stuck = launched == Launched::Nothing && !self.scheduler.is_empty();
+        let is_stuck = launched == Launched::Nothing && !self.scheduler.is_empty() && self.masks.num_outstanding() == 0;
         assert!(!is_stuck, "sequences wait, and nothing that runs could end their wait");
         Ok(())
+    }
+
+    /// Has masks computed and takes in those that are.
+    fn take_in_masks(&mut self) {
+        for job in self.scheduler.take_mask_jobs() {
+            self.masks.submit(job);
+        }
+        let (scheduler, callers) = (&mut self.scheduler, &mut self.callers);
+        self.masks.take(|id, outcome| match outcome {
+            Ok(mask) => scheduler.set_mask(id, mask),
+            Err(error) => {
+                tracing::warn!(
+                    request = id.0,
+                    error = &error as &dyn std::error::Error,
+                    "constraint failed"
+                );
+                if scheduler.abort(id) {
+                    let source = Arc::new(error);
+                    callers.end_with(id, Err(EngineError::ConstraintFailed { source }), Outcome::Failed);
+                }
+            }
+        });
     }
 
     fn launch(&mut self) -> Result<Launched, DeviceLost> {

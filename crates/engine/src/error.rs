@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::ExecutorError;
+use crate::{ConstraintError, ExecutorError};
 
 /// Why [`crate::EngineHandle::submit`] refused a request. Nothing of it was queued.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,6 +62,13 @@ pub enum EngineError {
         /// What the executor said.
         #[source]
         source: Arc<ExecutorError>,
+    },
+    /// [`crate::Request::constraint`] could not be followed to its end.
+    #[error("the constraint failed")]
+    ConstraintFailed {
+        /// Why.
+        #[source]
+        source: Arc<ConstraintError>,
     },
     /// [`crate::Request::deadline`] passed.
     #[error("deadline exceeded")]

@@ -5,9 +5,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use crate::constraint::allows_only;
 use crate::{
-    Batch, BlockId, Executor, ExecutorError, KvCacheConfig, Request, RequestId, SampleRow, SampledToken,
-    SamplingParams, StopCriteria, TokenId, TokenLogprobs,
+    Batch, BlockId, ConstraintError, Executor, ExecutorError, KvCacheConfig, Request, RequestId, SampleRow,
+    SampledToken, SamplingParams, StopCriteria, TokenConstraint, TokenId, TokenLogprobs, TokenMask,
 };
 
 /// What a [`ScriptedExecutor`] is and does. Attempts to launch are counted from 0.
@@ -149,6 +150,7 @@ impl ScriptedExecutor {
         let mut tokens = request.prompt.to_vec();
         let (mut content, mut reached) = (ROOT, ROOT);
         let mut num_hashed = 0;
+        let mut constraint = request.constraint.clone();
         if request.stop.max_tokens == 0 {
             return Vec::new();
         }
@@ -159,12 +161,30 @@ impl ScriptedExecutor {
             }
             num_hashed = tokens.len();
             let num_generated = tokens.len() - request.prompt.len();
-            let is_banned = num_generated < request.stop.min_tokens as usize;
-            let banned = if is_banned { &*request.stop.stop_token_ids } else { &[] };
+            let mask = constraint.as_mut().and_then(|constraint| {
+                constraint
+                    .allowed_tokens()
+                    .expect("constraints that are compared do not fail")
+            });
+            let stop_token_ids = &*request.stop.stop_token_ids;
+            let must_stop = mask.as_deref().is_some_and(|mask| allows_only(mask, stop_token_ids));
+            let is_banned = num_generated < request.stop.min_tokens as usize && !must_stop;
+            let limits = Choice {
+                banned: if is_banned { stop_token_ids } else { &[] },
+                mask: mask.as_deref(),
+            };
             if request.sampling.needs_history() {
                 reached = tokens.iter().fold(reached, |hash, &token| mix(hash, u64::from(token)));
             }
-            let token = choose(reached, request.sampling.seed, tokens.len() as u32, vocab_size, banned);
+            let token = choose(reached, request.sampling.seed, tokens.len() as u32, vocab_size, limits);
+            if mask.is_none() {
+                constraint = None;
+            }
+            if let Some(constraint) = &mut constraint {
+                constraint
+                    .advance(token)
+                    .expect("constraints that are compared do not fail");
+            }
             if request.sampling.needs_history() {
                 // History is no part of the cache.
                 (content, reached, num_hashed) = (ROOT, ROOT, 0);
@@ -240,7 +260,10 @@ impl ScriptedExecutor {
         if let Some(token) = self.config.script.as_ref().and_then(|script| script.0(row)) {
             return token;
         }
-        let banned = sample.banned.as_deref().unwrap_or_default();
+        let limits = Choice {
+            banned: sample.banned.as_deref().unwrap_or_default(),
+            mask: sample.mask.as_deref(),
+        };
         let mut reached = self.reached(blocks, sample, input);
         if let Some(history) = &sample.history {
             let fed = is_fed.then_some(input);
@@ -252,7 +275,7 @@ impl ScriptedExecutor {
             sample.params.seed,
             sample.position,
             self.config.vocab_size,
-            banned,
+            limits,
         )
     }
 
@@ -318,6 +341,8 @@ impl ScriptedExecutor {
                 "a token chosen by a row that is not a sequence's last"
             );
             assert_eq!(sample.position, batch.positions[sample.row as usize] + 1);
+            let is_ahead = sample.mask.is_some() && batch.fed.iter().any(|fed| fed.row == sample.row);
+            assert!(!is_ahead, "a mask for what follows a token that was not read");
         }
         for fed in &batch.fed {
             let index = batch.query_start.partition_point(|&start| start <= fed.row) - 1;
@@ -421,6 +446,7 @@ impl Request {
             priority: 0,
             cache_salt: 0,
             deadline: None,
+            constraint: None,
             queue_deadline: None,
         }
     }
@@ -437,12 +463,126 @@ fn slot_content(before: u64, token: TokenId, position: u32) -> u64 {
     mix(before, u64::from(token) << 32 | u64::from(position))
 }
 
-fn choose(reached: u64, seed: u64, position: u32, vocab_size: u32, banned: &[TokenId]) -> TokenId {
+/// What may be chosen.
+#[derive(Debug, Clone, Copy)]
+struct Choice<'a> {
+    banned: &'a [TokenId],
+    mask: Option<&'a [u32]>,
+}
+
+impl Choice<'_> {
+    fn allows(&self, token: TokenId) -> bool {
+        let is_masked = |mask: &[u32]| mask[token as usize / 32] >> (token % 32) & 1 == 0;
+        !self.banned.contains(&token) && !self.mask.is_some_and(is_masked)
+    }
+}
+
+fn choose(reached: u64, seed: u64, position: u32, vocab_size: u32, limits: Choice<'_>) -> TokenId {
     let first = (mix(mix(reached, seed), u64::from(position)) % u64::from(vocab_size)) as u32;
     (0..vocab_size)
         .map(|offset| (first + offset) % vocab_size)
-        .find(|token| !banned.contains(token))
-        .unwrap_or(first)
+        .find(|token| limits.allows(*token))
+        .expect("some token is allowed")
+}
+
+/// A [`TokenConstraint`] whose masks depend on every token before: a token that is missed, seen twice or seen by another
+/// sequence's constraint changes the tokens that come out.
+#[derive(Debug, Clone)]
+pub struct ScriptedConstraint {
+    vocab_size: u32,
+    /// One token in so many is allowed.
+    sparsity: u64,
+    /// After so many tokens only `stop` is allowed.
+    length: usize,
+    stop: TokenId,
+    /// Fails once so many tokens were taken in.
+    fails_after: Option<usize>,
+    /// Allows anything once so many tokens were taken in.
+    free_after: Option<usize>,
+    /// Each mask takes this long.
+    delay: Duration,
+    state: u64,
+    num_tokens: usize,
+}
+
+impl ScriptedConstraint {
+    /// Allows a third of the tokens each time, and after `length` tokens nothing but `stop`.
+    #[must_use]
+    pub fn new(vocab_size: u32, length: usize, stop: TokenId) -> Self {
+        Self {
+            vocab_size,
+            sparsity: 3,
+            length,
+            stop,
+            fails_after: None,
+            free_after: None,
+            delay: Duration::ZERO,
+            state: ROOT,
+            num_tokens: 0,
+        }
+    }
+
+    /// Fails once `num_tokens` tokens were taken in.
+    #[must_use]
+    pub fn failing_after(self, num_tokens: usize) -> Self {
+        Self {
+            fails_after: Some(num_tokens),
+            ..self
+        }
+    }
+
+    /// Allows anything once `num_tokens` tokens were taken in.
+    #[must_use]
+    pub fn free_after(self, num_tokens: usize) -> Self {
+        Self {
+            free_after: Some(num_tokens),
+            ..self
+        }
+    }
+
+    /// Takes this long for each mask.
+    #[must_use]
+    pub fn with_delay(self, delay: Duration) -> Self {
+        Self { delay, ..self }
+    }
+
+    fn allows(&self, token: TokenId) -> bool {
+        if self.num_tokens >= self.length {
+            return token == self.stop;
+        }
+        let is_chosen = mix(self.state, u64::from(token)).is_multiple_of(self.sparsity);
+        // One token at least is always allowed.
+        is_chosen || u64::from(token) == self.state % u64::from(self.vocab_size)
+    }
+}
+
+impl TokenConstraint for ScriptedConstraint {
+    fn advance(&mut self, token: TokenId) -> Result<(), ConstraintError> {
+        assert!(self.allows(token), "token {token} was not allowed");
+        self.state = mix(self.state, u64::from(token));
+        self.num_tokens += 1;
+        Ok(())
+    }
+
+    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError> {
+        std::thread::sleep(self.delay);
+        if self.free_after.is_some_and(|limit| self.num_tokens >= limit) {
+            return Ok(None);
+        }
+        if self.fails_after.is_some_and(|limit| self.num_tokens >= limit) {
+            let attempt = self.num_tokens as u64;
+            return Err(ConstraintError::Failed(ScriptedFailure { attempt }.into()));
+        }
+        let mut mask = vec![0_u32; self.vocab_size.div_ceil(32) as usize];
+        for token in (0..self.vocab_size).filter(|token| self.allows(*token)) {
+            mask[token as usize / 32] |= 1 << (token % 32);
+        }
+        Ok(Some(mask.into()))
+    }
+
+    fn fork(&self) -> Box<dyn TokenConstraint> {
+        Box::new(self.clone())
+    }
 }
 
 /// In `-8..=-1`; seven digits write it exactly.

@@ -10,6 +10,7 @@
 //! | `engine` | the thread: mail, deadlines, launch, collect, events, and how it all ends |
 //! | `scheduler` | which sequences run, with how many tokens; preemption; what is in flight |
 //! | `sequence` | a request's live state |
+//! | `constraint` | which tokens may come next, where a request says so; the threads that work it out |
 //! | `kv_cache`, `block_pool` | who owns which block, which prefixes can be shared, which free block is used next |
 //! | `batch`, `executor` | the seam to whatever runs the model |
 //! | `stats` | counters that are read without a message to the thread |
@@ -49,6 +50,7 @@
 //!     priority: 0,
 //!     cache_salt: 0,
 //!     deadline: None,
+//!     constraint: None,
 //!     queue_deadline: None,
 //! })?;
 //! let mut tokens = Vec::new();
@@ -61,6 +63,7 @@
 
 mod batch;
 mod block_pool;
+mod constraint;
 mod engine;
 mod error;
 mod executor;
@@ -74,11 +77,12 @@ mod sequence;
 mod stats;
 
 pub use batch::{Batch, BlockId, FedToken, SampleRow, TokenHistory};
+pub use constraint::{ConstraintError, MaskJob, MaskOutcome, TokenConstraint, TokenMask};
 pub use engine::Engine;
 pub use error::{EngineError, SpawnError, SubmitError};
 pub use executor::{Executor, ExecutorError, KvCacheConfig};
 #[cfg(any(test, feature = "testing"))]
-pub use fake::{Script, ScriptRow, ScriptedConfig, ScriptedExecutor, ScriptedFailure};
+pub use fake::{Script, ScriptRow, ScriptedConfig, ScriptedConstraint, ScriptedExecutor, ScriptedFailure};
 pub use handle::{EngineConfig, EngineHandle, TokenStream};
 pub use kv_cache::{BlockTable, KvCacheManager, OutOfBlocks, PrefixHashes};
 pub use request::{

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::TokenConstraint;
+
 /// A vocabulary index.
 pub type TokenId = u32;
 
@@ -27,6 +29,8 @@ pub struct Request {
     pub cache_salt: u128,
     /// The request fails with `EngineError::DeadlineExceeded` at this time, wherever it is.
     pub deadline: Option<Instant>,
+    /// Says which tokens may come next.
+    pub constraint: Option<Box<dyn TokenConstraint>>,
     /// It fails with `EngineError::QueueDeadlineExceeded` if no step was launched for it until this time.
     pub queue_deadline: Option<Instant>,
 }
@@ -94,7 +98,8 @@ impl SamplingParams {
 pub struct StopCriteria {
     /// Generated tokens at most; 0 only where a prompt of two tokens or more is to be scored.
     pub max_tokens: u32,
-    /// No token of `stop_token_ids` can be sampled before this many tokens were generated.
+    /// No token of `stop_token_ids` can be sampled before this many tokens were generated, unless the request's
+    /// constraint allows nothing else.
     pub min_tokens: u32,
     /// Sampling one of these ends the sequence; the token is reported with the finish reason.
     pub stop_token_ids: Arc<[TokenId]>,

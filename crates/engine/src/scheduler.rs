@@ -15,9 +15,11 @@ mod tests;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::kv_cache::{BlockTable, KvCacheManager};
-use crate::sequence::{Rank, Scoring, Sequence, SequenceIndex};
+use crate::sequence::{Guide, Rank, Scoring, Sequence, SequenceIndex};
 use crate::stats::{Gauges, StepCounts};
-use crate::{Batch, FinishReason, KvCacheConfig, Request, RequestId, SampledToken};
+use crate::{
+    Batch, FinishReason, KvCacheConfig, MaskJob, Request, RequestId, SampledToken, TokenConstraint, TokenMask,
+};
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Scheduler {
     batch: Batch,
     plan: plan::Plan,
     newly_started: Vec<RequestId>,
+    /// Masks that sequences wait for, until the caller takes the jobs.
+    mask_jobs: Vec<MaskJob>,
     /// Emptied steps, kept for their capacity.
     spare_steps: Vec<Step>,
     /// Waiting sequences that have run before.
@@ -137,6 +141,7 @@ impl Scheduler {
             batch: Batch::default(),
             plan: plan::Plan::default(),
             newly_started: Vec::new(),
+            mask_jobs: Vec::new(),
             spare_steps: Vec::new(),
             num_preempted: 0,
             totals: Totals::default(),
@@ -147,7 +152,7 @@ impl Scheduler {
     ///
     /// # Panics
     /// When the request can never run, or its name is taken: the caller checks both.
-    pub fn add(&mut self, id: RequestId, request: Request) {
+    pub fn add(&mut self, id: RequestId, mut request: Request) {
         assert!(
             !request.prompt.is_empty() && (request.stop.max_tokens > 0 || request.num_scores() > 0),
             "nothing to compute"
@@ -162,6 +167,19 @@ impl Scheduler {
             arrival: self.num_arrivals,
         };
         self.num_arrivals += 1;
+        // Scores are of given tokens: a request that generates nothing has nothing to constrain.
+        let constraint = request.constraint.take().filter(|_| request.stop.max_tokens > 0);
+        let guide = match constraint {
+            None => Guide::Free,
+            Some(constraint) => {
+                self.mask_jobs.push(MaskJob {
+                    id,
+                    constraint,
+                    token: None,
+                });
+                Guide::Away
+            }
+        };
         let sequence = Sequence {
             id,
             rank,
@@ -178,6 +196,7 @@ impl Scheduler {
             last_sample: 0,
             num_preemptions: 0,
             num_cached_tokens: 0,
+            guide,
             leader: None,
         };
         let index = self.vacant.pop().unwrap_or_else(|| {
@@ -200,8 +219,21 @@ impl Scheduler {
         true
     }
 
+    /// Masks to compute. Each must come back by [`set_mask`](Self::set_mask), or its sequence be aborted.
+    pub fn take_mask_jobs(&mut self) -> std::vec::Drain<'_, MaskJob> {
+        self.mask_jobs.drain(..)
+    }
+
+    /// Says which token may come next, `None` for any from now on; nothing if the sequence is gone.
+    pub fn set_mask(&mut self, id: RequestId, mask: Option<(Box<dyn TokenConstraint>, TokenMask)>) {
+        if let Some(&index) = self.indices.get(&id) {
+            self.sequence_mut(index).guide =
+                mask.map_or(Guide::Free, |(constraint, mask)| Guide::Ready(constraint, mask));
+        }
+    }
+
     /// Chooses what the next step computes. `None` when nothing can be computed before the oldest step in flight is
-    /// collected, or until a request is added.
+    /// collected, until a request is added, or until a mask is set.
     ///
     /// The step counts as launched; if it could not be, [`launch_failed`](Self::launch_failed) must be called at once.
     ///
@@ -349,11 +381,15 @@ impl Scheduler {
         let mut has_ended = false;
         for (index, sampled) in samples.enumerate() {
             let is_prompt = index < row.num_scores;
+            let token = sampled.token;
             let finish = if is_prompt {
                 sequence.push_score()
             } else {
-                sequence.push(sampled.token)
+                sequence.push(token)
             };
+            if !is_prompt && finish.is_none() {
+                self.mask_jobs.extend(sequence.mask_job(token));
+            }
             has_ended |= finish.is_some();
             outputs.push(SequenceOutput {
                 id: row.id,

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::kv_cache::{BlockTable, PrefixHashes};
-use crate::{FinishReason, Request, RequestId, SamplingParams, TokenId};
+use crate::{FinishReason, MaskJob, Request, RequestId, SamplingParams, TokenConstraint, TokenId, TokenMask};
 
 /// Runs before another where it is less: priority, then arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +24,19 @@ pub(crate) struct Leader {
     pub(crate) num_preemptions: u32,
     /// Worth waiting for until it published this many blocks.
     pub(crate) num_blocks: usize,
+}
+
+/// What a constrained sequence may go on with.
+#[derive(Debug)]
+pub(crate) enum Guide {
+    /// Anything.
+    Free,
+    /// A launched step samples the token that the constraint has to see next.
+    Sampling(Box<dyn TokenConstraint>),
+    /// The constraint is away, computing the next mask.
+    Away,
+    /// Tokens of the mask.
+    Ready(Box<dyn TokenConstraint>, TokenMask),
 }
 
 #[derive(Debug)]
@@ -51,6 +64,8 @@ pub(crate) struct Sequence {
     pub(crate) num_preemptions: u32,
     /// Prompt tokens matched when it first ran.
     pub(crate) num_cached_tokens: u32,
+    /// Which tokens may come next.
+    pub(crate) guide: Guide,
     /// While waiting: who computes the same prefix.
     pub(crate) leader: Option<Leader>,
 }
@@ -101,7 +116,43 @@ impl Sequence {
     pub(crate) fn num_remaining(&self) -> usize {
         // The last token wanted needs no KV: nothing comes after it.
         let wanted = self.num_prompt_tokens() + self.request.stop.max_tokens as usize - 1;
-        self.num_tokens().min(wanted) - self.num_computed_tokens
+        let remaining = self.num_tokens().min(wanted) - self.num_computed_tokens;
+        // The row that samples has to wait for its mask.
+        remaining.saturating_sub(usize::from(self.lacks_mask()))
+    }
+
+    /// Whether it is not known yet which tokens may come next.
+    pub(crate) fn lacks_mask(&self) -> bool {
+        matches!(self.guide, Guide::Sampling(_) | Guide::Away)
+    }
+
+    /// Its mask, for the step that is being launched.
+    pub(crate) fn take_mask(&mut self) -> Option<TokenMask> {
+        match std::mem::replace(&mut self.guide, Guide::Free) {
+            Guide::Ready(constraint, mask) => {
+                self.guide = Guide::Sampling(constraint);
+                Some(mask)
+            }
+            guide => {
+                debug_assert!(matches!(guide, Guide::Free), "a row that samples has its mask");
+                None
+            }
+        }
+    }
+
+    /// What the constraint has to do now that the token it waited for is known.
+    pub(crate) fn mask_job(&mut self, token: TokenId) -> Option<MaskJob> {
+        match std::mem::replace(&mut self.guide, Guide::Away) {
+            Guide::Sampling(constraint) => Some(MaskJob {
+                id: self.id,
+                constraint,
+                token: Some(token),
+            }),
+            guide => {
+                self.guide = guide;
+                None
+            }
+        }
     }
 
     /// The first position whose row still scores a prompt token; all before it may come from the prefix cache. `None` when

@@ -13,7 +13,7 @@
 //! with a `given` token answers that token and its log-probabilities; nothing is chosen. For the others then, as vLLM
 //! orders it:
 //!
-//! 1. `logit_bias` is added, `banned` tokens are removed, penalties are applied: repetition (divides positive,
+//! 1. `logit_bias` is added; `banned` tokens and those that `mask` does not have are removed; penalties are applied: repetition (divides positive,
 //!    multiplies negative logits of every token of prompt or output), then frequency (times its count in the output)
 //!    and presence (once) are subtracted. A token that was fed from the previous step counts as output.
 //! 2. Temperature 0 takes the largest logit, of equals the lowest id.
@@ -45,7 +45,7 @@ pub use runner::{
 pub use sampling::{
     bans_and_biases_hold, draws_depend_on_seed_and_position_alone, draws_follow_the_distribution,
     fed_tokens_are_read_and_counted, given_tokens_are_scored, greedy_takes_the_lowest_of_equals,
-    logprobs_are_of_the_raw_logits, penalties_follow_the_history,
+    logprobs_are_of_the_raw_logits, masks_hold, penalties_follow_the_history,
 };
 
 /// How far a backend may be from exact arithmetic.
@@ -107,7 +107,7 @@ macro_rules! conformance_tests {
         $crate::conformance_tests!(@each $make, $bounds;
             embed_matches_f64, norm_matches_f64, add_norm_matches_f64, geglu_matches_f64, linear_matches_f64,
             rope_matches_f64, attention_matches_f64, unused_cache_is_never_read, logits_match_f64,
-            greedy_takes_the_lowest_of_equals, bans_and_biases_hold, penalties_follow_the_history,
+            greedy_takes_the_lowest_of_equals, bans_and_biases_hold, masks_hold, penalties_follow_the_history,
             logprobs_are_of_the_raw_logits, draws_follow_the_distribution, draws_depend_on_seed_and_position_alone,
             fed_tokens_are_read_and_counted, given_tokens_are_scored, neighbours_do_not_change_logits, chunks_do_not_change_logits,
             chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints,

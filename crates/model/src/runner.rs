@@ -352,6 +352,20 @@ impl<B: Backend> ModelRunner<B> {
         check_limit("tokens", batch.num_tokens(), self.limits.max_tokens)?;
         check_limit("sequences", batch.num_seqs(), self.limits.max_seqs)?;
         check_limit("samples", batch.samples.len(), self.limits.max_seqs)?;
+        let mask_words = self.config.vocab_size.div_ceil(32);
+        let misfit = |sample: &&SampleRow| sample.mask.as_ref().is_some_and(|mask| mask.len() != mask_words);
+        if let Some(mask) = batch
+            .samples
+            .iter()
+            .find(misfit)
+            .and_then(|sample| sample.mask.as_ref())
+        {
+            return Err(RunnerError::BatchLimit {
+                what: "mask words",
+                found: mask.len(),
+                limit: mask_words,
+            });
+        }
         let below = |what, values: &mut dyn Iterator<Item = u32>, limit: usize| {
             values
                 .max()
@@ -581,6 +595,7 @@ fn warm_up_batch(num_seqs: usize, plan: &MemoryPlan) -> Batch {
                 given: None,
                 params: Arc::clone(&params),
                 banned: None,
+                mask: None,
                 history: None,
             })
             .collect(),
@@ -603,6 +618,7 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
         given: None,
         params: Arc::clone(&params),
         banned: None,
+        mask: None,
         history: None,
     };
     let num_blocks = end.div_ceil(block_size);

@@ -192,6 +192,11 @@ impl ApiError {
             EngineError::StepFailed { .. } => Self::Internal {
                 is_deterministic: false,
             },
+            EngineError::ConstraintFailed { source } => Self::InvalidRequest {
+                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
+                param: None,
+                code: Some("grammar_failed"),
+            },
             EngineError::DeadlineExceeded => Self::DeadlineExceeded,
             EngineError::QueueDeadlineExceeded => Self::QueueTimeout {
                 retry_after: after_queue(stats),
@@ -309,6 +314,15 @@ impl ApiError {
         };
         serde_json::to_string(&ErrorBody { error }).expect("strings serialise")
     }
+}
+
+/// The cause at the bottom, which says most.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
 }
 
 impl IntoResponse for ApiError {

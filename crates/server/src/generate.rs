@@ -12,9 +12,10 @@ use lapidary_engine::{
     EngineError, FinishReason, Request, SampledToken, SamplingParams, StopCriteria, TokenEvent, TokenId, TokenLogprobs,
     TokenStream,
 };
-use lapidary_text::{Detokenizer, StopMatcher, Tokenizer};
+use lapidary_text::{CallEvent, CallReader, Detokenizer, GrammarState, StopMatcher, Tokenizer};
 
 use crate::error::ApiError;
+use crate::grammar::GrammarConstraint;
 use crate::metrics::{FinishedSequence, SequenceEnd};
 use crate::openai::{Deadlines, Params};
 use crate::record::RequestRecord;
@@ -32,6 +33,15 @@ pub(crate) struct Generation {
     next: usize,
     num_unfinished: usize,
     has_failed: bool,
+}
+
+/// What a request comes with beside prompts and parameters.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    pub(crate) deadlines: Deadlines,
+    pub(crate) arrival: Instant,
+    /// What each answer is held to, from its first token on.
+    pub(crate) constraint: Option<GrammarState>,
 }
 
 /// A prompt, and what is known of it once its first token came.
@@ -97,6 +107,8 @@ pub(crate) struct Choice {
     first_token: Option<Instant>,
     last_token: Instant,
     queue_time: Duration,
+    /// Reads calls of functions, where there are any to call.
+    calls: Option<CallReader>,
     /// Scores of the prompt from its second token on, if they were asked for; complete before the first delta.
     pub(crate) prompt_scores: Vec<SampledToken>,
     /// What the latest event added.
@@ -112,6 +124,8 @@ pub(crate) struct Delta {
     pub(crate) token: Option<TokenId>,
     /// In order; each token exactly once.
     pub(crate) logprobs: Vec<LogprobEntry>,
+    /// Calls of functions, piece by piece; never text.
+    pub(crate) calls: Vec<CallEvent>,
     /// The answer is complete.
     pub(crate) finish: Option<Finish>,
 }
@@ -138,6 +152,8 @@ pub(crate) enum Finish {
     StopString(usize),
     /// At `max_tokens`.
     Length,
+    /// After calls of functions.
+    ToolCalls,
 }
 
 impl Generation {
@@ -147,9 +163,13 @@ impl Generation {
         model: &ServedModel,
         prompts: Vec<Arc<[TokenId]>>,
         params: &Params,
-        deadlines: Deadlines,
-        arrival: Instant,
+        admission: Admission,
     ) -> Result<Self, ApiError> {
+        let Admission {
+            deadlines,
+            arrival,
+            constraint,
+        } = admission;
         check_fits_queue(model, &prompts, params.n)?;
         check_scores(&prompts, params, state.limits.max_scored_logprobs)?;
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
@@ -165,6 +185,8 @@ impl Generation {
             for choice in 0..params.n {
                 let seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
                 let request = Request {
+                    // Each answer has its own.
+                    constraint: constraint.clone().map(|state| Box::new(GrammarConstraint(state)) as _),
                     deadline: deadlines.answer,
                     queue_deadline: deadlines.queue,
                     ..request_of(&prompt.tokens, params, seed, max_tokens)
@@ -389,6 +411,7 @@ impl Choice {
             first_token: None,
             last_token: submitted,
             queue_time: Duration::ZERO,
+            calls: params.tools.is_some().then(CallReader::default),
             prompt_scores: Vec::new(),
             delta: Delta::default(),
         }
@@ -406,6 +429,7 @@ impl Choice {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Arrived, EngineError>> {
         self.delta.text.clear();
         self.delta.logprobs.clear();
+        self.delta.calls.clear();
         self.delta.token = None;
         let Some(stream) = &mut self.stream else {
             self.delta.finish = Some(Finish::Length);
@@ -481,9 +505,32 @@ impl Choice {
             Some(_) => self.stop.finish(&mut self.delta.text),
             None => {}
         }
+        self.read_calls();
         Arrived {
             num_cached_tokens: event.num_cached_tokens,
             since_last,
+        }
+    }
+
+    /// Tells calls of functions from text.
+    fn read_calls(&mut self) {
+        let Some(reader) = &mut self.calls else { return };
+        let Delta {
+            text, calls, finish, ..
+        } = &mut self.delta;
+        reader.push(&std::mem::take(text), calls);
+        if finish.is_some() {
+            reader.finish(calls);
+        }
+        calls.retain(|event| match event {
+            CallEvent::Text(more) => {
+                text.push_str(more);
+                false
+            }
+            CallEvent::Call(_) | CallEvent::Arguments(_) => true,
+        });
+        if reader.num_calls() > 0 && matches!(finish, Some(Finish::Eos | Finish::StopToken(_))) {
+            *finish = Some(Finish::ToolCalls);
         }
     }
 
@@ -517,6 +564,7 @@ fn request_of(prompt: &Arc<[TokenId]>, params: &Params, seed: u64, max_tokens: u
         ..params.sampling.clone()
     };
     Request {
+        constraint: None,
         prompt: Arc::clone(prompt),
         sampling: Arc::new(sampling),
         stop: StopCriteria {

@@ -59,6 +59,21 @@ pub(crate) fn push_escaped(out: &mut BytesMut, text: &str) {
     out.extend_from_slice(&bytes[written..]);
 }
 
+/// Appends a value, escaped as [`push_escaped`] has it.
+pub(crate) fn push_value(out: &mut BytesMut, value: &serde_json::Value) {
+    // Outside of strings none of these can occur.
+    let text = value.to_string();
+    let mut written = 0;
+    for (at, character) in text.char_indices() {
+        if matches!(character, '\u{7f}' | '\u{85}' | '\u{2028}' | '\u{2029}') {
+            push(out, &text[written..at]);
+            push_escape(out, u32::from(character));
+            written = at + character.len_utf8();
+        }
+    }
+    push(out, &text[written..]);
+}
+
 fn push_escape(out: &mut BytesMut, code: u32) {
     match code {
         0x22 => out.extend_from_slice(b"\\\""),
@@ -92,6 +107,16 @@ mod tests {
             escaped("a\nb\r\u{85}\u{2028}\u{2029}\"\\\u{1}"),
             r#""a\nb\r\u0085\u2028\u2029\"\\\u0001""#
         );
+    }
+
+    #[test]
+    fn values_are_escaped_like_strings() {
+        let value = serde_json::json!({ "a\u{2028}": ["\u{85}\n", 1.5, null] });
+        let mut out = BytesMut::new();
+        push_value(&mut out, &value);
+        let text = String::from_utf8(out.to_vec()).unwrap();
+        assert_eq!(text, r#"{"a\u2028":["\u0085\n",1.5,null]}"#);
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }
 
     #[test]

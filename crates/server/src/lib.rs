@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `openai` | the request: reading, checking, prompts; the answer's bytes |
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
+//! | [`grammar`] | compiling grammars off the async threads, within limits |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
@@ -28,6 +29,7 @@ mod error;
 mod extract;
 mod fingerprint;
 mod generate;
+pub mod grammar;
 mod hub;
 mod json;
 mod lenient;
@@ -46,6 +48,7 @@ pub mod state;
 mod tokenize;
 pub mod units;
 
+pub use crate::grammar::Grammars;
 pub use crate::lifecycle::{Lifecycle, Phase};
 pub use crate::metrics::Metrics;
 pub use crate::state::{AppState, Limits, SamplingDefaults, ServedModel};
@@ -77,6 +80,7 @@ fn routes(state: AppState) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
+        .route("/v1/responses", post(openai::responses))
         .route("/v1/chat/completions/render", post(openai::render::chat))
         .route("/v1/completions/render", post(openai::render::completions))
         .route("/invocations", post(openai::invocations))

@@ -16,6 +16,7 @@ use crate::config::{Config, LoadConfig, ModelSource, SchedulingConfig};
 use crate::demo;
 use crate::device::{Device, DeviceChoice, DeviceError};
 use crate::fingerprint::fingerprint;
+use crate::grammar::Grammars;
 use crate::hub::{self, HubError};
 use crate::lifecycle::Phase;
 use crate::progress::Progress;
@@ -108,9 +109,9 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         record_steps: !config.scheduling.enforce_eager,
     })?;
     let checkpoint = open(config, state)?;
-    let tokenizer = load_tokenizer(&checkpoint)?;
+    let tokenizer = Arc::new(load_tokenizer(&checkpoint)?);
     let chat_template = load_chat_template(&config.load, &checkpoint, &tokenizer)?;
-    let stop_token_ids = stop_token_ids(&checkpoint, &tokenizer);
+    let stop_token_ids: Arc<[TokenId]> = stop_token_ids(&checkpoint, &tokenizer).into();
     let eos_token_id = primary_eos(&checkpoint, &tokenizer).ok_or(LoadError::NoEndOfSequence)?;
     let defaults = match config.load.generation_config {
         GenerationConfigSource::Auto => sampling_defaults(&checkpoint),
@@ -118,6 +119,9 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
     };
     let vocab_size = checkpoint.config().vocab_size as u32;
     let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, device.name())?;
+    let grammars = Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids));
+    // While the weights are read.
+    grammars.warm_up();
     let warm_up = tokenizer.encode(WARM_UP_TEXT, true)?;
     let engine = start_engine(config, state, device, checkpoint, warm_up)?;
     Ok(ServedModel {
@@ -126,11 +130,12 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         created: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         max_model_len: engine.max_model_len(),
         vocab_size,
-        tokenizer: Arc::new(tokenizer),
+        tokenizer,
         chat_template: chat_template.map(Arc::new),
         system_role: system_role(&config.load),
         eos_token_id,
-        stop_token_ids: stop_token_ids.into(),
+        stop_token_ids,
+        grammars,
         defaults,
         system_fingerprint,
         engine,

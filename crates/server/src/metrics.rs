@@ -47,8 +47,8 @@ pub struct Metrics {
     /// Label value: the name answers carry.
     model_name: String,
     started_seconds: f64,
-    received: [AtomicU64; 2],
-    outcomes: [[AtomicU64; Outcome::ALL.len()]; 2],
+    received: [AtomicU64; 3],
+    outcomes: [[AtomicU64; Outcome::ALL.len()]; 3],
     sequences: [AtomicU64; SequenceEnd::ALL.len()],
     prompt_tokens: AtomicU64,
     prompt_tokens_cached: AtomicU64,

@@ -19,8 +19,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::generate::Generation;
 use crate::metrics::{Outcome, RequestOutcome};
-use crate::openai::Streaming;
-use crate::openai::answer::{ChunkWriter, Head};
+use crate::openai::answer::StreamWriter;
 
 /// Events are gathered into one frame up to this size when the client is slower than the engine.
 const MAX_FRAME_BYTES: usize = 16 << 10;
@@ -44,12 +43,10 @@ const HEADERS: [(HeaderName, HeaderValue); 3] = [
 /// Waits for the first output, then streams.
 pub(crate) async fn respond(
     mut generation: Generation,
-    head: Head,
-    streaming: Streaming,
+    mut writer: Box<dyn StreamWriter>,
     keep_alive: Duration,
     outcome: RequestOutcome,
 ) -> Response {
-    let mut writer = ChunkWriter::new(head, streaming, generation.num_choices());
     let mut buffer = BytesMut::with_capacity(1024);
     let first = poll_fn(|context| generation.poll_next(context));
     let first = match keep_alive.is_zero() {
@@ -77,7 +74,7 @@ pub(crate) async fn respond(
 #[derive(Debug)]
 struct SseBody {
     generation: Generation,
-    writer: ChunkWriter,
+    writer: Box<dyn StreamWriter>,
     /// Events not handed out yet. Its memory is reused once the connection has written them.
     buffer: BytesMut,
     keep_alive: Option<KeepAlive>,

@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::access::Access;
 use crate::error::ApiError;
+use crate::grammar::Grammars;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
@@ -155,6 +156,8 @@ pub struct ServedModel {
     pub system_role: SystemRole,
     /// The token whose stop is reported with `stop_reason: null`.
     pub eos_token_id: TokenId,
+    /// Compiles what answers are held to.
+    pub grammars: Arc<Grammars>,
     /// All tokens that end an answer, `eos_token_id` included.
     pub stop_token_ids: Arc<[TokenId]>,
     /// Used where a request is silent.

@@ -41,6 +41,7 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
         (None, Some(messages)) => {
             let chat = Chat {
                 messages: Some(messages),
+                instructions: None,
                 end: prompt_end(body.add_generation_prompt, body.continue_final_message)?,
                 template: body.chat_template,
                 variables: body.chat_template_kwargs,

@@ -366,6 +366,111 @@ async fn conversations_that_are_none() {
 }
 
 #[tokio::test]
+async fn forms_that_cannot_be_kept() {
+    let server = Setup::default().start();
+    let schema = |schema: Value| {
+        let format = json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": schema } });
+        let param = "response_format.json_schema.schema";
+        fault(&chat("response_format", format), param, "invalid_value")
+    };
+    let outputs = |outputs: Value, param| fault(&chat("structured_outputs", outputs), param, "invalid_value");
+    let mut two_fields = chat("guided_regex", json!("a"));
+    two_fields["response_format"] = json!({ "type": "json_object" });
+    let faults = vec![
+        fault(
+            &chat("response_format", json!({ "type": "json_schema" })),
+            "response_format.json_schema",
+            "invalid_value",
+        ),
+        fault(
+            &chat(
+                "response_format",
+                json!({ "type": "json_schema", "json_schema": { "name": "x" } }),
+            ),
+            "response_format.json_schema.schema",
+            "missing_required_parameter",
+        ),
+        schema(json!({ "type": "strin" })),
+        schema(json!([1])),
+        schema(json!({ "$ref": "http://localhost/schema.json" })),
+        schema(json!({ "not": {} })),
+        outputs(json!({}), "structured_outputs"),
+        outputs(json!({ "regex": "", "json_object": false }), "structured_outputs"),
+        outputs(json!({ "regex": "(" }), "structured_outputs.regex"),
+        outputs(json!({ "regex": "a", "choice": ["a"] }), "structured_outputs.choice"),
+        outputs(json!({ "choice": [] }), "structured_outputs.choice"),
+        outputs(json!({ "grammar": "root ::= x" }), "structured_outputs.grammar"),
+        outputs(json!({ "json": "{" }), "structured_outputs.json"),
+        fault(&chat("guided_regex", json!("[")), "guided_regex", "invalid_value"),
+        fault(&chat("guided_choice", json!("a")), "guided_choice", "invalid_type"),
+        fault(&two_fields, "guided_regex", "invalid_value"),
+    ];
+    let num_faults = faults.len() as u64;
+    check(&server, CHAT, faults).await;
+    assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
+async fn tools_that_are_none() {
+    let server = Setup::default().start();
+    let tool = |function: Value| json!([{ "type": "function", "function": function }]);
+    let bad = |tools: Value, param| fault(&chat("tools", tools), param, "invalid_value");
+    let choose = |choice: Value, param, code| {
+        let mut body = chat("tools", tool(json!({ "name": "f" })));
+        body["tool_choice"] = choice;
+        fault(&body, param, code)
+    };
+    let mut beside_regex = chat("tools", tool(json!({ "name": "f" })));
+    beside_regex["guided_regex"] = json!("a");
+    let faults = vec![
+        bad(json!([{ "type": "function" }]), "tools[0].function"),
+        bad(tool(json!({})), "tools[0].function.name"),
+        bad(tool(json!({ "name": "a b" })), "tools[0].function.name"),
+        bad(tool(json!({ "name": "a".repeat(65) })), "tools[0].function.name"),
+        bad(
+            tool(json!({ "name": "f", "parameters": [] })),
+            "tools[0].function.parameters",
+        ),
+        bad(
+            tool(json!({ "name": "f", "parameters": { "type": "string" } })),
+            "tools[0].function.parameters",
+        ),
+        fault(
+            &chat("tools", json!([{ "type": "web_search" }])),
+            "tools[0].type",
+            "unsupported_parameter",
+        ),
+        fault(&chat("tools", json!([1])), "tools[0]", "invalid_type"),
+        fault(
+            &chat("tools", json!(vec![tool(json!({ "name": "f" }))[0].clone(); 129])),
+            "tools",
+            "array_above_max_length",
+        ),
+        choose(json!("always"), "tool_choice", "invalid_value"),
+        choose(
+            json!({ "type": "function", "function": { "name": "g" } }),
+            "tool_choice",
+            "invalid_value",
+        ),
+        choose(
+            json!({ "type": "function" }),
+            "tool_choice.function.name",
+            "missing_required_parameter",
+        ),
+        choose(
+            json!({ "type": "allowed_tools" }),
+            "tool_choice.type",
+            "unsupported_parameter",
+        ),
+        fault(&chat("tool_choice", json!("required")), "tool_choice", "invalid_value"),
+        fault(&beside_regex, "tools", "unsupported_parameter"),
+    ];
+    let num_faults = faults.len() as u64;
+    check(&server, CHAT, faults).await;
+    assert_healthy(&server, num_faults).await;
+}
+
+#[tokio::test]
 async fn parameters_that_are_not_supported() {
     let server = Setup::default().start();
     let no = |field: &'static str, value: Value| fault(&chat(field, value), field, "unsupported_parameter");
@@ -375,23 +480,19 @@ async fn parameters_that_are_not_supported() {
         no("prediction", json!({ "type": "content" })),
         no("use_beam_search", json!(true)),
         no("best_of", json!(3)),
-        no("structured_outputs", json!({ "regex": "a" })),
-        no("guided_json", json!({ "type": "object" })),
-        no("guided_regex", json!("a+")),
-        no("guided_choice", json!(["a"])),
         no("bad_words", json!(["x"])),
         no("allowed_token_ids", json!([1])),
         no("logprob_token_ids", json!([5])),
         no("chat_template", json!("{{ messages }}")),
         no("function_call", json!({ "name": "f" })),
         fault(
-            &chat("response_format", json!({ "type": "json_object" })),
+            &chat("response_format", json!({ "type": "structural_tag" })),
             "response_format.type",
             "unsupported_parameter",
         ),
         fault(
-            &chat("response_format", json!({ "type": "json_schema", "json_schema": {} })),
-            "response_format.type",
+            &chat("structured_outputs", json!({ "structural_tag": { "a": 1 } })),
+            "structured_outputs.structural_tag",
             "unsupported_parameter",
         ),
     ];

@@ -14,6 +14,8 @@ mod disconnects;
 mod engine_trouble;
 #[path = "http/extras.rs"]
 mod extras;
+#[path = "../../text/tests/text/hostile.rs"]
+mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
 #[path = "http/probes.rs"]
@@ -22,10 +24,16 @@ mod probes;
 mod prompts;
 #[path = "http/protocol.rs"]
 mod protocol;
+#[path = "http/responses.rs"]
+mod responses;
 #[path = "http/scoring.rs"]
 mod scoring;
 #[path = "http/streams.rs"]
 mod streams;
+#[path = "http/structured.rs"]
+mod structured;
 mod support;
 #[path = "http/tokenize.rs"]
 mod tokenize;
+#[path = "http/tools.rs"]
+mod tools;

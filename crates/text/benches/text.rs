@@ -1,4 +1,4 @@
-//! Prints what a token, a prompt and a load cost: `cargo bench -p lapidary-text`.
+//! Prints what a token, a prompt, a mask and a load cost: `cargo bench -p lapidary-text`.
 //!
 //! The vocabulary is made up but has Gemma-2's size: the small one of the tests, grown by merges to 256,000 tokens.
 #![expect(clippy::print_stdout, reason = "printing is what a benchmark is for")]
@@ -7,13 +7,17 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use lapidary_text::{ChatTemplate, Detokenizer, Message, PromptEnd, StopMatcher, SystemRole, Tokenizer};
+use lapidary_text::{
+    ChatTemplate, Detokenizer, Grammar, GrammarCompiler, Message, PromptEnd, StopMatcher, SystemRole, Tokenizer,
+};
 use serde_json::{Value, json};
 
 const TINY_JSON: &[u8] = include_bytes!("../tests/tiny/tokenizer.json");
 const TINY_CONFIG: &[u8] = include_bytes!("../tests/tiny/tokenizer_config.json");
 const VOCAB_SIZE: usize = 256_000;
 const PROMPT_BYTES: usize = 400_000;
+/// One in so many pieces with a quote or a backslash is kept.
+const RARITY: usize = 20;
 
 fn main() {
     let json = grown_json();
@@ -35,6 +39,7 @@ fn main() {
 
     stream(&tokenizer);
     chat(&tokenizer);
+    masks(&tokenizer);
 }
 
 fn encode(tokenizer: &Tokenizer, name: &str, unit: &str) {
@@ -118,6 +123,79 @@ fn chat(tokenizer: &Tokenizer) {
     println!("encode them: {:.1} us", nanos(elapsed, NUM_RENDERS) / 1000.0);
 }
 
+/// Masks of texts that models write: each token of each text, five times over.
+fn masks(tokenizer: &Tokenizer) {
+    const NUM_RUNS: usize = 5;
+    let (compiler, elapsed) = timed(|| GrammarCompiler::new(tokenizer, VOCAB_SIZE, &[1, 107]).unwrap());
+    println!("index the vocabulary for grammars: {elapsed:.1?}");
+    let person = json!({
+        "type": "object", "additionalProperties": false, "required": ["name", "age", "tags", "kind", "address"],
+        "properties": {
+            "name": { "type": "string", "minLength": 1, "maxLength": 60 },
+            "age": { "type": "integer", "minimum": 0, "maximum": 150 },
+            "tags": { "type": "array", "items": { "type": "string" }, "maxItems": 5 },
+            "kind": { "enum": ["person", "company", "other"] },
+            "address": { "type": "object", "additionalProperties": false, "required": ["street", "zip"],
+                         "properties": { "street": { "type": "string" }, "zip": { "type": "string", "pattern": "^[0-9]{5}$" } } },
+        },
+    });
+    let sum = "start: expr\nexpr: term ((\"+\" | \"-\") term)*\nterm: atom ((\"*\" | \"/\") atom)*\natom: NUM | \"(\" expr \")\"\n\
+               NUM: /[0-9]+(\\.[0-9]+)?/\n%ignore /[ ]+/\n";
+    let cases = [
+        (
+            "a JSON schema",
+            Grammar::JsonSchema(person),
+            r#"{"name": "Ada Lovelace of London", "age": 36, "tags": ["the quick brown fox", "lazy dogs"], "kind": "person", "address": {"street": "12 over the lazy dog street", "zip": "10115"}}"#,
+        ),
+        (
+            "any JSON object",
+            Grammar::JsonObject,
+            r#"{"a": [1, 2.5e10, null, true], "some longer key": {"nested": "the quick brown fox jumps over"}, "z": "é"}"#,
+        ),
+        (
+            "a date",
+            Grammar::Regex(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z".to_owned()),
+            "2026-11-23T09:12:00Z",
+        ),
+        (
+            "a Lark grammar",
+            Grammar::Lark(sum.to_owned()),
+            "(1 + 2.5) * 3 - (4 / (5 + 6) * 7)",
+        ),
+    ];
+    for (name, grammar, text) in cases {
+        let (state, compile_elapsed) = timed(|| compiler.compile(&grammar).unwrap());
+        let ids = tokenizer.encode(text, false).unwrap();
+        let (_, copy_elapsed) = timed(|| state.clone());
+        let mut mask_times = Vec::new();
+        let mut advance_time = Duration::ZERO;
+        for _ in 0..NUM_RUNS {
+            let mut state = state.clone();
+            for &id in &ids {
+                let (mask, elapsed) = timed(|| state.allowed_tokens().unwrap().unwrap());
+                mask_times.push(elapsed);
+                assert!(
+                    mask[id as usize / 32] >> (id % 32) & 1 == 1,
+                    "{name}: {:?}",
+                    tokenizer.token_str(id)
+                );
+                advance_time += timed(|| state.advance(id).unwrap()).1;
+            }
+            assert!(state.may_end(), "{name}");
+        }
+        mask_times.sort_unstable();
+        let percentile = |percent: usize| mask_times[(mask_times.len() - 1) * percent / 100];
+        println!(
+            "masks of {name}: compile {compile_elapsed:.1?}, copy {copy_elapsed:.1?}; {} masks, median {:.1?}, p99 {:.1?}, worst {:.1?}; taking a token in {:.1?}",
+            mask_times.len(),
+            percentile(50),
+            percentile(99),
+            percentile(100),
+            advance_time / u32::try_from(mask_times.len()).unwrap()
+        );
+    }
+}
+
 fn grown_json() -> Vec<u8> {
     let mut json: Value = serde_json::from_slice(TINY_JSON).unwrap();
     let first_text = 256 + json["model"]["vocab"]["<0x00>"].as_u64().unwrap();
@@ -140,8 +218,10 @@ fn grown_json() -> Vec<u8> {
             pieces[random(pieces.len().min(400))].clone(),
         );
         let piece = format!("{left}{right}");
+        // As in a real vocabulary, few pieces hold what a JSON string has to escape.
+        let is_rare = piece.contains(['"', '\\']) && random(RARITY) > 0;
         let vocab = json["model"]["vocab"].as_object_mut().unwrap();
-        if piece.len() <= 24 && !vocab.contains_key(&piece) {
+        if !is_rare && piece.len() <= 24 && !vocab.contains_key(&piece) {
             vocab.insert(piece.clone(), json!(VOCAB_SIZE - num_left));
             json["model"]["merges"]
                 .as_array_mut()

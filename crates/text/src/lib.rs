@@ -10,6 +10,8 @@
 //! | [`rendered`] | why text inside a message can never become a turn marker |
 //! | [`detokenizer`] | a stream of ids to text that is never half a character |
 //! | [`stop`] | stop strings that span tokens |
+//! | [`tool_calls`] | functions in the prompt, calls in the answer |
+//! | [`grammar`] | JSON schemas, regular expressions and Lark grammars to the tokens that may come next |
 //!
 //! A request passes through them in this order:
 //!
@@ -44,17 +46,21 @@ mod added_tokens;
 pub mod chat_template;
 pub mod conversation;
 pub mod detokenizer;
+pub mod grammar;
 pub mod rendered;
 pub mod stop;
 mod template_functions;
 mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
+pub mod tool_calls;
 mod uncached;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
 pub use detokenizer::Detokenizer;
+pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarState};
 pub use rendered::Rendered;
 pub use stop::{StopError, StopMatcher};
 pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tool_calls::{CallEvent, CallGrammar, CallReader, Function, Otherwise};

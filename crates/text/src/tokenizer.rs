@@ -321,6 +321,11 @@ impl Tokenizer {
         self.table.is_special(id)
     }
 
+    /// Whether text that a client writes can never produce this token.
+    pub(crate) fn is_control(&self, id: u32) -> bool {
+        self.control_tokens.binary_search_by_key(&id, |token| token.id).is_ok() || self.is_special(id)
+    }
+
     /// One more than the largest id. A model may have more rows than that (padding), never fewer.
     pub fn vocab_size(&self) -> usize {
         self.table.len()

@@ -274,6 +274,7 @@ fn greedy(row: u32, position: u32) -> SampleRow {
         given: None,
         params,
         banned: None,
+        mask: None,
         history: None,
     }
 }

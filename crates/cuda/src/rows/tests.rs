@@ -321,6 +321,7 @@ fn last_norms_are_of_the_sampled_rows_alone() {
             given: None,
             params: std::sync::Arc::default(),
             banned: None,
+            mask: None,
             history: None,
         })
         .into();

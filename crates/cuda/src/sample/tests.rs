@@ -75,6 +75,7 @@ fn row(params: SamplingParams) -> SampleRow {
         given: None,
         params: Arc::new(params),
         banned: None,
+        mask: None,
         history: None,
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
-    FinishReason, KvCacheConfig, Script, ScriptedConfig, ScriptedExecutor, ScriptedFailure, StatsSnapshot,
-    StopCriteria, SubmitError, TokenId, TokenStream,
+    FinishReason, KvCacheConfig, Script, ScriptedConfig, ScriptedConstraint, ScriptedExecutor, ScriptedFailure,
+    StatsSnapshot, StopCriteria, SubmitError, TokenConstraint, TokenId, TokenStream,
 };
 
 fn spawn(config: EngineConfig, script: ScriptedConfig) -> EngineHandle {
@@ -553,4 +553,98 @@ fn try_recv_tells_not_yet_from_no_more() {
         std::thread::yield_now();
     };
     assert!(item.unwrap().finish.is_some() && stream.is_ended() && stream.try_recv().is_none());
+}
+
+const STOP: TokenId = 9;
+
+/// A request that must follow `constraint` and ends with its stop token.
+fn constrained(prompt: &[TokenId], max_tokens: u32, constraint: &ScriptedConstraint) -> Request {
+    let stop = StopCriteria {
+        max_tokens,
+        min_tokens: 0,
+        stop_token_ids: [STOP].into(),
+    };
+    Request {
+        stop,
+        constraint: Some(constraint.fork()),
+        ..Request::for_test(prompt, max_tokens)
+    }
+}
+
+#[test]
+fn constrained_and_free_streams_share_steps_and_keep_their_tokens() {
+    for max_steps_in_flight in [1, 2] {
+        let handle = spawn(EngineConfig::default(), depth(max_steps_in_flight));
+        let form = ScriptedConstraint::new(1000, 12, STOP);
+        let mut requests = Vec::new();
+        for n in 1..8 {
+            requests.push(Request::for_test([n, 2, 3], 25));
+            requests.push(constrained(&[n, 2, 3], 25, &form));
+            // The same form and prompt, cut off early, with a mind of its own.
+            requests.push(constrained(&[n, 2, 3], 5, &form));
+        }
+        let streams: Vec<_> = requests
+            .iter()
+            .map(|request| handle.submit(request.clone()).unwrap())
+            .collect();
+        for (request, stream) in requests.iter().zip(streams) {
+            let (tokens, _) = read(stream);
+            assert_eq!(tokens, ScriptedExecutor::expected_tokens(1000, request));
+        }
+        wait_for(&handle, |stats| stats.blocks_free == stats.blocks_total);
+    }
+}
+
+#[test]
+fn a_form_that_is_complete_ends_before_min_tokens() {
+    let handle = spawn(EngineConfig::default(), depth(2));
+    let mut request = constrained(&[1, 2], 50, &ScriptedConstraint::new(1000, 4, STOP));
+    request.stop.min_tokens = 20;
+    let (tokens, finish) = read(handle.submit(request).unwrap());
+    assert_eq!((tokens.len(), finish.unwrap()), (5, FinishReason::Stop(STOP)));
+}
+
+#[test]
+fn a_constraint_that_fails_takes_nobody_else_along() {
+    for max_steps_in_flight in [1, 2] {
+        let handle = spawn(EngineConfig::default(), depth(max_steps_in_flight));
+        let free = Request::for_test([1, 2, 3], 30);
+        let other = handle.submit(free.clone()).unwrap();
+        let form = ScriptedConstraint::new(1000, 20, STOP).failing_after(3);
+        let (tokens, finish) = read(handle.submit(constrained(&[4], 30, &form)).unwrap());
+        assert_eq!(tokens.len(), 3);
+        assert!(
+            matches!(finish, Err(EngineError::ConstraintFailed { .. })),
+            "{finish:?}"
+        );
+        let (tokens, _) = read(other);
+        assert_eq!(tokens, ScriptedExecutor::expected_tokens(1000, &free));
+        wait_for(&handle, |stats| stats.requests_failed == 1 && stats.num_running == 0);
+    }
+}
+
+#[test]
+fn masks_that_take_long_slow_nobody_else_down() {
+    for max_steps_in_flight in [1, 2] {
+        let handle = spawn(EngineConfig::default(), depth(max_steps_in_flight));
+        let slow = ScriptedConstraint::new(1000, 40, STOP).with_delay(Duration::from_millis(50));
+        let mut slow = handle.submit(constrained(&[4], 41, &slow)).unwrap();
+        let (tokens, _) = read(handle.submit(Request::for_test([1, 2, 3], 40)).unwrap());
+        assert_eq!(tokens.len(), 40);
+        // Two seconds' worth of masks against forty times `MASK_PATIENCE`.
+        let num_slow = std::iter::from_fn(|| slow.try_recv()).count();
+        assert!(!slow.is_ended(), "{num_slow} slow tokens");
+    }
+}
+
+#[test]
+fn a_constrained_stream_that_is_dropped_gives_everything_back() {
+    let handle = spawn(EngineConfig::default(), depth(2));
+    let form = ScriptedConstraint::new(1000, 500, STOP).with_delay(Duration::from_millis(1));
+    let mut stream = handle.submit(constrained(&[1, 2, 3], 200, &form)).unwrap();
+    stream.blocking_recv().unwrap().unwrap();
+    drop(stream);
+    wait_for(&handle, |stats| {
+        stats.requests_aborted == 1 && stats.blocks_free == stats.blocks_total
+    });
 }

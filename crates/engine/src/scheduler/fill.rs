@@ -2,6 +2,7 @@
 
 use super::plan::PlanEntry;
 use super::{Scheduler, StepRow};
+use crate::constraint::allows_only;
 use crate::sequence::Sequence;
 use crate::stats::StepCounts;
 use crate::{Batch, FedToken, SampleRow, TokenHistory};
@@ -108,6 +109,7 @@ fn push_scores(batch: &mut Batch, sequence: &mut Sequence, start: usize, end: us
             row: (first_row + position - start) as u32,
             position: position as u32 + 1,
             given: Some(sequence.tokens[position + 1]),
+            mask: None,
             params: scoring.params.clone(),
             banned: None,
             history: None,
@@ -120,8 +122,12 @@ fn push_scores(batch: &mut Batch, sequence: &mut Sequence, start: usize, end: us
 /// Asks for the token after the sequence's last row, which was just written.
 fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
     let num_generated = sequence.num_generated();
+    let mask = sequence.take_mask();
     let request = &sequence.request;
-    let is_banned = num_generated < request.stop.min_tokens as usize && !request.stop.stop_token_ids.is_empty();
+    let stop_token_ids = &request.stop.stop_token_ids;
+    // A form that is complete must be able to end.
+    let must_stop = || mask.as_deref().is_some_and(|mask| allows_only(mask, stop_token_ids));
+    let is_banned = num_generated < request.stop.min_tokens as usize && !stop_token_ids.is_empty() && !must_stop();
     let history = request.sampling.needs_history().then(|| TokenHistory {
         prompt: request.prompt.clone(),
         output: sequence.tokens[request.prompt.len()..].to_vec(),
@@ -131,7 +137,8 @@ fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
         position: sequence.num_tokens() as u32,
         given: None,
         params: request.sampling.clone(),
-        banned: is_banned.then(|| request.stop.stop_token_ids.clone()),
+        banned: is_banned.then(|| stop_token_ids.clone()),
+        mask,
         history,
     };
     sequence.last_sample = batch.samples.len() as u32;

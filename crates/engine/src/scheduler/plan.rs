@@ -235,8 +235,13 @@ impl Scheduler {
 
     fn admit(&mut self, index: SequenceIndex, rank: Rank, is_first: bool, num_reserved: &mut usize) -> Admission {
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");
-        // Preempted with a token in flight, without which its next row is unknown; or with nothing more to compute.
-        if sequence.num_pending > 0 || sequence.only_awaits_scores() || is_led(&self.sequences, index) {
+        // Preempted with a token in flight, without which its next row is unknown; or its mask is not there yet; or with
+        // nothing more to compute.
+        if sequence.num_pending > 0
+            || sequence.lacks_mask()
+            || sequence.only_awaits_scores()
+            || is_led(&self.sequences, index)
+        {
             return Admission::PassedOver;
         }
         let sequence = self.sequences[index].as_mut().expect("waiting sequences are live");

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 
 use super::{Scheduler, SchedulerConfig};
 use crate::{
-    Executor, KvCacheConfig, Request, RequestId, SamplingParams, ScriptedConfig, ScriptedExecutor, StopCriteria,
-    TokenId,
+    Executor, KvCacheConfig, MaskJob, Request, RequestId, SamplingParams, ScriptedConfig, ScriptedConstraint,
+    ScriptedExecutor, StopCriteria, TokenConstraint, TokenId,
 };
 
 /// Small, so that stop tokens are hit and prompts share prefixes.
@@ -42,6 +42,8 @@ struct Rig {
     finished: Vec<(Request, Vec<TokenId>)>,
     num_failed: usize,
     next_id: u64,
+    /// Masks that are not computed yet.
+    mask_jobs: Vec<MaskJob>,
 }
 
 impl Rig {
@@ -66,6 +68,7 @@ impl Rig {
             finished: Vec::new(),
             num_failed: 0,
             next_id: 0,
+            mask_jobs: Vec::new(),
         }
     }
 
@@ -102,6 +105,7 @@ impl Rig {
         if self.scheduler.num_steps_in_flight() == self.setup.config.max_steps_in_flight {
             self.collect();
         }
+        self.compute_masks();
         let Some(batch) = self.scheduler.schedule() else {
             return false;
         };
@@ -123,6 +127,16 @@ impl Rig {
             }
         }
         true
+    }
+
+    /// Computes a mask now and then, so that sequences wait for some.
+    fn compute_masks(&mut self) {
+        self.mask_jobs.extend(self.scheduler.take_mask_jobs());
+        let num_left = self.mask_jobs.len() / 3;
+        for job in self.mask_jobs.split_off(num_left) {
+            let id = job.id;
+            self.scheduler.set_mask(id, job.run().unwrap());
+        }
     }
 
     fn collect(&mut self) {
@@ -209,7 +223,8 @@ impl Rig {
             let launched = self.launch();
             self.check();
             if !launched {
-                let is_stuck = self.scheduler.num_steps_in_flight() == 0 && !self.alive.is_empty();
+                let is_stuck =
+                    self.scheduler.num_steps_in_flight() == 0 && self.mask_jobs.is_empty() && !self.alive.is_empty();
                 assert!(!is_stuck, "stuck: {:?}", self.scheduler.waiting);
                 self.collect();
                 self.check();
@@ -239,7 +254,11 @@ fn check_scores(request: &Request, scores: &[(TokenId, f32)]) {
 
 fn requests() -> impl Strategy<Value = Request> {
     let shared = prop_oneof![Just(vec![1; 9]), Just(vec![2, 3, 2, 3, 2, 3, 2, 3]), Just(Vec::new())];
-    let sampling = (0..3_u64, prop::bool::weighted(0.2));
+    let sampling = (
+        0..3_u64,
+        prop::bool::weighted(0.2),
+        prop::option::weighted(0.4, (0..20_usize, prop::option::weighted(0.3, 0..8_usize))),
+    );
     (
         shared,
         prop::collection::vec(0..VOCAB_SIZE, 1..12),
@@ -251,7 +270,16 @@ fn requests() -> impl Strategy<Value = Request> {
         prop::option::weighted(0.3, 0..3_u32),
     )
         .prop_map(
-            |(mut prompt, rest, max_tokens, min_tokens, (seed, has_penalty), priority, cache_salt, prompt_logprobs)| {
+            |(
+                mut prompt,
+                rest,
+                max_tokens,
+                min_tokens,
+                (seed, has_penalty, form),
+                priority,
+                cache_salt,
+                prompt_logprobs,
+            )| {
                 prompt.extend(rest);
                 let is_scored = prompt_logprobs.is_some() && prompt.len() > 1;
                 let max_tokens = if is_scored { max_tokens } else { max_tokens.max(1) };
@@ -270,6 +298,12 @@ fn requests() -> impl Strategy<Value = Request> {
                     prompt_logprobs,
                     priority,
                     cache_salt,
+                    constraint: form.map(|(length, free_after)| {
+                        let form = ScriptedConstraint::new(VOCAB_SIZE, length, 3);
+                        free_after
+                            .map_or(form.clone(), |num_tokens| form.free_after(num_tokens))
+                            .fork()
+                    }),
                     ..Request::for_test(prompt, max_tokens)
                 }
             },

@@ -96,6 +96,7 @@ pub(super) fn greedy(row: u32) -> SampleRow {
         given: None,
         params: params.into(),
         banned: None,
+        mask: None,
         history: None,
     }
 }

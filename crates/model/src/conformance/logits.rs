@@ -41,6 +41,7 @@ fn check<B: Backend>(
         given: None,
         params: params.clone(),
         banned: None,
+        mask: None,
         history: None,
     };
     let sequence = SequenceStep::new((0..rows as u32).collect(), 0, 0);

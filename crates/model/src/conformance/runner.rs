@@ -68,7 +68,7 @@ pub fn runner_refuses_what_was_not_reserved<B: Backend>(make: &dyn Fn() -> B, _:
     };
     let expected = step(&mut runner, &good());
     let last_block = (BLOCKS_EACH * MAX_SEQS) as u32;
-    let faults: [(&str, BatchFault); 6] = [
+    let faults: [(&str, BatchFault); 7] = [
         (
             "tokens",
             Box::new(|batch| *batch = batch_of(&[SequenceStep::new(prompt(0, 33), 0, 0)])),
@@ -90,6 +90,10 @@ pub fn runner_refuses_what_was_not_reserved<B: Backend>(make: &dyn Fn() -> B, _:
             Box::new(move |batch| batch.slot_mapping[19] = last_block * BLOCK_SIZE as u32),
         ),
         ("sampled row", Box::new(|batch| batch.samples[0].row = 20)),
+        (
+            "mask",
+            Box::new(|batch| batch.samples[0].mask = Some([u32::MAX; 1].into())),
+        ),
     ];
     for (named, fault) in faults {
         let mut batch = good();

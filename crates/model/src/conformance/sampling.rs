@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use lapidary_engine::{Batch, FedToken, SampleRow, SampledToken, SamplingParams, TokenHistory, TokenId};
+use lapidary_engine::{Batch, FedToken, SampleRow, SampledToken, SamplingParams, TokenHistory, TokenId, TokenMask};
 
 use super::Bounds;
 use super::rig::{Numbers, Rig, SequenceStep, Stored, batch_of, exact, sampling_batch, shape};
@@ -85,6 +85,106 @@ pub fn bans_and_biases_hold<B: Backend>(make: &dyn Fn() -> B, _: &Bounds) {
         })
         .collect();
     check_certain(make, &samples, &logits, &[31; ROWS]);
+}
+
+/// A token outside its row's mask is never chosen, whatever else is asked; any in it can be; log-probabilities know
+/// nothing of masks; neighbours without one are free.
+pub fn masks_hold<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(15);
+    // Vocabularies that end within, at and after a word's end.
+    for vocab in [2, 17, 32, 257, 5000] {
+        let vocab = shape(vocab, bounds);
+        let logits = numbers.values(vocab, 4.0);
+        let exact_logprobs = log_softmax(&exact(&logits));
+        let samples = masked_samples(&mut numbers, &logits);
+        let got = sample(&mut Rig::new(make, ROWS), &samples, &repeated(&logits, samples.len()));
+        for (index, (got, sample)) in got.iter().zip(&samples).enumerate() {
+            let probability = distribution(&exact(&logits), sample, None)[got.token as usize];
+            let is_certain = sample.params.temperature == 0.0;
+            assert!(
+                probability > 0.0 && (!is_certain || probability == 1.0),
+                "vocabulary of {vocab}, sample {index}: token {} has probability {probability}",
+                got.token
+            );
+            check_logprobs(got, sample.params.logprobs, &exact_logprobs, bounds);
+        }
+    }
+    // Nothing but the mask decides: all of its tokens, across words, come up.
+    let vocab = shape(100, bounds);
+    let allowed = [1, 31, 32, 63, 64, 95];
+    let samples: Vec<_> = (0..ROWS as u64)
+        .map(|seed| SampleRow {
+            mask: Some(mask_of(vocab, &allowed)),
+            ..row(hot(seed))
+        })
+        .collect();
+    let got = sample(&mut Rig::new(make, ROWS), &samples, &vec![0.0; ROWS * vocab]);
+    let mut drawn: Vec<TokenId> = got.iter().map(|sampled| sampled.token).collect();
+    drawn.sort_unstable();
+    drawn.dedup();
+    assert_eq!(drawn, allowed);
+}
+
+/// Rows with masks of one token and of half the vocabulary, between two without.
+fn masked_samples(numbers: &mut Numbers, logits: &[f32]) -> Vec<SampleRow> {
+    let vocab = logits.len() as TokenId;
+    let mut samples = vec![row(greedy())];
+    // One token alone, against bias, penalties and filters.
+    for token in [0, vocab - 1, 31.min(vocab - 1), 32.min(vocab - 1)] {
+        let alone = |params| SampleRow {
+            mask: Some(mask_of(vocab as usize, &[token])),
+            history: Some(TokenHistory {
+                prompt: [token].into(),
+                output: vec![token],
+            }),
+            ..row(params)
+        };
+        samples.push(alone(greedy()));
+        samples.push(alone(SamplingParams {
+            logit_bias: vec![(token, -100.0), ((token + 1) % vocab, 100.0)],
+            repetition_penalty: 2.0,
+            presence_penalty: 2.0,
+            top_k: 1,
+            top_p: 0.1,
+            min_p: 0.9,
+            ..hot(1)
+        }));
+    }
+    // Half of the tokens: greedy takes the best of them, and of those that are not banned.
+    let half: Vec<TokenId> = numbers.shuffled(vocab as usize).split_off(vocab as usize / 2);
+    let masked = |params| SampleRow {
+        mask: Some(mask_of(vocab as usize, &half)),
+        ..row(params)
+    };
+    samples.push(masked(greedy()));
+    if half.len() > 1 {
+        samples.push(SampleRow {
+            banned: Some(half[1..].into()),
+            ..masked(hot(0))
+        });
+    }
+    samples.extend((0..100).map(|seed| masked(hot(seed))));
+    samples.push(row(greedy()));
+    samples
+}
+
+/// Nearly all tokens equally likely.
+fn hot(seed: u64) -> SamplingParams {
+    SamplingParams {
+        temperature: 100.0,
+        logprobs: Some(2),
+        seed,
+        ..SamplingParams::default()
+    }
+}
+
+/// The mask that allows these tokens.
+fn mask_of(vocab: usize, tokens: &[TokenId]) -> TokenMask {
+    let mut mask = vec![0_u32; vocab.div_ceil(32)];
+    for token in tokens {
+        mask[*token as usize / 32] |= 1 << (token % 32);
+    }
+    mask.into()
 }
 
 /// Repetition looks at prompt and output, presence and frequency at the output; positive and negative logits.
@@ -529,6 +629,7 @@ fn row(params: SamplingParams) -> SampleRow {
         given: None,
         params: Arc::new(params),
         banned: None,
+        mask: None,
         history: None,
     }
 }

@@ -1,6 +1,7 @@
 //! The distribution a sampled token must follow, step by step as the page above has it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use lapidary_engine::{SampleRow, TokenId};
 
@@ -66,6 +67,12 @@ fn adjusted(raw: &[f64], sample: &SampleRow, fed: Option<TokenId>) -> Vec<f64> {
     }
     for token in sample.banned.iter().flat_map(|banned| banned.iter()) {
         logits[*token as usize] = f64::NEG_INFINITY;
+    }
+    for (token, logit) in logits.iter_mut().enumerate() {
+        let is_forbidden = |mask: &Arc<[u32]>| mask[token / 32] >> (token % 32) & 1 == 0;
+        if sample.mask.as_ref().is_some_and(is_forbidden) {
+            *logit = f64::NEG_INFINITY;
+        }
     }
     let Some(history) = &sample.history else { return logits };
     // How often each token was generated; 0 for those of the prompt alone.

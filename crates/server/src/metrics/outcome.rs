@@ -145,6 +145,8 @@ impl RequestOutcome {
         let api_error = ApiError::failed(error, &stats.unwrap_or_default());
         self.record(Outcome::from(&api_error), Usage::default());
         match error {
+            // The engine has logged it.
+            EngineError::ConstraintFailed { .. } => {}
             EngineError::DeadlineExceeded | EngineError::QueueDeadlineExceeded | EngineError::ShutDown => {}
             EngineError::StepFailed { .. } | EngineError::EngineDead => tracing::error!(
                 request_id = self.request_id.as_str(),

@@ -160,7 +160,7 @@ impl Metrics {
                 (labels.with("finished_reason", end.as_str()), number(count))
             }),
         );
-        let endpoints = [Endpoint::Chat, Endpoint::Completions];
+        let endpoints = [Endpoint::Chat, Endpoint::Completions, Endpoint::Responses];
         let endpoint_labels = |endpoint: Endpoint| Labels::default().with("endpoint", endpoint.as_str());
         out.counters(
             "lapidary_requests_received_total",

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lapidary_engine::TokenId;
+use lapidary_text::CallEvent;
 
 use super::Endpoint;
 use super::logprobs::{LogprobsJson, ScoredPrompt, TokenNames};
 use super::params::{Params, Streaming};
+use super::tools::Tools;
 use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
@@ -47,6 +49,8 @@ pub(crate) struct Head {
     pub(crate) skip_special_tokens: bool,
     /// For each prompt, the text that comes before the answer; empty without `echo`.
     pub(crate) echoes: Vec<String>,
+    /// Whether answers have to be calls of functions.
+    pub(crate) is_call: bool,
     /// Names tokens in `logprobs`.
     pub(crate) names: TokenNames,
 }
@@ -76,6 +80,7 @@ impl Head {
             has_token_ids: params.returns_token_ids,
             skip_special_tokens: params.skip_special_tokens,
             echoes,
+            is_call: params.tools.as_ref().is_some_and(Tools::is_forced),
             names: TokenNames {
                 tokenizer: Arc::clone(&model.tokenizer),
                 by_id: params.names_tokens_by_id,
@@ -183,10 +188,14 @@ impl Head {
 
     /// `"finish_reason":…,"stop_reason":…`
     fn write_finish(&self, out: &mut BytesMut, finish: Finish) {
-        let reason = if finish == Finish::Length { "length" } else { "stop" };
+        let reason = match finish {
+            Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
+            Finish::Eos | Finish::StopToken(_) | Finish::StopString(_) => "stop",
+        };
         write!(out, "\"finish_reason\":\"{reason}\",\"stop_reason\":").expect("BytesMut grows");
         match finish {
-            Finish::Eos | Finish::Length => json::push(out, "null"),
+            Finish::Eos | Finish::Length | Finish::ToolCalls => json::push(out, "null"),
             Finish::StopToken(token) => json::push_int(out, u64::from(token)),
             Finish::StopString(index) => json::push_string(out, &self.stop_strings[index]),
         }
@@ -212,6 +221,27 @@ fn write_ms(out: &mut BytesMut, name: &str, time: Option<Duration>) {
 }
 
 /// Writes an answer as server-sent events.
+pub(crate) trait StreamWriter: std::fmt::Debug + Send {
+    /// Writes what the latest event added to a choice; nothing if there is nothing to show.
+    fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize);
+
+    /// Writes what comes after all choices.
+    fn write_end(&mut self, out: &mut BytesMut, generation: &Generation, usage: Usage);
+
+    /// Writes an error that came too late for a status, and what comes after it.
+    fn write_error(&mut self, out: &mut BytesMut, error: &ApiError);
+}
+
+/// Collects an answer that is sent in one piece.
+pub(crate) trait BodyWriter {
+    /// Takes what the latest event added to a choice.
+    fn add_delta(&mut self, generation: &Generation, index: usize);
+
+    /// The body.
+    fn finish(self: Box<Self>, generation: &Generation, usage: Usage) -> Bytes;
+}
+
+/// Writes chunks of chats and completions.
 #[derive(Debug)]
 pub(crate) struct ChunkWriter {
     head: Head,
@@ -222,6 +252,8 @@ pub(crate) struct ChunkWriter {
     prefix_without_choice: Bytes,
     /// For each choice, whether anything of it was sent.
     has_begun: Vec<bool>,
+    /// For each choice, how many calls have begun.
+    num_calls: Vec<usize>,
 }
 
 impl ChunkWriter {
@@ -237,62 +269,36 @@ impl ChunkWriter {
             prefix: prefix.freeze(),
             prefix_without_choice,
             has_begun: vec![false; num_choices],
+            num_calls: vec![0; num_choices],
         }
     }
 
-    /// Writes what the latest event added to a choice; nothing if there is nothing to show.
-    pub(crate) fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
-        let choice = generation.choice(index);
-        let delta = &choice.delta;
-        if !std::mem::replace(&mut self.has_begun[index], true) {
-            self.write_opening(out, generation, index);
+    /// Writes the beginning of a call, or more of its arguments.
+    fn write_call(&mut self, out: &mut BytesMut, generation: &Generation, index: usize, event: &CallEvent) {
+        let begun = &mut self.num_calls[index];
+        if let CallEvent::Call(_) = event {
+            *begun += 1;
         }
-        if !delta.text.is_empty() || !delta.logprobs.is_empty() || (self.head.has_token_ids && delta.token.is_some()) {
-            self.begin(out, index);
-            self.write_text(out, &delta.text);
-            let echo = self.head.echo_of(choice);
-            let logprobs = || self.head.logprobs_of(&delta.logprobs, echo);
-            self.write_logprobs(out, self.head.has_logprobs.then(logprobs));
-            json::push(out, "\"finish_reason\":null");
-            if self.head.has_token_ids {
-                json::push(out, ",\"token_ids\":");
-                write_ids(out, delta.token.as_slice());
+        let call_index = begun.saturating_sub(1) as u64;
+        self.begin(out, index);
+        json::push(out, ",\"delta\":{\"tool_calls\":[{\"index\":");
+        json::push_int(out, call_index);
+        match event {
+            CallEvent::Call(name) => {
+                json::push(out, ",\"id\":");
+                json::push_string(out, &call_id());
+                json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
+                json::push_string(out, name);
+                json::push(out, ",\"arguments\":\"\"}}]},");
             }
-            json::push(out, "}]");
-            self.end(out, generation);
+            CallEvent::Arguments(text) | CallEvent::Text(text) => {
+                json::push(out, ",\"function\":{\"arguments\":");
+                json::push_string(out, text);
+                json::push(out, "}}]},");
+            }
         }
-        if let Some(finish) = delta.finish {
-            self.begin(out, index);
-            json::push(
-                out,
-                match self.head.endpoint {
-                    Endpoint::Chat => ",\"delta\":{},\"logprobs\":null,",
-                    Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
-                },
-            );
-            self.head.write_finish(out, finish);
-            json::push(out, "}]");
-            self.end(out, generation);
-        }
-    }
-
-    /// Writes the usage chunk, if it was asked for, and the end mark.
-    pub(crate) fn write_end(&self, out: &mut BytesMut, generation: &Generation, usage: Usage) {
-        if self.streaming.include_usage {
-            out.extend_from_slice(&self.prefix_without_choice);
-            json::push(out, "],\"usage\":");
-            self.head.write_usage(out, usage);
-            self.head.write_timings(out, generation);
-            json::push(out, "}\n\n");
-        }
-        json::push(out, "data: [DONE]\n\n");
-    }
-
-    /// Writes an error that came too late for a status, and the end mark.
-    pub(crate) fn write_error(&self, out: &mut BytesMut, error: &ApiError) {
-        json::push(out, "data: ");
-        json::push(out, &error.to_json());
-        json::push(out, "\n\ndata: [DONE]\n\n");
+        json::push(out, "\"logprobs\":null,\"finish_reason\":null}]");
+        self.end(out, generation);
     }
 
     /// What comes before a choice's first text: the role, or the echoed prompt.
@@ -300,11 +306,16 @@ impl ChunkWriter {
         let echo = self.head.echo_of(generation.choice(index));
         let mut logprobs = None;
         match self.head.endpoint {
-            Endpoint::Chat => {
+            Endpoint::Chat | Endpoint::Responses => {
                 self.begin(out, index);
-                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":\"");
-                json::push_escaped(out, echo);
-                json::push(out, "\"},");
+                json::push(out, ",\"delta\":{\"role\":\"assistant\",\"content\":");
+                if self.head.is_call {
+                    json::push(out, "null},");
+                } else {
+                    json::push(out, "\"");
+                    json::push_escaped(out, echo);
+                    json::push(out, "\"},");
+                }
             }
             Endpoint::Completions => {
                 if echo.is_empty() && self.head.echoed_logprobs.is_none() && !self.head.has_token_ids {
@@ -348,7 +359,7 @@ impl ChunkWriter {
 
     fn write_text(&self, out: &mut BytesMut, text: &str) {
         match self.head.endpoint {
-            Endpoint::Chat => {
+            Endpoint::Chat | Endpoint::Responses => {
                 json::push(out, ",\"delta\":{\"content\":\"");
                 json::push_escaped(out, text);
                 json::push(out, "\"},");
@@ -372,7 +383,65 @@ impl ChunkWriter {
     }
 }
 
-/// Collects an answer that is sent in one piece.
+impl StreamWriter for ChunkWriter {
+    fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        let choice = generation.choice(index);
+        let delta = &choice.delta;
+        if !std::mem::replace(&mut self.has_begun[index], true) {
+            self.write_opening(out, generation, index);
+        }
+        if !delta.text.is_empty() || !delta.logprobs.is_empty() || (self.head.has_token_ids && delta.token.is_some()) {
+            self.begin(out, index);
+            self.write_text(out, &delta.text);
+            let echo = self.head.echo_of(choice);
+            let logprobs = || self.head.logprobs_of(&delta.logprobs, echo);
+            self.write_logprobs(out, self.head.has_logprobs.then(logprobs));
+            json::push(out, "\"finish_reason\":null");
+            if self.head.has_token_ids {
+                json::push(out, ",\"token_ids\":");
+                write_ids(out, delta.token.as_slice());
+            }
+            json::push(out, "}]");
+            self.end(out, generation);
+        }
+        for event in &delta.calls {
+            self.write_call(out, generation, index, event);
+        }
+        if let Some(finish) = delta.finish {
+            self.begin(out, index);
+            json::push(
+                out,
+                match self.head.endpoint {
+                    Endpoint::Chat | Endpoint::Responses => ",\"delta\":{},\"logprobs\":null,",
+                    Endpoint::Completions => ",\"text\":\"\",\"logprobs\":null,",
+                },
+            );
+            self.head.write_finish(out, finish);
+            json::push(out, "}]");
+            self.end(out, generation);
+        }
+    }
+
+    /// Writes the usage chunk, if it was asked for, and the end mark.
+    fn write_end(&mut self, out: &mut BytesMut, generation: &Generation, usage: Usage) {
+        if self.streaming.include_usage {
+            out.extend_from_slice(&self.prefix_without_choice);
+            json::push(out, "],\"usage\":");
+            self.head.write_usage(out, usage);
+            self.head.write_timings(out, generation);
+            json::push(out, "}\n\n");
+        }
+        json::push(out, "data: [DONE]\n\n");
+    }
+
+    fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
+        json::push(out, "data: ");
+        json::push(out, &error.to_json());
+        json::push(out, "\n\ndata: [DONE]\n\n");
+    }
+}
+
+/// Collects chats and completions.
 #[derive(Debug)]
 pub(crate) struct WholeWriter {
     head: Head,
@@ -382,6 +451,8 @@ pub(crate) struct WholeWriter {
 #[derive(Debug)]
 struct WholeChoice {
     text: String,
+    /// Name and arguments of each call.
+    calls: Vec<(String, String)>,
     logprobs: LogprobsJson,
     token_ids: Vec<TokenId>,
     has_begun: bool,
@@ -392,6 +463,7 @@ impl WholeWriter {
     pub(crate) fn new(head: Head, generation: &Generation) -> Self {
         let choice = |index| WholeChoice {
             text: head.echo_of(generation.choice(index)).to_owned(),
+            calls: Vec::new(),
             logprobs: LogprobsJson::new(head.endpoint),
             token_ids: Vec::new(),
             has_begun: false,
@@ -401,61 +473,21 @@ impl WholeWriter {
         Self { head, choices }
     }
 
-    /// Takes what the latest event added to a choice.
-    pub(crate) fn add_delta(&mut self, generation: &Generation, index: usize) {
-        let choice = generation.choice(index);
-        let whole = &mut self.choices[index];
-        if !std::mem::replace(&mut whole.has_begun, true) {
-            self.head.push_echo(&mut whole.logprobs, generation, index);
-        }
-        whole.text.push_str(&choice.delta.text);
-        if self.head.has_token_ids {
-            whole.token_ids.extend(choice.delta.token);
-        }
-        if !choice.delta.logprobs.is_empty() {
-            let shift = self.head.echo_of(choice).chars().count();
-            for entry in &choice.delta.logprobs {
-                whole.logprobs.push(entry, &self.head.names, shift);
-            }
-        }
-        whole.finish = choice.delta.finish;
-    }
-
-    /// The body.
-    pub(crate) fn finish(self, generation: &Generation, usage: Usage) -> Bytes {
-        let mut out = BytesMut::new();
-        self.head.write_start(&mut out, self.head.endpoint.object());
-        json::push(&mut out, ",\"choices\":[");
-        for (index, choice) in self.choices.iter().enumerate() {
-            json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
-            json::push_int(&mut out, index as u64);
-            self.write_choice(&mut out, choice);
-            if self.head.endpoint == Endpoint::Completions {
-                self.head.write_prompt(&mut out, generation, index);
-            }
-            json::push(&mut out, "}");
-        }
-        json::push(&mut out, "],\"usage\":");
-        self.head.write_usage(&mut out, usage);
-        if self.head.endpoint == Endpoint::Chat {
-            json::push(&mut out, ",\"service_tier\":null");
-            self.head.write_prompt(&mut out, generation, 0);
-        }
-        self.head.write_timings(&mut out, generation);
-        json::push(&mut out, "}");
-        out.freeze()
-    }
-
     /// All of a choice that was generated, without the closing brace.
     fn write_choice(&self, out: &mut BytesMut, choice: &WholeChoice) {
         match self.head.endpoint {
-            Endpoint::Chat => {
+            Endpoint::Chat | Endpoint::Responses => {
                 json::push(out, ",\"message\":{\"role\":\"assistant\",\"content\":");
-                json::push_string(out, &choice.text);
+                match choice.text.is_empty() && !choice.calls.is_empty() {
+                    true => json::push(out, "null"),
+                    false => json::push_string(out, &choice.text),
+                }
                 json::push(
                     out,
-                    ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null}",
+                    ",\"refusal\":null,\"annotations\":null,\"audio\":null,\"function_call\":null,\"reasoning\":null",
                 );
+                write_calls(out, &choice.calls);
+                json::push(out, "}");
             }
             Endpoint::Completions => {
                 json::push(out, ",\"text\":");
@@ -479,4 +511,84 @@ impl WholeWriter {
             write_ids(out, &choice.token_ids);
         }
     }
+}
+
+impl BodyWriter for WholeWriter {
+    fn add_delta(&mut self, generation: &Generation, index: usize) {
+        let choice = generation.choice(index);
+        let whole = &mut self.choices[index];
+        if !std::mem::replace(&mut whole.has_begun, true) {
+            self.head.push_echo(&mut whole.logprobs, generation, index);
+        }
+        whole.text.push_str(&choice.delta.text);
+        if self.head.has_token_ids {
+            whole.token_ids.extend(choice.delta.token);
+        }
+        if !choice.delta.logprobs.is_empty() {
+            let shift = self.head.echo_of(choice).chars().count();
+            for entry in &choice.delta.logprobs {
+                whole.logprobs.push(entry, &self.head.names, shift);
+            }
+        }
+        for event in &choice.delta.calls {
+            match (event, whole.calls.last_mut()) {
+                (CallEvent::Call(name), _) => whole.calls.push((name.clone(), String::new())),
+                (CallEvent::Arguments(more), Some((_, arguments))) => arguments.push_str(more),
+                (CallEvent::Arguments(_) | CallEvent::Text(_), _) => {}
+            }
+        }
+        whole.finish = choice.delta.finish;
+    }
+
+    fn finish(self: Box<Self>, generation: &Generation, usage: Usage) -> Bytes {
+        let mut out = BytesMut::new();
+        self.head.write_start(&mut out, self.head.endpoint.object());
+        json::push(&mut out, ",\"choices\":[");
+        for (index, choice) in self.choices.iter().enumerate() {
+            json::push(&mut out, if index == 0 { "{\"index\":" } else { ",{\"index\":" });
+            json::push_int(&mut out, index as u64);
+            self.write_choice(&mut out, choice);
+            if self.head.endpoint == Endpoint::Completions {
+                self.head.write_prompt(&mut out, generation, index);
+            }
+            json::push(&mut out, "}");
+        }
+        json::push(&mut out, "],\"usage\":");
+        self.head.write_usage(&mut out, usage);
+        if self.head.endpoint == Endpoint::Chat {
+            json::push(&mut out, ",\"service_tier\":null");
+            self.head.write_prompt(&mut out, generation, 0);
+        }
+        self.head.write_timings(&mut out, generation);
+        json::push(&mut out, "}");
+        out.freeze()
+    }
+}
+
+/// `,"tool_calls":[…]`, or nothing if there are none.
+fn write_calls(out: &mut BytesMut, calls: &[(String, String)]) {
+    for (index, (name, arguments)) in calls.iter().enumerate() {
+        json::push(
+            out,
+            if index == 0 {
+                ",\"tool_calls\":[{\"id\":"
+            } else {
+                ",{\"id\":"
+            },
+        );
+        json::push_string(out, &call_id());
+        json::push(out, ",\"type\":\"function\",\"function\":{\"name\":");
+        json::push_string(out, name);
+        json::push(out, ",\"arguments\":");
+        json::push_string(out, arguments);
+        json::push(out, "}}");
+    }
+    if !calls.is_empty() {
+        json::push(out, "]");
+    }
+}
+
+/// What the client names a call by when it sends the result.
+pub(crate) fn call_id() -> String {
+    format!("call_{:016x}", crate::request_id::random_u64())
 }

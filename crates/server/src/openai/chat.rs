@@ -24,6 +24,7 @@ pub(super) async fn prompts(
     let chat = Chat {
         end: prompt_end(body.add_generation_prompt, body.continue_final_message)?,
         messages: body.messages,
+        instructions: params.tools.as_ref().map(|tools| tools.calls.instructions()),
         template: body.chat_template,
         variables: body.chat_template_kwargs,
         truncation: params.truncation,

@@ -134,7 +134,7 @@ impl LogprobsJson {
     /// Without entries.
     pub(crate) fn new(endpoint: Endpoint) -> Self {
         match endpoint {
-            Endpoint::Chat => Self::Chat(BytesMut::new()),
+            Endpoint::Chat | Endpoint::Responses => Self::Chat(BytesMut::new()),
             Endpoint::Completions => Self::Completions(Arrays::default()),
         }
     }

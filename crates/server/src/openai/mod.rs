@@ -6,10 +6,14 @@ mod chat;
 mod completions;
 mod deadlines;
 mod logprobs;
+mod messages;
 pub(crate) mod models;
 mod params;
 pub(crate) mod prompt;
 pub(crate) mod render;
+mod responses;
+mod structured;
+mod tools;
 pub(crate) mod types;
 
 use std::future::poll_fn;
@@ -17,22 +21,23 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Instant;
 
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
+use lapidary_text::GrammarState;
 
 pub(crate) use self::deadlines::Deadlines;
 use self::deadlines::Patience;
 pub(crate) use self::params::{Params, Streaming};
 
-use self::answer::{Head, WholeWriter};
+use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
+use self::responses::{ResponsesBody, ResponsesWriter, Settings};
 use self::types::GenerationBody;
 use crate::error::ApiError;
 use crate::extract::{read_body, read_json};
-use crate::generate::Generation;
+use crate::generate::{Admission, Generation};
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
@@ -45,6 +50,8 @@ pub(crate) enum Endpoint {
     Chat,
     /// `/v1/completions`.
     Completions,
+    /// `/v1/responses`.
+    Responses,
 }
 
 impl Endpoint {
@@ -65,6 +72,7 @@ impl Endpoint {
         match self {
             Self::Chat => "chat",
             Self::Completions => "completions",
+            Self::Responses => "responses",
         }
     }
 
@@ -73,6 +81,7 @@ impl Endpoint {
         match self {
             Self::Chat => "messages",
             Self::Completions => "prompt",
+            Self::Responses => "input",
         }
     }
 
@@ -80,6 +89,7 @@ impl Endpoint {
         match self {
             Self::Chat => "chatcmpl",
             Self::Completions => "cmpl",
+            Self::Responses => "resp",
         }
     }
 
@@ -87,6 +97,7 @@ impl Endpoint {
         match self {
             Self::Chat => "chat.completion",
             Self::Completions => "text_completion",
+            Self::Responses => "response",
         }
     }
 
@@ -94,6 +105,7 @@ impl Endpoint {
         match self {
             Self::Chat => "chat.completion.chunk",
             Self::Completions => "text_completion",
+            Self::Responses => "response",
         }
     }
 }
@@ -108,11 +120,38 @@ pub(crate) async fn completions(State(state): State<AppState>, request: Request)
     respond(Endpoint::Completions, state, request).await
 }
 
+/// `POST /v1/responses`.
+pub(crate) async fn responses(State(state): State<AppState>, request: Request) -> Response {
+    respond(Endpoint::Responses, state, request).await
+}
+
 /// A request that is on its way: what is left is to wait for tokens.
 struct Started {
     generation: Generation,
-    head: Head,
-    params: Params,
+    shape: Shape,
+    stream: Option<Streaming>,
+}
+
+/// What an answer is written as.
+enum Shape {
+    Choices(Head),
+    Response(ResponsesWriter),
+}
+
+impl Shape {
+    fn stream_writer(self, streaming: Streaming, generation: &Generation) -> Box<dyn StreamWriter> {
+        match self {
+            Self::Choices(head) => Box::new(ChunkWriter::new(head, streaming, generation.num_choices())),
+            Self::Response(writer) => Box::new(writer),
+        }
+    }
+
+    fn body_writer(self, generation: &Generation) -> Box<dyn BodyWriter + Send> {
+        match self {
+            Self::Choices(head) => Box::new(WholeWriter::new(head, generation)),
+            Self::Response(writer) => Box::new(writer),
+        }
+    }
 }
 
 /// The prompts of a request, and for each the text that `echo` repeats.
@@ -157,11 +196,11 @@ async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Respo
     let outcome = RequestOutcome::new(&state, endpoint, request_id.clone());
     match start(endpoint, &state, request, &request_id, arrival).await {
         Err(error) => outcome.refuse(error),
-        Ok(started) => match started.params.stream {
+        Ok(started) => match started.stream {
             None => whole(started, outcome).await,
             Some(streaming) => {
-                let keep_alive = state.limits.sse_keep_alive;
-                sse::respond(started.generation, started.head, streaming, keep_alive, outcome).await
+                let writer = started.shape.stream_writer(streaming, &started.generation);
+                sse::respond(started.generation, writer, state.limits.sse_keep_alive, outcome).await
             }
         },
     }
@@ -176,28 +215,77 @@ async fn start(
     arrival: Instant,
 ) -> Result<Started, ApiError> {
     let (parts, body) = request.into_parts();
+    let request = Arrived {
+        endpoint,
+        headers: parts.headers,
+        request_id,
+        arrival,
+    };
+    if endpoint != Endpoint::Responses {
+        let body: GenerationBody = read_json(state, &request.headers, body).await?;
+        return submit(state, request, body, None).await;
+    }
+    let body: ResponsesBody = read_json(state, &request.headers, body).await?;
+    let has_instructions = body.has_instructions();
+    let (chat, settings) = responses::chat(body)?;
+    let started = submit(state, request, chat, Some(settings)).await;
+    started.map_err(|error| responses::rename(error, has_instructions))
+}
+
+/// What is known of a request beside its body.
+struct Arrived<'a> {
+    endpoint: Endpoint,
+    headers: HeaderMap,
+    request_id: &'a RequestId,
+    arrival: Instant,
+}
+
+/// Checks, tokenises and hands to the engine; with `settings` the answer is a response.
+async fn submit(
+    state: &AppState,
+    request: Arrived<'_>,
+    body: GenerationBody,
+    settings: Option<Settings>,
+) -> Result<Started, ApiError> {
+    let Arrived {
+        endpoint,
+        headers,
+        request_id,
+        arrival,
+    } = request;
     let Prepared {
         model,
         params,
         prompts,
         patience,
-    } = prepare(endpoint, state, &parts.headers, body).await?;
-    let head = Head::new(
-        endpoint,
-        request_id.as_str(),
-        model,
-        &params,
-        &state.limits,
-        prompts.echoes,
-    );
-    let deadlines = patience.from(arrival);
-    let mut generation = Generation::submit(state, model, prompts.tokens, &params, deadlines, arrival)?;
+        constraint,
+    } = prepare(endpoint, state, &headers, body).await?;
+    let shape = match settings {
+        None => Shape::Choices(Head::new(
+            endpoint,
+            request_id.as_str(),
+            model,
+            &params,
+            &state.limits,
+            prompts.echoes,
+        )),
+        Some(settings) => {
+            let name = model.names.first().map_or("", String::as_str);
+            Shape::Response(ResponsesWriter::new(request_id.as_str(), name, settings))
+        }
+    };
+    let admission = Admission {
+        deadlines: patience.from(arrival),
+        arrival,
+        constraint,
+    };
+    let mut generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
     generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
     Ok(Started {
         generation,
-        head,
-        params,
+        shape,
+        stream: params.stream,
     })
 }
 
@@ -206,23 +294,24 @@ struct Prepared<'a> {
     model: &'a ServedModel,
     params: Params,
     prompts: Prompts,
+    constraint: Option<GrammarState>,
     patience: Patience,
 }
 
-/// Reads and checks all of a request that needs no engine.
+/// Checks all of a request that needs no engine.
 async fn prepare<'a>(
     endpoint: Endpoint,
     state: &'a AppState,
     headers: &HeaderMap,
-    body: Body,
+    body: GenerationBody,
 ) -> Result<Prepared<'a>, ApiError> {
-    let body: GenerationBody = read_json(state, headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
     let patience = Patience::new(headers, &body, &state.limits)?;
+    let constraint = tools::compile(model, &params).await?;
     let prompts = match endpoint {
-        Endpoint::Chat => chat::prompts(state, model, body, &params).await?,
+        Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
         Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
     };
     check_lengths(endpoint, &prompts.tokens, model, &params)?;
@@ -230,6 +319,7 @@ async fn prepare<'a>(
         model,
         params,
         prompts,
+        constraint,
         patience,
     })
 }
@@ -263,9 +353,9 @@ fn check_lengths(
 /// Waits for all of the answer and sends it as one body. Dropped with the connection, which aborts the generation.
 async fn whole(started: Started, mut outcome: RequestOutcome) -> Response {
     let Started {
-        mut generation, head, ..
+        mut generation, shape, ..
     } = started;
-    let mut writer = WholeWriter::new(head, &generation);
+    let mut writer = shape.body_writer(&generation);
     let collected = poll_fn(|context| {
         loop {
             match generation.poll_next(context) {

@@ -1,6 +1,5 @@
 //! Checks what a client asked for and turns it into the engine's terms.
 
-use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, OnceLock};
@@ -10,7 +9,9 @@ use lapidary_text::{StopError, StopMatcher};
 
 use super::Endpoint;
 use super::prompt::Truncation;
-use super::types::{Choice, Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
+use super::structured::{self, Form};
+use super::tools::{self, Tools};
+use super::types::{Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::state::{Limits, ServedModel};
@@ -67,6 +68,10 @@ pub(crate) struct Params {
     pub(crate) priority: i32,
     /// Separates prefix caches.
     pub(crate) cache_salt: u128,
+    /// What the answer must look like.
+    pub(crate) form: Option<Form>,
+    /// What it may call.
+    pub(crate) tools: Option<Tools>,
     /// `None`: one body at the end.
     pub(crate) stream: Option<Streaming>,
 }
@@ -89,14 +94,24 @@ impl Params {
         limits: &Limits,
     ) -> Result<Self, ApiError> {
         refuse_unsupported(body)?;
-        check_tools(body)?;
         let n = integer("n", body.n, 1..=i64::from(u32::MAX), "n must be at least 1")?.unwrap_or(1);
         if i64::from(limits.max_sequences_per_request) < n {
             let limit = limits.max_sequences_per_request;
             return Err(above("n", format!("n must be at most {limit}, got {n}.")));
         }
         let (max_tokens, min_tokens) = token_limits(endpoint, body)?;
+        let form = structured::form(body)?;
+        let tools = match endpoint {
+            Endpoint::Chat | Endpoint::Responses => tools::tools(body, form.as_ref())?,
+            Endpoint::Completions => None,
+        };
+        let is_held = form.is_some() || tools.is_some();
         let ignore_eos = is_set(body.ignore_eos);
+        // A form that is complete has to end; until then it goes on for as long as it can.
+        let (ignore_eos, min_tokens) = match is_held && ignore_eos {
+            true => (false, u32::MAX),
+            false => (ignore_eos, min_tokens),
+        };
         let (stop_token_ids, eos_is_silent) = stop_tokens(body, model, ignore_eos)?;
         let stop_strings = match &body.stop {
             Some(Stop(strings)) => strings.clone(),
@@ -125,6 +140,8 @@ impl Params {
             names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
             priority: priority(body.priority, limits)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
+            form,
+            tools,
             stream: streaming(body, limits)?,
         })
     }
@@ -286,7 +303,7 @@ fn sampling(
 
 fn logprobs(endpoint: Endpoint, body: &GenerationBody, limits: &Limits) -> Result<Option<u32>, ApiError> {
     let (param, count) = match endpoint {
-        Endpoint::Chat => {
+        Endpoint::Chat | Endpoint::Responses => {
             let wanted = matches!(body.logprobs, Some(Logprobs::Flag(true) | Logprobs::Count(1..)));
             match body.top_logprobs {
                 Some(Int(count)) if count != 0 && !wanted => {
@@ -411,7 +428,7 @@ fn token_limits(endpoint: Endpoint, body: &GenerationBody) -> Result<(Option<u32
     let max_tokens = max_tokens.map(|max_tokens| u32::try_from(max_tokens).unwrap_or(u32::MAX));
     let max_tokens = match endpoint {
         Endpoint::Completions => max_tokens.or(Some(DEFAULT_COMPLETION_TOKENS)),
-        Endpoint::Chat => max_tokens,
+        Endpoint::Chat | Endpoint::Responses => max_tokens,
     };
     let complaint = "min_tokens must be greater than or equal to 0";
     let min_tokens = integer("min_tokens", body.min_tokens, 0..=i64::MAX, complaint)?.unwrap_or(0);
@@ -567,16 +584,11 @@ fn streaming(body: &GenerationBody, limits: &Limits) -> Result<Option<Streaming>
 }
 
 fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 13] = [
+    let used: [(&'static str, Extension); 8] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
         ("use_beam_search", body.use_beam_search),
-        ("structured_outputs", body.structured_outputs),
-        ("guided_json", body.guided_json),
-        ("guided_regex", body.guided_regex),
-        ("guided_choice", body.guided_choice),
-        ("guided_grammar", body.guided_grammar),
         ("bad_words", body.bad_words),
         ("allowed_token_ids", body.allowed_token_ids),
         ("prompt_embeds", body.prompt_embeds),
@@ -594,25 +606,7 @@ fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
             "Only the modality 'text' is supported.",
         ));
     }
-    match body
-        .response_format
-        .as_ref()
-        .map(|Object(format)| format.r#type.as_deref())
-    {
-        None | Some(Some("text")) => Ok(()),
-        Some(None) => Err(ApiError::missing("response_format.type")),
-        Some(Some(kind @ ("json_object" | "json_schema" | "structural_tag"))) => Err(ApiError::unsupported(
-            "response_format.type",
-            format!("response_format of type '{kind}' is not supported: the answer's form cannot be guaranteed."),
-        )),
-        Some(Some(other)) => Err(ApiError::invalid(
-            "response_format.type",
-            format!(
-                "response_format.type must be 'text', 'json_object' or 'json_schema', got '{}'.",
-                shorten(other)
-            ),
-        )),
-    }
+    Ok(())
 }
 
 /// What is wrong with `best_of`. Asking for the best of as many as are returned is no use of it.
@@ -623,35 +617,4 @@ fn best_of(body: &GenerationBody) -> Option<String> {
         "best_of of {best_of} with n of {n} is not supported: answers are not ranked, all that are generated are returned. \
          Leave best_of out or make it equal to n."
     ))
-}
-
-/// Tools may be offered: the model, which knows no tool calls, then answers in text. They cannot be forced.
-fn check_tools(body: &GenerationBody) -> Result<(), ApiError> {
-    if body.tools.as_ref().is_some_and(Vec::is_empty) {
-        let message =
-            "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.";
-        return Err(ApiError::invalid("tools", message));
-    }
-    for (param, choice) in [
-        ("tool_choice", &body.tool_choice),
-        ("function_call", &body.function_call),
-    ] {
-        let forced: Cow<'_, str> = match choice {
-            None => continue,
-            Some(Choice::Mode(mode)) if mode == "none" => continue,
-            Some(_) if param == "tool_choice" && body.tools.is_none() => {
-                return Err(ApiError::invalid(
-                    param,
-                    "When using `tool_choice`, `tools` must be set.",
-                ));
-            }
-            Some(Choice::Mode(mode)) if mode == "auto" => continue,
-            Some(Choice::Mode(mode)) => format!("'{}'", shorten(mode)).into(),
-            Some(Choice::Named) => "a certain tool".into(),
-        };
-        let message =
-            format!("{param} of {forced} is not supported: this model has no tool calls. Use 'none' or 'auto'.");
-        return Err(ApiError::unsupported(param, message));
-    }
-    Ok(())
 }

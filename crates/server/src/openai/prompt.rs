@@ -7,7 +7,8 @@ use lapidary_text::{
     ChatTemplate, Message, PromptEnd, Rendered, TemplateError, TemplateVariables, Tokenizer, TokenizerError,
 };
 
-use super::types::{ChatMessage, Content, ContentPart};
+use super::messages::{convert, instruct};
+use super::types::ChatMessage;
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Object};
 use crate::state::{AppState, ServedModel};
@@ -126,6 +127,8 @@ fn check_bytes(
 pub(crate) struct Chat {
     /// What was said.
     pub(crate) messages: Option<Vec<Object<ChatMessage>>>,
+    /// What goes in front of it.
+    pub(crate) instructions: Option<String>,
     /// How the prompt ends.
     pub(crate) end: PromptEnd,
     /// The client's own template.
@@ -140,6 +143,7 @@ pub(crate) struct Chat {
 pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
     let Chat {
         messages,
+        instructions,
         end,
         template,
         variables,
@@ -147,7 +151,7 @@ pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Cha
     } = chat;
     let variables = variables.map(|Object(variables)| variables).unwrap_or_default();
     check_variables(&variables, template.is_some(), state.limits.trust_request_chat_template)?;
-    let messages = convert_all(model, messages, truncation)?;
+    let messages = convert_all(model, messages, instructions, truncation)?;
     let rendered = match template {
         None => {
             let template = own_template(model)?;
@@ -206,6 +210,7 @@ fn check_variables(variables: &TemplateVariables, has_template: bool, is_trusted
 fn convert_all(
     model: &ServedModel,
     messages: Option<Vec<Object<ChatMessage>>>,
+    instructions: Option<String>,
     truncation: Option<Truncation>,
 ) -> Result<Vec<Message>, ApiError> {
     let messages = messages.ok_or_else(|| ApiError::missing("messages"))?;
@@ -214,11 +219,10 @@ fn convert_all(
         let detail = format!("However, you sent {} messages.", messages.len());
         return Err(ApiError::context_length("messages", model.max_model_len, &detail));
     }
-    let messages = messages
-        .into_iter()
-        .enumerate()
-        .map(|(index, Object(message))| convert(index, message));
-    let messages = messages.collect::<Result<Vec<_>, _>>()?;
+    let mut messages = convert(messages)?;
+    if let Some(instructions) = instructions {
+        instruct(&mut messages, instructions, model.system_role);
+    }
     // Templates trim. Rendering, too, takes time that a hopeless text should not cost.
     let num_bytes = messages.iter().map(|message| message.content.trim().len()).sum();
     check_bytes(model, num_bytes, truncation, "messages")?;
@@ -248,49 +252,6 @@ pub(crate) fn prompt_end(
         (Some(Flag(false)), _) => Ok(PromptEnd::LastTurn),
         _ => Ok(PromptEnd::GenerationPrompt),
     }
-}
-
-fn convert(index: usize, message: ChatMessage) -> Result<Message, ApiError> {
-    let missing = |field: &str| ApiError::InvalidRequest {
-        message: format!("Missing required parameter: 'messages[{index}].{field}'."),
-        param: Some(format!("messages[{index}].{field}").into()),
-        code: Some("missing_required_parameter"),
-    };
-    let role = message.role.ok_or_else(|| missing("role"))?;
-    match message.content {
-        Some(Content::Text(text)) => Ok(Message::new(role, text)),
-        Some(Content::Parts(parts)) => {
-            let texts = parts.into_iter().enumerate().map(|(part_index, part)| {
-                part_text(part).map_err(|(field, message)| {
-                    let param = format!("messages[{index}].content[{part_index}].{field}");
-                    ApiError::unsupported(param, message)
-                })
-            });
-            Ok(Message::from_parts(role, &texts.collect::<Result<Vec<_>, _>>()?))
-        }
-        // An assistant message that only called tools has no content.
-        None if role == "assistant" => Ok(Message::new(role, String::new())),
-        None => Err(missing("content")),
-    }
-}
-
-/// The text of a part, or the field at fault and what is wrong with it.
-fn part_text(part: ContentPart) -> Result<String, (&'static str, String)> {
-    let text = match part.r#type.as_deref() {
-        // Some clients leave the type out.
-        Some("text" | "input_text" | "output_text") | None => part.text,
-        Some("refusal") => part.refusal,
-        Some(other) => {
-            return Err((
-                "type",
-                format!(
-                    "Content of type '{}' is not supported: this model reads text.",
-                    shorten(other)
-                ),
-            ));
-        }
-    };
-    text.ok_or_else(|| ("text", "A content part must have a text.".to_owned()))
 }
 
 /// What is wrong with a client's own template is the client's mistake too.

@@ -6,8 +6,10 @@ use axum::response::{IntoResponse, Response};
 use lapidary_engine::TokenId;
 use serde::Serialize;
 
+use super::types::GenerationBody;
 use super::{Endpoint, Params, Prepared, prepare};
 use crate::error::ApiError;
+use crate::extract::read_json;
 use crate::request_id::RequestId;
 use crate::state::AppState;
 
@@ -53,6 +55,7 @@ pub(crate) async fn completions(state: State<AppState>, request: Request) -> Res
 
 async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
+    let body: GenerationBody = read_json(&state, &parts.headers, body).await?;
     let Prepared {
         model, params, prompts, ..
     } = prepare(endpoint, &state, &parts.headers, body).await?;
@@ -71,7 +74,7 @@ async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Requ
         }
     });
     Ok(match endpoint {
-        Endpoint::Chat => Json(rendered.next()).into_response(),
+        Endpoint::Chat | Endpoint::Responses => Json(rendered.next()).into_response(),
         Endpoint::Completions => Json(rendered.collect::<Vec<_>>()).into_response(),
     })
 }

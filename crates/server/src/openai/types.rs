@@ -4,7 +4,9 @@
 use std::fmt;
 
 use lapidary_text::TemplateVariables;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 use crate::lenient::{Flag, Int, Number, Object};
 
@@ -54,8 +56,9 @@ pub(crate) struct GenerationBody {
     pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
     pub(crate) truncate_prompt_tokens: Option<Int>,
     pub(crate) truncation_side: Option<String>,
-    pub(crate) response_format: Option<Object<Tagged>>,
-    pub(crate) tools: Option<Vec<IgnoredAny>>,
+    pub(crate) response_format: Option<Object<ResponseFormat>>,
+    pub(crate) tools: Option<Vec<Object<Tool>>>,
+    pub(crate) parallel_tool_calls: Option<Flag>,
     pub(crate) tool_choice: Option<Choice>,
     pub(crate) function_call: Option<Choice>,
     pub(crate) modalities: Option<Vec<String>>,
@@ -63,11 +66,11 @@ pub(crate) struct GenerationBody {
     pub(crate) prediction: Extension,
     pub(crate) suffix: Extension,
     pub(crate) use_beam_search: Extension,
-    pub(crate) structured_outputs: Extension,
-    pub(crate) guided_json: Extension,
-    pub(crate) guided_regex: Extension,
-    pub(crate) guided_choice: Extension,
-    pub(crate) guided_grammar: Extension,
+    pub(crate) structured_outputs: Option<Object<StructuredOutputs>>,
+    pub(crate) guided_json: Option<Value>,
+    pub(crate) guided_regex: Option<String>,
+    pub(crate) guided_choice: Option<Vec<String>>,
+    pub(crate) guided_grammar: Option<String>,
     pub(crate) bad_words: Extension,
     pub(crate) allowed_token_ids: Extension,
     pub(crate) prompt_embeds: Extension,
@@ -103,6 +106,46 @@ pub(crate) struct DetokenizeBody {
 pub(crate) struct ChatMessage {
     pub(crate) role: Option<String>,
     pub(crate) content: Option<Content>,
+    /// Of an assistant.
+    pub(crate) tool_calls: Option<Vec<Object<ToolCall>>>,
+    /// Of a tool: what it answers.
+    pub(crate) tool_call_id: Option<String>,
+    pub(crate) name: Option<String>,
+}
+
+/// A call that an assistant made.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct ToolCall {
+    pub(crate) id: Option<String>,
+    pub(crate) function: Option<Object<CalledFunction>>,
+}
+
+/// What was called, and with what.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct CalledFunction {
+    pub(crate) name: Option<String>,
+    /// JSON as text; some clients send the JSON itself.
+    pub(crate) arguments: Option<Value>,
+}
+
+/// One of `tools`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct Tool {
+    pub(crate) r#type: Option<String>,
+    pub(crate) function: Option<Object<ToolFunction>>,
+}
+
+/// A function that may be called.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct ToolFunction {
+    pub(crate) name: Option<String>,
+    pub(crate) description: Option<String>,
+    pub(crate) parameters: Option<Value>,
+    pub(crate) strict: Option<Flag>,
 }
 
 /// A message's content: text, or parts.
@@ -157,11 +200,32 @@ pub(crate) enum Logprobs {
     Count(i64),
 }
 
-/// An object known by its `type`.
+/// `response_format`.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-pub(crate) struct Tagged {
+pub(crate) struct ResponseFormat {
     pub(crate) r#type: Option<String>,
+    pub(crate) json_schema: Option<Object<NamedSchema>>,
+}
+
+/// A schema with its name. `strict` makes no difference: a schema is always kept to.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct NamedSchema {
+    pub(crate) name: Option<String>,
+    pub(crate) schema: Option<Value>,
+}
+
+/// `structured_outputs`, of which one field may be set.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(crate) struct StructuredOutputs {
+    pub(crate) json: Option<Value>,
+    pub(crate) regex: Option<String>,
+    pub(crate) choice: Option<Vec<String>>,
+    pub(crate) grammar: Option<String>,
+    pub(crate) json_object: Option<Flag>,
+    pub(crate) structural_tag: Extension,
 }
 
 /// `tool_choice` or `function_call`.
@@ -169,8 +233,13 @@ pub(crate) struct Tagged {
 pub(crate) enum Choice {
     /// `none`, `auto`, `required`.
     Mode(String),
-    /// A certain tool.
-    Named,
+    /// An object, which names a tool as a rule.
+    Named {
+        /// Its `type`.
+        kind: Option<String>,
+        /// `name` of its `function`.
+        name: Option<String>,
+    },
 }
 
 /// A parameter that is known but not supported. Values that ask for nothing (`null`, `false`, empty) are no use of it.
@@ -377,9 +446,12 @@ impl<'de> Deserialize<'de> for Choice {
                 Ok(Choice::Mode(mode.to_owned()))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Choice, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Choice::Named)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Choice, A::Error> {
+                let tool = Tool::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Choice::Named {
+                    kind: tool.r#type,
+                    name: tool.function.and_then(|Object(function)| function.name),
+                })
             }
         }
         deserializer.deserialize_any(ChoiceVisitor)

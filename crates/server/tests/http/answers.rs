@@ -236,25 +236,6 @@ async fn null_means_absent_and_unknown_fields_are_ignored() {
 }
 
 #[tokio::test]
-async fn tools_may_be_offered_but_not_forced() {
-    let server = Setup::default().start();
-    let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": {} } }]);
-    for choice in [Value::Null, json!("auto"), json!("none")] {
-        let answer = server.chat(json!({ "tools": tools, "tool_choice": choice })).await;
-        assert_eq!(answer.status, 200, "{}", answer.body);
-    }
-    for choice in [
-        json!("required"),
-        json!({ "type": "function", "function": { "name": "f" } }),
-    ] {
-        let answer = server.chat(json!({ "tools": tools, "tool_choice": choice })).await;
-        assert_eq!(answer.status, 400);
-        assert_eq!(answer.json()["error"]["code"], "unsupported_parameter");
-        assert_eq!(answer.json()["error"]["param"], "tool_choice");
-    }
-}
-
-#[tokio::test]
 async fn conversations_real_clients_send_are_answered() {
     let server = Setup::default().start();
     for messages in [

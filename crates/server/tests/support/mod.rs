@@ -16,7 +16,7 @@ use lapidary_engine::{
     Engine, EngineConfig, EngineHandle, KvCacheConfig, Script, ScriptedConfig, ScriptedExecutor, TokenId,
 };
 use lapidary_server::access::Access;
-use lapidary_server::{AppState, Limits, Metrics, Phase, SamplingDefaults, ServedModel};
+use lapidary_server::{AppState, Grammars, Limits, Metrics, Phase, SamplingDefaults, ServedModel};
 use lapidary_text::{ChatTemplate, SystemRole, Tokenizer};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -127,18 +127,21 @@ fn always(answer: Vec<TokenId>) -> Script {
 }
 
 pub(crate) fn served(tokenizer: Arc<Tokenizer>, engine: EngineHandle) -> ServedModel {
+    let stop_token_ids: Arc<[TokenId]> = Arc::from([EOS, END_OF_TURN]);
+    let vocab_size = u32::try_from(tokenizer.vocab_size()).unwrap();
     let template = ChatTemplate::load(&tiny_dir(), &tokenizer, SystemRole::Merge).unwrap();
     ServedModel {
         names: vec![MODEL.to_owned(), "org/tiny".to_owned()],
         root: "/models/tiny".to_owned(),
         created: 1_755_500_000,
         max_model_len: engine.max_model_len(),
-        vocab_size: u32::try_from(tokenizer.vocab_size()).unwrap(),
+        vocab_size,
+        grammars: Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids)),
         chat_template: template.map(Arc::new),
         tokenizer,
         system_role: SystemRole::Merge,
         eos_token_id: EOS,
-        stop_token_ids: Arc::from([EOS, END_OF_TURN]),
+        stop_token_ids,
         defaults: SamplingDefaults::default(),
         system_fingerprint: "fp_test".to_owned(),
         engine,

@@ -7,6 +7,9 @@
 mod chat;
 mod detokenizer;
 mod front_doors;
+mod grammar;
+mod hostile;
+mod schemas;
 mod stop;
 mod tokenizer;
 mod variables;

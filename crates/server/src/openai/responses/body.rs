@@ -1,0 +1,319 @@
+//! What a client sends, and the chat it means.
+
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+use serde_json::{Value, json};
+
+use crate::error::{ApiError, shorten};
+use crate::lenient::{Flag, Int, Number, Object};
+use crate::openai::types::{
+    CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, NamedSchema, ResponseFormat, Tool,
+    ToolCall, ToolFunction,
+};
+
+/// Body of `/v1/responses`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub(in crate::openai) struct ResponsesBody {
+    pub(in crate::openai) model: Option<String>,
+    input: Option<Input>,
+    instructions: Option<String>,
+    max_output_tokens: Option<Int>,
+    temperature: Option<Number>,
+    top_p: Option<Number>,
+    top_logprobs: Option<Int>,
+    stream: Option<Flag>,
+    text: Option<Object<TextOptions>>,
+    tools: Option<Vec<Object<FlatTool>>>,
+    tool_choice: Option<FlatChoice>,
+    parallel_tool_calls: Option<Flag>,
+    metadata: Option<Value>,
+    user: Option<String>,
+    previous_response_id: Extension,
+    conversation: Extension,
+    background: Extension,
+    prompt: Extension,
+}
+
+/// `input`: a text, or items.
+#[derive(Debug)]
+enum Input {
+    Text(String),
+    Items(Vec<Item>),
+}
+
+/// A message, a call, or the result of one.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct Item {
+    r#type: Option<String>,
+    role: Option<String>,
+    content: Option<Content>,
+    call_id: Option<String>,
+    name: Option<String>,
+    arguments: Option<Value>,
+    output: Option<Content>,
+}
+
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct TextOptions {
+    format: Option<Object<FlatFormat>>,
+}
+
+/// A `response_format` without its inner object.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct FlatFormat {
+    r#type: Option<String>,
+    name: Option<String>,
+    schema: Option<Value>,
+}
+
+/// A tool without its inner object.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct FlatTool {
+    r#type: Option<String>,
+    name: Option<String>,
+    description: Option<String>,
+    parameters: Option<Value>,
+    strict: Option<Flag>,
+}
+
+/// `tool_choice`: a mode, or a tool by name.
+#[derive(Debug, serde::Deserialize)]
+#[serde(untagged)]
+enum FlatChoice {
+    Mode(String),
+    Named {
+        r#type: Option<String>,
+        name: Option<String>,
+    },
+}
+
+/// What a response repeats of its request.
+#[derive(Debug)]
+pub(in crate::openai) struct Settings(pub(super) Value);
+
+impl ResponsesBody {
+    /// Whether the chat begins with a message that is not part of `input`.
+    pub(in crate::openai) fn has_instructions(&self) -> bool {
+        self.instructions.is_some()
+    }
+}
+
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InputVisitor;
+        impl<'de> Visitor<'de> for InputVisitor {
+            type Value = Input;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or an array of items")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Input, E> {
+                Ok(Input::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Input, A::Error> {
+                let mut items = Vec::new();
+                while let Some(Object(item)) = seq.next_element()? {
+                    items.push(item);
+                }
+                Ok(Input::Items(items))
+            }
+        }
+        deserializer.deserialize_any(InputVisitor)
+    }
+}
+
+/// The chat that a request means, and what its response repeats.
+pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Settings), ApiError> {
+    let stateful = [
+        ("previous_response_id", body.previous_response_id),
+        ("conversation", body.conversation),
+        ("background", body.background),
+        ("prompt", body.prompt),
+    ];
+    if let Some((param, _)) = stateful.iter().find(|(_, extension)| extension.is_used) {
+        let message = format!("{param} is not supported: this server keeps nothing between requests.");
+        return Err(ApiError::unsupported(*param, message));
+    }
+    if body.top_logprobs.is_some_and(|Int(count)| count != 0) {
+        return Err(ApiError::unsupported(
+            "top_logprobs",
+            "top_logprobs is not supported here. Use /v1/chat/completions.",
+        ));
+    }
+    let settings = settings(&body);
+    let mut messages: Vec<Object<ChatMessage>> = Vec::new();
+    messages.extend(body.instructions.map(|text| message("system", Content::Text(text))));
+    match body.input.ok_or_else(|| ApiError::missing("input"))? {
+        Input::Text(text) => messages.push(message("user", Content::Text(text))),
+        Input::Items(items) => {
+            for (index, item) in items.into_iter().enumerate() {
+                push_item(&mut messages, index, item)?;
+            }
+        }
+    }
+    let format = body.text.and_then(|Object(text)| text.format);
+    let chat = GenerationBody {
+        model: body.model,
+        messages: Some(messages),
+        max_completion_tokens: body.max_output_tokens,
+        temperature: body.temperature,
+        top_p: body.top_p,
+        stream: body.stream,
+        response_format: format.map(|Object(format)| Object(response_format(format))),
+        tools: body
+            .tools
+            .filter(|tools| !tools.is_empty())
+            .map(|tools| tools.into_iter().map(tool).collect()),
+        tool_choice: body.tool_choice.map(choice),
+        parallel_tool_calls: body.parallel_tool_calls,
+        ..GenerationBody::default()
+    };
+    // Clients send the default with no tools at all.
+    let tool_choice = chat
+        .tool_choice
+        .filter(|choice| chat.tools.is_some() || *choice != Choice::Mode("auto".to_owned()));
+    Ok((GenerationBody { tool_choice, ..chat }, settings))
+}
+
+/// An error of the chat in the request's own words.
+pub(in crate::openai) fn rename(error: ApiError, has_instructions: bool) -> ApiError {
+    let ApiError::InvalidRequest {
+        message,
+        param: Some(param),
+        code,
+    } = error
+    else {
+        return error;
+    };
+    let renamed = match param.as_ref() {
+        "messages" => "input".to_owned(),
+        "max_completion_tokens" | "max_tokens" => "max_output_tokens".to_owned(),
+        "response_format.json_schema.schema" => "text.format.schema".to_owned(),
+        "response_format" | "response_format.type" => "text.format.type".to_owned(),
+        other => match other.strip_prefix("messages[").and_then(|rest| rest.split_once(']')) {
+            Some((index, rest)) => {
+                let index = index.parse::<usize>().unwrap_or_default();
+                format!("input[{}]{rest}", index.saturating_sub(usize::from(has_instructions)))
+            }
+            None => other.replace(".function.", "."),
+        },
+    };
+    let message = message.replace(param.as_ref(), &renamed);
+    ApiError::InvalidRequest {
+        message,
+        param: Some(renamed.into()),
+        code,
+    }
+}
+
+fn message(role: &str, content: Content) -> Object<ChatMessage> {
+    Object(ChatMessage {
+        role: Some(role.to_owned()),
+        content: Some(content),
+        ..ChatMessage::default()
+    })
+}
+
+fn push_item(messages: &mut Vec<Object<ChatMessage>>, index: usize, item: Item) -> Result<(), ApiError> {
+    let message = match item.r#type.as_deref() {
+        None | Some("message") => ChatMessage {
+            role: item.role,
+            content: item.content,
+            ..ChatMessage::default()
+        },
+        Some("function_call") => ChatMessage {
+            role: Some("assistant".to_owned()),
+            tool_calls: Some(vec![Object(ToolCall {
+                id: item.call_id,
+                function: Some(Object(CalledFunction {
+                    name: item.name,
+                    arguments: item.arguments,
+                })),
+            })]),
+            ..ChatMessage::default()
+        },
+        Some("function_call_output") => ChatMessage {
+            role: Some("tool".to_owned()),
+            tool_call_id: item.call_id,
+            content: item.output,
+            ..ChatMessage::default()
+        },
+        // What a model thought is nothing that this one could read.
+        Some("reasoning") => return Ok(()),
+        Some(other) => {
+            let message = format!("Input items of type '{}' are not supported.", shorten(other));
+            return Err(ApiError::unsupported(format!("input[{index}].type"), message));
+        }
+    };
+    messages.push(Object(message));
+    Ok(())
+}
+
+fn response_format(format: FlatFormat) -> ResponseFormat {
+    ResponseFormat {
+        r#type: format.r#type,
+        json_schema: Some(Object(NamedSchema {
+            name: format.name,
+            schema: format.schema,
+        })),
+    }
+}
+
+fn tool(Object(tool): Object<FlatTool>) -> Object<Tool> {
+    Object(Tool {
+        r#type: tool.r#type,
+        function: Some(Object(ToolFunction {
+            name: tool.name,
+            description: tool.description,
+            parameters: tool.parameters,
+            strict: tool.strict,
+        })),
+    })
+}
+
+fn choice(choice: FlatChoice) -> Choice {
+    match choice {
+        FlatChoice::Mode(mode) => Choice::Mode(mode),
+        FlatChoice::Named { r#type, name } => Choice::Named { kind: r#type, name },
+    }
+}
+
+/// OpenAI's response has all of these, and typed clients want them.
+fn settings(body: &ResponsesBody) -> Settings {
+    let tool = |Object(tool): &Object<FlatTool>| {
+        json!({ "type": "function", "name": tool.name, "description": tool.description, "parameters": tool.parameters,
+                "strict": tool.strict.map(|Flag(strict)| strict) })
+    };
+    let tools: Vec<Value> = body.tools.iter().flatten().map(tool).collect();
+    let tool_choice = match &body.tool_choice {
+        None => json!("auto"),
+        Some(FlatChoice::Mode(mode)) => json!(mode),
+        Some(FlatChoice::Named { name, .. }) => json!({ "type": "function", "name": name }),
+    };
+    let format = body.text.as_ref().and_then(|Object(text)| text.format.as_ref());
+    let format = match format {
+        Some(Object(format)) if format.schema.is_some() => {
+            json!({ "type": format.r#type, "name": format.name, "schema": format.schema, "strict": true, "description": null })
+        }
+        Some(Object(format)) => json!({ "type": format.r#type }),
+        None => json!({ "type": "text" }),
+    };
+    let number = |number: Option<Number>| number.map_or(1.0, |Number(value)| value);
+    Settings(json!({
+        "background": false, "instructions": body.instructions, "max_tool_calls": null,
+        "max_output_tokens": body.max_output_tokens.map(|Int(count)| count),
+        "metadata": body.metadata.as_ref().unwrap_or(&json!({})),
+        "parallel_tool_calls": body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
+        "previous_response_id": null, "reasoning": { "effort": null, "summary": null }, "service_tier": null,
+        "store": false, "temperature": number(body.temperature), "text": { "format": format }, "tool_choice": tool_choice,
+        "tools": tools, "top_logprobs": 0, "top_p": number(body.top_p), "truncation": "disabled", "user": body.user,
+    }))
+}

@@ -1,0 +1,275 @@
+//! The response: events of a stream, or one body at the end.
+
+use bytes::{Bytes, BytesMut};
+use lapidary_text::CallEvent;
+use serde_json::{Value, json};
+
+use super::Settings;
+use crate::error::ApiError;
+use crate::generate::{Finish, Generation, Usage};
+use crate::json;
+use crate::openai::answer::{BodyWriter, StreamWriter, call_id};
+
+/// Writes a response.
+#[derive(Debug)]
+pub(in crate::openai) struct ResponsesWriter {
+    id: String,
+    created: u64,
+    model: String,
+    settings: Settings,
+    /// Items that are complete.
+    output: Vec<Value>,
+    open: Option<Item>,
+    has_begun: bool,
+    /// Of the next event.
+    sequence_number: u64,
+    was_cut_off: bool,
+}
+
+/// The item that is being written.
+#[derive(Debug)]
+struct Item {
+    id: String,
+    kind: Kind,
+    /// Text, or arguments.
+    content: String,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Message,
+    Call { call_id: String, name: String },
+}
+
+impl Item {
+    fn to_json(&self, status: &str) -> Value {
+        match &self.kind {
+            Kind::Message => json!({
+                "id": self.id, "type": "message", "status": status, "role": "assistant", "content": [self.part()],
+            }),
+            Kind::Call { call_id, name } => json!({
+                "id": self.id, "type": "function_call", "status": status, "arguments": self.content,
+                "call_id": call_id, "name": name,
+            }),
+        }
+    }
+
+    fn part(&self) -> Value {
+        json!({ "type": "output_text", "text": self.content, "annotations": [], "logprobs": [] })
+    }
+}
+
+impl ResponsesWriter {
+    /// Of an answer that begins now.
+    pub(in crate::openai) fn new(request_id: &str, model: &str, settings: Settings) -> Self {
+        Self {
+            id: format!("resp_{request_id}"),
+            created: crate::unix_time(),
+            model: model.to_owned(),
+            settings,
+            output: Vec::new(),
+            open: None,
+            has_begun: false,
+            sequence_number: 0,
+            was_cut_off: false,
+        }
+    }
+
+    fn response(&self, status: &str, usage: Option<Usage>, error: &Value) -> Value {
+        let usage = usage.map(|usage| {
+            json!({
+                "input_tokens": usage.prompt_tokens, "input_tokens_details": { "cached_tokens": usage.cached_tokens },
+                "output_tokens": usage.completion_tokens, "output_tokens_details": { "reasoning_tokens": 0 },
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            })
+        });
+        let cut_off = self.was_cut_off.then(|| json!({ "reason": "max_output_tokens" }));
+        let mut response = json!({
+            "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": error,
+            "incomplete_details": cut_off, "model": self.model, "output": self.output, "usage": usage,
+        });
+        if let (Value::Object(response), Value::Object(settings)) = (&mut response, &self.settings.0) {
+            response.extend(settings.clone());
+        }
+        response
+    }
+
+    fn final_response(&self, usage: Usage) -> Value {
+        let status = if self.was_cut_off { "incomplete" } else { "completed" };
+        self.response(status, Some(usage), &Value::Null)
+    }
+
+    /// Takes what the latest event added.
+    fn take(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        if !std::mem::replace(&mut self.has_begun, true) {
+            let response = self.response("in_progress", None, &Value::Null);
+            self.emit(out, "response.created", json!({ "response": response }));
+            self.emit(out, "response.in_progress", json!({ "response": response }));
+        }
+        let delta = &generation.choice(index).delta;
+        if !delta.text.is_empty() {
+            self.add_text(out, &delta.text);
+        }
+        for event in &delta.calls {
+            match event {
+                CallEvent::Call(name) => {
+                    self.close(out, "completed");
+                    let call_id = call_id();
+                    self.open(
+                        out,
+                        "fc",
+                        Kind::Call {
+                            call_id,
+                            name: name.clone(),
+                        },
+                    );
+                }
+                CallEvent::Arguments(more) | CallEvent::Text(more) => {
+                    self.add(out, "response.function_call_arguments.delta", "", more);
+                }
+            }
+        }
+        if let Some(finish) = delta.finish {
+            self.was_cut_off = finish == Finish::Length;
+            if self.open.is_none() && self.output.is_empty() {
+                // An answer without words is an answer.
+                self.open(out, "msg", Kind::Message);
+            }
+            self.close(out, if self.was_cut_off { "incomplete" } else { "completed" });
+        }
+    }
+
+    fn add_text(&mut self, out: &mut BytesMut, text: &str) {
+        if self.open.is_none() {
+            self.open(out, "msg", Kind::Message);
+        }
+        self.add(
+            out,
+            "response.output_text.delta",
+            ",\"content_index\":0,\"logprobs\":[]",
+            text,
+        );
+    }
+
+    fn open(&mut self, out: &mut BytesMut, prefix: &str, kind: Kind) {
+        let item = Item {
+            id: format!("{prefix}_{:016x}", crate::request_id::random_u64()),
+            kind,
+            content: String::new(),
+        };
+        let mut added = item.to_json("in_progress");
+        let is_message = matches!(item.kind, Kind::Message);
+        if is_message {
+            added["content"] = json!([]);
+        }
+        let place = json!({ "output_index": self.output.len() });
+        self.emit(out, "response.output_item.added", with(&place, "item", added));
+        if is_message {
+            let place = json!({ "item_id": item.id, "output_index": self.output.len(), "content_index": 0 });
+            self.emit(out, "response.content_part.added", with(&place, "part", item.part()));
+        }
+        self.open = Some(item);
+    }
+
+    /// More of the open item. By hand: it comes once a token.
+    fn add(&mut self, out: &mut BytesMut, kind: &str, fields: &str, more: &str) {
+        let Some(item) = &mut self.open else { return };
+        item.content.push_str(more);
+        json::push(out, "event: ");
+        json::push(out, kind);
+        json::push(out, "\ndata: {\"type\":\"");
+        json::push(out, kind);
+        json::push(out, "\",\"sequence_number\":");
+        json::push_int(out, self.sequence_number);
+        json::push(out, ",\"item_id\":");
+        json::push_string(out, &item.id);
+        json::push(out, ",\"output_index\":");
+        json::push_int(out, self.output.len() as u64);
+        json::push(out, fields);
+        json::push(out, ",\"delta\":");
+        json::push_string(out, more);
+        json::push(out, "}\n\n");
+        self.sequence_number += 1;
+    }
+
+    fn close(&mut self, out: &mut BytesMut, status: &str) {
+        let Some(item) = self.open.take() else { return };
+        let place = json!({ "item_id": item.id, "output_index": self.output.len() });
+        match &item.kind {
+            Kind::Message => {
+                let place = with(&place, "content_index", json!(0));
+                let done = with(&place, "text", json!(item.content));
+                self.emit(out, "response.output_text.done", with(&done, "logprobs", json!([])));
+                self.emit(out, "response.content_part.done", with(&place, "part", item.part()));
+            }
+            Kind::Call { name, .. } => {
+                let done = with(&place, "arguments", json!(item.content));
+                self.emit(
+                    out,
+                    "response.function_call_arguments.done",
+                    with(&done, "name", json!(name)),
+                );
+            }
+        }
+        let item = item.to_json(status);
+        let done = json!({ "output_index": self.output.len(), "item": item });
+        self.emit(out, "response.output_item.done", done);
+        self.output.push(item);
+    }
+
+    fn emit(&mut self, out: &mut BytesMut, kind: &str, fields: Value) {
+        let mut event = json!({ "type": kind, "sequence_number": self.sequence_number });
+        if let (Value::Object(event), Value::Object(fields)) = (&mut event, fields) {
+            event.extend(fields);
+        }
+        self.sequence_number += 1;
+        json::push(out, "event: ");
+        json::push(out, kind);
+        json::push(out, "\ndata: ");
+        json::push_value(out, &event);
+        json::push(out, "\n\n");
+    }
+}
+
+fn with(fields: &Value, name: &str, value: Value) -> Value {
+    let mut fields = fields.clone();
+    fields[name] = value;
+    fields
+}
+
+impl StreamWriter for ResponsesWriter {
+    fn write_delta(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        self.take(out, generation, index);
+    }
+
+    fn write_end(&mut self, out: &mut BytesMut, _: &Generation, usage: Usage) {
+        let kind = if self.was_cut_off {
+            "response.incomplete"
+        } else {
+            "response.completed"
+        };
+        let response = self.final_response(usage);
+        self.emit(out, kind, json!({ "response": response }));
+    }
+
+    fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
+        self.close(out, "incomplete");
+        let code = error.code().unwrap_or("server_error");
+        let error = json!({ "code": code, "message": error.to_string() });
+        let response = self.response("failed", None, &error);
+        self.emit(out, "response.failed", json!({ "response": response }));
+    }
+}
+
+impl BodyWriter for ResponsesWriter {
+    fn add_delta(&mut self, generation: &Generation, index: usize) {
+        // Its events have no reader.
+        self.take(&mut BytesMut::new(), generation, index);
+    }
+
+    fn finish(self: Box<Self>, _: &Generation, usage: Usage) -> Bytes {
+        let mut out = BytesMut::new();
+        json::push_value(&mut out, &self.final_response(usage));
+        out.freeze()
+    }
+}
