@@ -1,4 +1,4 @@
-//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,decode,prefill]
+//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,tiles,decode,prefill]
 //! [--chunk 128 --stages 3]`, the last two for the decode attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
@@ -14,6 +14,8 @@ use lapidary_model::AttentionConfig;
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
 const SWEPT_TOKENS: [usize; 4] = [1, 16, 32, 64];
 const MANY_TOKENS: [usize; 6] = [128, 256, 512, 1024, 2048, 8192];
+/// Of a sweep over tilings, the chosen one and the fastest.
+const SHOWN_TILINGS: usize = 8;
 const BATCHES: [usize; 5] = [1, 8, 32, 64, 128];
 const CONTEXTS: [usize; 3] = [512, 2048, 8192];
 /// Keys and values of one layer that a card holds beside everything else.
@@ -51,6 +53,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     if wanted("slabs") {
         slabs(&mut bench, &models)?;
+    }
+    if wanted("tiles") {
+        tiles(&mut bench, &models)?;
     }
     if wanted("decode") {
         decode(&mut bench)?;
@@ -93,6 +98,23 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
         if context > WINDOW {
             load.window = Some(WINDOW);
             println!("{}", bench.attention(HEADS, load)?);
+        }
+    }
+    Ok(())
+}
+
+/// Every kernel for many tokens beside the one that is chosen.
+fn tiles(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
+        for shape in matrices.linears {
+            for tokens in MANY_TOKENS {
+                for timing in bench.tile_sweep(shape, tokens, false)?.iter().take(SHOWN_TILINGS) {
+                    println!("{timing}");
+                }
+            }
         }
     }
     Ok(())

@@ -264,6 +264,31 @@ impl Gemm {
         self.launch(device, product, self.choose(product)?, Tuning::default())
     }
 
+    /// The names of all kernels for a format.
+    pub(crate) fn candidates(&self, element: Element, is_wide: bool) -> Vec<&'static str> {
+        let fitting = self
+            .kernels
+            .iter()
+            .filter(|(tiling, _)| tiling.fits((element, is_wide)));
+        fitting.map(|(tiling, _)| tiling.name).collect()
+    }
+
+    /// As [`Self::multiply`], with one of the candidates.
+    ///
+    /// # Errors
+    /// There is none of that name, or the launch failed.
+    pub(crate) fn multiply_as(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        name: &str,
+        tuning: Tuning,
+    ) -> Result<(), BackendError> {
+        let named = self.kernels.iter().find(|(tiling, _)| tiling.name == name);
+        let kernel = named.ok_or_else(|| BackendError::Unsupported(format!("there is no kernel `{name}`")))?;
+        self.launch(device, product, kernel, tuning)
+    }
+
     fn launch(
         &self,
         device: &mut dyn Device,

@@ -85,6 +85,11 @@ impl Matmul {
         self.slabs.as_ref().ok_or_else(none)
     }
 
+    /// Those for many tokens, or for any number.
+    pub(crate) fn gemm(&self) -> &Gemm {
+        &self.gemm
+    }
+
     /// Computes a product. All kernels add in the same order, so that a row's bits do not depend on which one it was.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use lapidary_model::{AttentionConfig, BackendError, StepLimits};
 pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
+use crate::gemm::Tuning;
 use crate::matmul::{Matmul, Product};
 use crate::pack::{Element, PANEL_BYTES, Panels, ROW_MULTIPLE};
 use crate::tensor::{Activation, Tensor};
@@ -16,6 +17,8 @@ const ROTATION_BYTES: usize = 600 << 20;
 const MAX_COPIES: usize = 64;
 /// Replays of which the median counts.
 const REPEATS: usize = 9;
+/// Row tiles together and panels of lead that the kernels for many tokens are tried with.
+const TILE_TUNINGS: [(usize, usize); 4] = [(16, 0), (16, 2), (8, 2), (32, 2)];
 
 /// A model's matrices, `[outputs, inputs]`.
 #[derive(Debug, Clone, Copy)]
@@ -187,6 +190,40 @@ impl Bench {
                 matmul.slabs()?.launch_plan(device, product, 0, plan)
             })?;
             timings.push(operands.timing(tokens, microseconds, &format!(" {plan}")));
+        }
+        timings[1..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
+        self.device.release(memory)?;
+        Ok(timings)
+    }
+
+    /// The same product of many tokens: first as it is, then with every kernel and some tunings of it, fastest first.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn tile_sweep(
+        &mut self,
+        shape: (usize, usize),
+        tokens: usize,
+        is_output: bool,
+    ) -> Result<Vec<Timing>, BackendError> {
+        let memory = self.device.mark();
+        let operands = Operands::random(&mut self.device, shape, tokens, is_output)?;
+        let chosen = self.time_product(&operands, tokens, |matmul, device, product| {
+            matmul.gemm().multiply(device, product)
+        })?;
+        let mut timings = vec![operands.timing(tokens, chosen, "")];
+        for name in self.matmul.gemm().candidates(operands.weights[0].element, is_output) {
+            for (row_tiles_together, lead_panels) in TILE_TUNINGS {
+                let tuning = Tuning {
+                    row_tiles_together,
+                    lead_panels,
+                };
+                let microseconds = self.time_product(&operands, tokens, |matmul, device, product| {
+                    matmul.gemm().multiply_as(device, product, name, tuning)
+                })?;
+                let how = format!(" {name} together {row_tiles_together} lead {lead_panels}");
+                timings.push(operands.timing(tokens, microseconds, &how));
+            }
         }
         timings[1..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
         self.device.release(memory)?;

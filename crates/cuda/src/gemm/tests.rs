@@ -196,7 +196,7 @@ impl Loaded {
         let mut gemm = Gemm::load_family(&mut *self.device, std::slice::from_ref(tiling)).expect("the kernel exists");
         gemm.multiprocessors = FEW_MULTIPROCESSORS;
         self.product(fixture, tiling.is_wide, rows, softcap, |device, product| {
-            let launched = gemm.launch(device, product, &gemm.kernels[0], tuning);
+            let launched = gemm.multiply_as(device, product, tiling.name, tuning);
             launched.expect("the product is possible");
         })
     }
