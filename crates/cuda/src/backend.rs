@@ -16,7 +16,7 @@ use crate::matmul::{Matmul, Product};
 use crate::pack::{self, Element};
 use crate::rope::Rope;
 use crate::rows::{Branch, RowCount, RowKernels};
-use crate::sample::{Choice, Choices, Needs, SampleLimits, Sampler};
+use crate::sample::{Choice, Choices, MAX_SAMPLES, Needs, SampleLimits, Sampler};
 use crate::step::StepBuffers;
 use crate::tensor::{Activation, Embedding, KvLayer, Linear, Norm, Tensor};
 
@@ -178,6 +178,10 @@ impl Backend for Cuda {
     type Plan = Plan;
 
     fn prepare(&mut self, limits: StepLimits, geometry: AttentionConfig) -> Result<(), BackendError> {
+        if limits.max_seqs > MAX_SAMPLES {
+            let what = format!("{} sequences in a step, the most is {MAX_SAMPLES}", limits.max_seqs);
+            return Err(BackendError::Unsupported(what));
+        }
         let device = &mut *self.device;
         let max_blocks = limits.max_seqs * limits.max_model_len.div_ceil(SMALLEST_BLOCK);
         self.prepared = Some(Prepared {
@@ -506,6 +510,10 @@ impl Backend for Cuda {
     }
 
     fn read(&mut self, tensor: &Tensor, rows: usize) -> Result<Vec<f32>, BackendError> {
+        if !self.graphs.is_eager() {
+            let what = "reading inside a recorded step, which has not run yet".to_owned();
+            return Err(BackendError::Unsupported(what));
+        }
         let mut bytes = vec![0; Tensor::bytes(rows, tensor.cols, tensor.is_wide)];
         self.device.download(tensor.data, &mut bytes)?;
         Ok(if tensor.is_wide {

@@ -34,4 +34,5 @@ mod testing;
 
 pub use backend::{Cuda, CudaConfig, Plan};
 pub use device::{DeviceInfo, Unavailable, devices};
+pub use sample::MAX_LOGPROBS;
 pub use tensor::{Activation, Embedding, KvLayer, Linear, Norm, Tensor};

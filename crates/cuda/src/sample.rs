@@ -3,7 +3,7 @@
 use lapidary_engine::{Batch, SampledToken, TokenId, TokenLogprobs};
 use lapidary_model::BackendError;
 
-use crate::device::{Device, DevicePtr, Grid, Kernel, Readback, bytes_of, kernel_params, launch};
+use crate::device::{Device, DevicePtr, Grid, Kernel, READBACK_BYTES, Readback, bytes_of, kernel_params, launch};
 use crate::step::{StepBuffers, StepPointers};
 use crate::tensor::Tensor;
 
@@ -28,6 +28,10 @@ const RESULT_WORDS: usize = 4 + 2 * MAX_TOP;
 
 /// The most alternatives that are reported with a token.
 pub(crate) const MAX_TOP: usize = 20;
+/// Alternatives that a sampled token can be reported with.
+pub const MAX_LOGPROBS: u32 = MAX_TOP as u32;
+/// Rows of a step whose results come back in one piece.
+pub(crate) const MAX_SAMPLES: usize = READBACK_BYTES / (4 * RESULT_WORDS);
 /// Tokens that biases and bans of a row may name, beside those of its history.
 const MAX_LISTED: usize = 2048;
 

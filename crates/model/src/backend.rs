@@ -336,7 +336,8 @@ pub trait Backend: 'static {
     /// Reads logits back as f32, for tests and scoring: row-major, the first `rows` rows.
     ///
     /// # Errors
-    /// The device failed.
+    /// The device failed, or the step at hand is a recorded one, which only runs when it ends
+    /// ([`Backend::operations_repeat`]).
     fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>, BackendError>;
 }
 

@@ -75,6 +75,15 @@ impl Device {
         Err(DeviceError::NotBuilt)
     }
 
+    /// Alternatives that a token can be reported with; `None`: as many as asked for.
+    pub(crate) fn max_logprobs(&self) -> Option<u32> {
+        match self {
+            Self::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(..) => Some(lapidary_cuda::MAX_LOGPROBS),
+        }
+    }
+
     /// For fingerprints and logs.
     pub(crate) fn name(&self) -> &'static str {
         match self {

@@ -74,6 +74,14 @@ pub enum LoadError {
     /// The device that was asked for is not there.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// More alternatives than the device reports.
+    #[error("--max-logprobs {asked}: this device reports {most} at most")]
+    MaxLogprobs {
+        /// Configured.
+        asked: u32,
+        /// What there is.
+        most: u32,
+    },
     /// The engine's executor cannot be built.
     #[error(transparent)]
     Start(StartError),
@@ -108,6 +116,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         threads: config.load.threads,
         record_steps: !config.scheduling.enforce_eager,
     })?;
+    check_logprobs(config.limits.max_logprobs, device.max_logprobs())?;
     let checkpoint = open(config, state)?;
     let tokenizer = Arc::new(load_tokenizer(&checkpoint)?);
     let chat_template = load_chat_template(&config.load, &checkpoint, &tokenizer)?;
@@ -140,6 +149,14 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         system_fingerprint,
         engine,
     })
+}
+
+/// What clients may ask for must be what they get.
+fn check_logprobs(asked: u32, most: Option<u32>) -> Result<(), LoadError> {
+    match most {
+        Some(most) if asked > most => Err(LoadError::MaxLogprobs { asked, most }),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn open(config: &Config, state: &AppState) -> Result<Checkpoint, LoadError> {
@@ -466,6 +483,13 @@ mod tests {
             shared_kv_cache_size(&ModelSource::Demo, config(None), 64, 4096),
             wanted(64 * 256)
         );
+    }
+
+    #[test]
+    fn more_logprobs_than_the_device_reports_are_refused_at_start() {
+        assert!(check_logprobs(20, Some(20)).is_ok() && check_logprobs(1000, None).is_ok());
+        let error = check_logprobs(21, Some(20)).unwrap_err().to_string();
+        assert!(error.contains("21") && error.contains("20"), "{error}");
     }
 
     #[test]
