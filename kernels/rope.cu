@@ -71,14 +71,17 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
   const int index = int(blockIdx.y) * kRopeThreads + int(threadIdx.x);
   const int head = index / per_head, first = index % per_head * 8;
   const int num_heads = p.num_heads + 2 * p.num_kv_heads;
-  if (token >= p.step.counts->num_tokens || head >= num_heads) return;
+  if (head >= num_heads) return;
   const bool is_aligned = half % 8 == 0;
   const int count = min(8, half - first);
   bf16* from = p.qkv + (size_t(token) * num_heads + head) * p.head_dim + first;
+  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
   Eight low = load_eight(from, count, is_aligned), high = load_eight(from + half, count, is_aligned);
+  const int position = p.step.positions[token], slot = p.step.slots[token];
+  if (token >= p.step.counts->num_tokens) return;
   const bool is_value = head >= p.num_heads + p.num_kv_heads;
   if (!is_value) {
-    const float* turn = p.table + size_t(p.step.positions[token]) * p.head_dim + first;
+    const float* turn = p.table + size_t(position) * p.head_dim + first;
     const Eight cosine = load_table(turn, count, is_aligned), sine = load_table(turn + half, count, is_aligned);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -89,7 +92,7 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
   }
   bf16* to = from;
   if (head >= p.num_heads) {
-    const int slot = p.step.slots[token], kv_head = (head - p.num_heads) % p.num_kv_heads;
+    const int kv_head = (head - p.num_heads) % p.num_kv_heads;
     const size_t line = (size_t(slot / p.block_size) * 2 + is_value) * p.num_kv_heads + kv_head;
     to = p.kv + (line * p.block_size + slot % p.block_size) * p.head_dim + first;
   }

@@ -3,8 +3,7 @@
 //
 // A row (one token, or one sampled row) belongs to one block, whose size depends on the row's length and on nothing else;
 // so do the two steps of its reductions, a butterfly in each warp and a sum over warps in order. What a row gets is the
-// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes where rows are a multiple of 8 long,
-// and keep them in registers from the only read to the only write. Of a step of one token these kernels are latency: a
+// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes, and keep them in registers from the only read to the only write. Of a step of one token these kernels are latency: a
 // read from L2 (the weights of a norm are read while the kernel before still runs), two reductions, a write. Of a long
 // step they are bound by memory: 11 bytes a column in add_norm, 5 in geglu.
 #include "common/quantize.cuh"
@@ -12,59 +11,52 @@
 
 // ---- groups of 8 columns
 
-/// Columns `col..col + 8` of a row of `cols`, zeros beyond its end. `row` is aligned to 16 bytes if cols % 8 is 0.
-DEVICE void load8(const float* row, int col, int cols, float (&out)[8]) {
-  if (cols % 8 == 0) {
-    float4 parts[2] = {};
-    if (col < cols) {
-      parts[0] = *reinterpret_cast<const float4*>(row + col);
-      parts[1] = *reinterpret_cast<const float4*>(row + col + 4);
-    }
-    out[0] = parts[0].x, out[1] = parts[0].y, out[2] = parts[0].z, out[3] = parts[0].w;
-    out[4] = parts[1].x, out[5] = parts[1].y, out[6] = parts[1].z, out[7] = parts[1].w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = col + i < cols ? row[col + i] : 0.0f;
-  }
-}
+// Rows are a multiple of 8 long (16 for a thread's 16 columns), or kernels named `any` take them, one column at a time:
+// `Whole` says which.
+
 DEVICE void unpack8(const uint4& packed, float (&out)[8]) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) out[2 * i] = low_float(words[i]), out[2 * i + 1] = high_float(words[i]);
 }
-DEVICE void load8(const bf16* row, int col, int cols, float (&out)[8]) {
-  if (cols % 8 == 0) {
-    uint4 packed = make_uint4(0, 0, 0, 0);
-    if (col < cols) packed = *reinterpret_cast<const uint4*>(row + col);
-    unpack8(packed, out);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = col + i < cols ? to_float(row[col + i]) : 0.0f;
-  }
+DEVICE void load_whole8(const float* from, float (&out)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
-DEVICE void store8(float* row, int col, int cols, const float (&x)[8]) {
-  if (cols % 8 == 0) {
-    if (col < cols) {
-      *reinterpret_cast<float4*>(row + col) = make_float4(x[0], x[1], x[2], x[3]);
-      *reinterpret_cast<float4*>(row + col + 4) = make_float4(x[4], x[5], x[6], x[7]);
-    }
+DEVICE void load_whole8(const bf16* from, float (&out)[8]) { unpack8(*reinterpret_cast<const uint4*>(from), out); }
+/// Columns `col..col + 8` of a row of `cols`, zeros beyond its end.
+template <bool Whole, class T>
+DEVICE void load8(const T* row, int col, int cols, float (&out)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) out[i] = 0.0f;
+  if constexpr (Whole) {
+    if (col < cols) load_whole8(row + col, out);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (col + i < cols) row[col + i] = x[i];
+      if (col + i < cols) out[i] = to_float(row[col + i]);
     }
   }
 }
-DEVICE void store8(bf16* row, int col, int cols, const float (&x)[8]) {
-  if (cols % 8 == 0) {
-    if (col < cols) {
-      *reinterpret_cast<uint4*>(row + col) = make_uint4(bf16x2_from_floats(x[0], x[1]), bf16x2_from_floats(x[2], x[3]),
-                                                        bf16x2_from_floats(x[4], x[5]), bf16x2_from_floats(x[6], x[7]));
-    }
+DEVICE void store_whole8(float* to, const float (&x)[8]) {
+  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+DEVICE void store_whole8(bf16* to, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(bf16x2_from_floats(x[0], x[1]), bf16x2_from_floats(x[2], x[3]),
+                                             bf16x2_from_floats(x[4], x[5]), bf16x2_from_floats(x[6], x[7]));
+}
+DEVICE void store1(float* to, float x) { *to = x; }
+DEVICE void store1(bf16* to, float x) { *to = bf16_from_float(x); }
+template <bool Whole, class T>
+DEVICE void store8(T* row, int col, int cols, const float (&x)[8]) {
+  if constexpr (Whole) {
+    if (col < cols) store_whole8(row + col, x);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (col + i < cols) row[col + i] = bf16_from_float(x[i]);
+      if (col + i < cols) store1(row + col + i, x[i]);
     }
   }
 }
@@ -72,7 +64,7 @@ DEVICE void store8(bf16* row, int col, int cols, const float (&x)[8]) {
 // ---- rows in registers
 
 /// What a thread holds of a row: columns `(Threads * i + thread) * 8` onwards, for i = 0..Groups.
-template <int Threads, int Groups>
+template <int Threads, int Groups, bool Whole>
 struct Row {
   static constexpr int kWarps = Threads / 32;
   /// Floats of shared memory a reduction needs.
@@ -84,12 +76,12 @@ struct Row {
   template <class T>
   DEVICE void load(const T* row, int cols) {
 #pragma unroll
-    for (int g = 0; g < Groups; g++) load8(row, column(g), cols, x[g]);
+    for (int g = 0; g < Groups; g++) load8<Whole>(row, column(g), cols, x[g]);
   }
   template <class T>
   DEVICE void store(T* row, int cols) const {
 #pragma unroll
-    for (int g = 0; g < Groups; g++) store8(row, column(g), cols, x[g]);
+    for (int g = 0; g < Groups; g++) store8<Whole>(row, column(g), cols, x[g]);
   }
 
   /// Every thread's `sum` added up and the largest `max`. Needs 2 * kScratch floats that nobody else uses.
@@ -132,8 +124,8 @@ DEVICE float inverse_rms(float sum_of_squares, const RmsNorm& norm) {
 
 /// Writes `x * factor` quantised. `amax` is the largest magnitude of `x`: a product with a positive number keeps order,
 /// rounded or not, so the scale of the row needs no other reduction.
-template <int Threads, int Groups>
-DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Groups>& x, float factor, float amax) {
+template <int Threads, int Groups, bool Whole>
+DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Groups, Whole>& x, float factor, float amax) {
   float scale = out.static_scale;
   if (out.scheme == kSchemeToken) scale = token_scale(amax * factor);
   if (out.scheme != kSchemeNone && threadIdx.x == 0) out.scales[row] = scale;
@@ -142,14 +134,14 @@ DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Gro
   for (int g = 0; g < Groups; g++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) x.x[g][i] *= factor;
-    if (x.column(g) < cols) write_activation(out, row, x.column(g), cols, x.x[g], by);
+    if (x.column(g) < cols) write_activation<Whole>(out, row, x.column(g), cols, x.x[g], by);
   }
 }
 
 /// Writes `norm(x)` quantised; `weights` hold 1 + w.
-template <int Threads, int Groups>
-DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, Groups>& x,
-                         const Row<Threads, Groups>& weights, const RmsNorm& norm, float* scratch) {
+template <int Threads, int Groups, bool Whole>
+DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, Groups, Whole>& x,
+                         const Row<Threads, Groups, Whole>& weights, const RmsNorm& norm, float* scratch) {
   float sum = 0.0f, amax = 0.0f;
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
@@ -165,9 +157,9 @@ DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, 
 }
 
 /// `residual += norm(x)`, row by row.
-template <int Threads, int Groups>
-DEVICE void add_normed(Row<Threads, Groups>& residual, const Row<Threads, Groups>& x,
-                       const Row<Threads, Groups>& weights, const RmsNorm& norm, float* scratch) {
+template <int Threads, int Groups, bool Whole>
+DEVICE void add_normed(Row<Threads, Groups, Whole>& residual, const Row<Threads, Groups, Whole>& x,
+                       const Row<Threads, Groups, Whole>& weights, const RmsNorm& norm, float* scratch) {
   const float factor = inverse_rms(x.sum_of_squares(scratch), norm);
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
@@ -176,7 +168,8 @@ DEVICE void add_normed(Row<Threads, Groups>& residual, const Row<Threads, Groups
   }
 }
 
-// ---- kernels: grid = rows, shared memory = 4 * Row::kScratch floats at most
+// ---- kernels: grid = rows, no more than there are in memory; shared memory = 4 * Row::kScratch floats at most.
+// Reading a row that is not asked for is cheaper than waiting for the count before reading.
 
 struct EmbedParams {
   Step step;
@@ -194,13 +187,16 @@ DEVICE void embed(const EmbedParams& p) {
   let_next_kernel_start();
   wait_for_previous_kernels();
   const int row = int(blockIdx.x), col = int(blockIdx.y * blockDim.x + threadIdx.x) * 8;
+  const int token = p.step.token_ids[row];
   if (row >= p.step.counts->num_tokens || col >= p.cols) return;
-  const uint8_t* group = p.table + panel_offset(p.step.token_ids[row], 2 * col, p.table_rows);
+  const uint8_t* group = p.table + panel_offset(token, 2 * col, p.table_rows);
   float x[8];
   unpack8(__ldg(reinterpret_cast<const uint4*>(group)), x);
 #pragma unroll
   for (int i = 0; i < 8; i++) x[i] *= p.scale;
-  store8(static_cast<T*>(p.out) + size_t(row) * p.cols, col, p.cols, x);
+  T* out = static_cast<T*>(p.out) + size_t(row) * p.cols;
+  if (p.cols % 8 == 0) store8<true>(out, col, p.cols, x);
+  else store8<false>(out, col, p.cols, x);
 }
 
 struct NormParams {
@@ -208,37 +204,36 @@ struct NormParams {
   const void* x;         // [rows][cols]
   const float* weights;  // [cols], 1 + w
   Activation out;
-  int allocated_rows;  // of x
-  int cols;
   RmsNorm norm;
+  int cols;
+  int padding;
 };
 
 /// out = quantise(norm(x))
-template <class T, int Threads, int Groups>
+template <class T, int Threads, int Groups, bool Whole>
 DEVICE void norm(const NormParams& p) {
   DYNAMIC_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   let_next_kernel_start();
   wait_for_previous_kernels();
   const int row = int(blockIdx.x), cols = p.cols;
-  if (row >= *p.num_rows) return;
-  Row<Threads, Groups> x, weights;
+  Row<Threads, Groups, Whole> x, weights;
   x.load(static_cast<const T*>(p.x) + size_t(row) * cols, cols);
+  if (row >= *p.num_rows) return;
   weights.load(p.weights, cols);
   write_normed(p.out, row, cols, x, weights, p.norm, scratch);
 }
 
 /// out = quantise(x)
-template <int Threads, int Groups>
+template <int Threads, int Groups, bool Whole>
 DEVICE void quantize_rows(const NormParams& p) {
   DYNAMIC_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   let_next_kernel_start();
   wait_for_previous_kernels();
   const int row = int(blockIdx.x), cols = p.cols;
-  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
-  Row<Threads, Groups> x;
-  x.load(static_cast<const bf16*>(p.x) + size_t(min(row, p.allocated_rows - 1)) * cols, cols);
+  Row<Threads, Groups, Whole> x;
+  x.load(static_cast<const bf16*>(p.x) + size_t(row) * cols, cols);
   if (row >= *p.num_rows) return;
   float unused = 0.0f, amax = 0.0f;
 #pragma unroll
@@ -258,26 +253,25 @@ struct AddNormParams {
   float* residual;            // [tokens][cols]
   const int* rows;            // last_norm: which row each output row is made of
   Activation out;
-  int allocated_rows;  // of x and residual
-  int cols;
   RmsNorm norm;
+  int cols;
+  int padding;
 };
 
 /// residual += norm_post(x), out = quantise(norm_pre(residual))
-template <int Threads, int Groups>
+template <int Threads, int Groups, bool Whole>
 DEVICE void add_norm(const AddNormParams& p) {
-  using Values = Row<Threads, Groups>;
+  using Values = Row<Threads, Groups, Whole>;
   DYNAMIC_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   // Weights that fit in registers are read before the kernel that makes x is done.
   constexpr bool kEarly = Groups == 1;
   let_next_kernel_start();
   const int row = int(blockIdx.x), cols = p.cols;
-  const size_t offset = size_t(min(row, p.allocated_rows - 1)) * cols;
+  const size_t offset = size_t(row) * cols;
   Values post, pre, x, residual;
   if (kEarly) post.load(p.post_weights, cols), pre.load(p.pre_weights, cols);
   wait_for_previous_kernels();
-  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
   x.load(p.x + offset, cols);
   residual.load(p.residual + offset, cols);
   if (row >= *p.num_rows) return;
@@ -289,9 +283,9 @@ DEVICE void add_norm(const AddNormParams& p) {
 }
 
 /// out[s] = quantise(norm_pre(residual[rows[s]] + norm_post(x[rows[s]]))); the residual stays as it is.
-template <int Threads, int Groups>
+template <int Threads, int Groups, bool Whole>
 DEVICE void last_norm(const AddNormParams& p) {
-  using Values = Row<Threads, Groups>;
+  using Values = Row<Threads, Groups, Whole>;
   DYNAMIC_SHARED(shared);
   float* scratch = reinterpret_cast<float*>(shared);
   let_next_kernel_start();
@@ -323,11 +317,13 @@ DEVICE float gated(float gate, float up) {
   const float e = exp2_approx(fminf(gate * (kLinear + kLinear * 0.044715f * (gate * gate)), 126.0f));
   return gate * (e * reciprocal_approx(1.0f + e)) * up;
 }
-DEVICE void load_gated(const GegluParams& p, int row, int col, float (&out)[8]) {
+/// Columns `col..col + 8`. `end` is the row's end, or anything beyond if these columns are known to exist.
+template <bool Whole>
+DEVICE void load_gated(const GegluParams& p, int row, int col, int end, float (&out)[8]) {
   const bf16* gate = p.gate_up + size_t(row) * 2 * p.cols;
   float up[8];
-  load8(gate, col, p.cols, out);
-  load8(gate + p.cols, col, p.cols, up);
+  load8<Whole>(gate, col, end, out);
+  load8<Whole>(gate + p.cols, col, end, up);
 #pragma unroll
   for (int i = 0; i < 8; i++) out[i] = gated(out[i], up[i]);
 }
@@ -335,25 +331,27 @@ DEVICE void load_gated(const GegluParams& p, int row, int col, float (&out)[8]) 
 constexpr int kGegluThreads = 128;
 
 /// Schemes without a reduction: grid y cuts a row into pieces of 16 columns a thread.
+template <bool Whole>
 DEVICE void geglu_piece(const GegluParams& p) {
   let_next_kernel_start();
   wait_for_previous_kernels();
   const int row = int(blockIdx.x), col = int(blockIdx.y * kGegluThreads + threadIdx.x) * 16;
-  if (row >= *p.num_rows) return;
-  if (p.out.scheme == kSchemeStatic && blockIdx.y == 0 && threadIdx.x == 0) p.out.scales[row] = p.out.static_scale;
   if (col >= p.cols) return;
   float halves[2][8], x[16];
-  load_gated(p, row, col, halves[0]);
-  load_gated(p, row, col + 8, halves[1]);
+  const int end = Whole ? col + 16 : p.cols;
+  load_gated<Whole>(p, row, col, end, halves[0]);
+  load_gated<Whole>(p, row, col + 8, end, halves[1]);
+  if (row >= *p.num_rows) return;
+  if (p.out.scheme == kSchemeStatic && col == 0) p.out.scales[row] = p.out.static_scale;
 #pragma unroll
   for (int i = 0; i < 16; i++) x[i] = halves[i / 8][i % 8];
-  write_activation(p.out, row, col, p.cols, x, divisor(p.out.static_scale));
+  write_activation<Whole>(p.out, row, col, p.cols, x, divisor(p.out.static_scale));
 }
 
 /// A scale for each token: one block a row. What does not fit in registers is computed again after the reduction.
-template <int Threads, int Groups>
+template <int Threads, int Groups, bool Whole>
 DEVICE void geglu_row(const GegluParams& p) {
-  using Values = Row<Threads, Groups>;
+  using Values = Row<Threads, Groups, Whole>;
   DYNAMIC_SHARED(shared);
   let_next_kernel_start();
   wait_for_previous_kernels();
@@ -367,12 +365,12 @@ DEVICE void geglu_row(const GegluParams& p) {
   };
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
-    load_gated(p, row, x.column(g), x.x[g]);
+    load_gated<Whole>(p, row, x.column(g), cols, x.x[g]);
     add(x.x[g]);
   }
   for (int col = x.column(Groups); col < cols; col += Threads * 8) {
     float more[8];
-    load_gated(p, row, col, more);
+    load_gated<Whole>(p, row, col, cols, more);
     add(more);
   }
   x.reduce(unused, amax, reinterpret_cast<float*>(shared));
@@ -380,27 +378,34 @@ DEVICE void geglu_row(const GegluParams& p) {
   if (threadIdx.x == 0) p.out.scales[row] = by.value;
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
-    if (x.column(g) < cols) write_activation(p.out, row, x.column(g), cols, x.x[g], by);
+    if (x.column(g) < cols) write_activation<Whole>(p.out, row, x.column(g), cols, x.x[g], by);
   }
   for (int col = x.column(Groups); col < cols; col += Threads * 8) {
     float more[8];
-    load_gated(p, row, col, more);
-    write_activation(p.out, row, col, cols, more, by);
+    load_gated<Whole>(p, row, col, cols, more);
+    write_activation<Whole>(p.out, row, col, cols, more, by);
   }
 }
 
 KERNEL(embed_f32, EmbedParams, 128, 8) { embed<float>(p); }
 KERNEL(embed_bf16, EmbedParams, 128, 8) { embed<bf16>(p); }
 
-// Named after the longest row they take.
-KERNEL(norm_f32_16384, NormParams, 512, 1) { norm<float, 512, 4>(p); }
-KERNEL(norm_bf16_16384, NormParams, 512, 1) { norm<bf16, 512, 4>(p); }
-KERNEL(quantize_4096, NormParams, 512, 2) { quantize_rows<512, 1>(p); }
-KERNEL(quantize_16384, NormParams, 512, 1) { quantize_rows<512, 4>(p); }
-KERNEL(add_norm_2560, AddNormParams, 320, 4) { add_norm<320, 1>(p); }
-KERNEL(add_norm_3584, AddNormParams, 448, 2) { add_norm<448, 1>(p); }
-KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1>(p); }
-KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4>(p); }
-KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4>(p); }
-KERNEL(geglu, GegluParams, kGegluThreads, 8) { geglu_piece(p); }
-KERNEL(geglu_token, GegluParams, 512, 1) { geglu_row<512, 4>(p); }
+// Named after the longest row they take; `any` takes rows of up to 8192.
+KERNEL(norm_f32_16384, NormParams, 512, 1) { norm<float, 512, 4, true>(p); }
+KERNEL(norm_f32_any, NormParams, 512, 1) { norm<float, 512, 2, false>(p); }
+KERNEL(norm_bf16_16384, NormParams, 512, 1) { norm<bf16, 512, 4, true>(p); }
+KERNEL(norm_bf16_any, NormParams, 512, 1) { norm<bf16, 512, 2, false>(p); }
+KERNEL(quantize_4096, NormParams, 512, 2) { quantize_rows<512, 1, true>(p); }
+KERNEL(quantize_16384, NormParams, 512, 1) { quantize_rows<512, 4, true>(p); }
+KERNEL(quantize_any, NormParams, 512, 1) { quantize_rows<512, 2, false>(p); }
+KERNEL(add_norm_2560, AddNormParams, 320, 3) { add_norm<320, 1, true>(p); }
+KERNEL(add_norm_3584, AddNormParams, 448, 2) { add_norm<448, 1, true>(p); }
+KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1, true>(p); }
+KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4, true>(p); }
+KERNEL(add_norm_any, AddNormParams, 512, 1) { add_norm<512, 2, false>(p); }
+KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4, true>(p); }
+KERNEL(last_norm_any, AddNormParams, 512, 1) { last_norm<512, 2, false>(p); }
+KERNEL(geglu, GegluParams, kGegluThreads, 8) { geglu_piece<true>(p); }
+KERNEL(geglu_any, GegluParams, kGegluThreads, 8) { geglu_piece<false>(p); }
+KERNEL(geglu_token, GegluParams, 512, 1) { geglu_row<512, 4, true>(p); }
+KERNEL(geglu_token_any, GegluParams, 512, 1) { geglu_row<512, 2, false>(p); }

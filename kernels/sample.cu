@@ -429,7 +429,7 @@ DEVICE void gather_slice(const SampleParams& p, int index, int slice, int last_b
   }
 }
 
-KERNEL(sample_gather, SampleParams, kSampleThreads, 3) {
+KERNEL(sample_gather, SampleParams, kSampleThreads, 2) {
   DYNAMIC_SHARED(memory);
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   let_next_kernel_start();
@@ -537,7 +537,7 @@ DEVICE void score_slice(const SampleParams& p, const SampleRow& row, int index, 
 #pragma unroll
   for (int i = 0; i < kSliceEach; i++) {
     // False for numbers that are none, and where a slice has nothing else.
-    if (x[i] > -1.0f / 0.0f) sum += exp2_approx((x[i] - largest) * kLog2E);
+    if (x[i] > -infinity()) sum += exp2_approx((x[i] - largest) * kLog2E);
   }
   sum = block_sum(sum, shared);
   block_scan(ahead, total_ahead, shared);
@@ -546,7 +546,7 @@ DEVICE void score_slice(const SampleParams& p, const SampleRow& row, int index, 
   write_largest(x, slice, min(row.num_top, p.vocab), p.slice_tops + at * kMaxTop, shared);
 }
 
-KERNEL(sample_logprobs, SampleParams, kSampleThreads, 4) {
+KERNEL(sample_logprobs, SampleParams, kSampleThreads, 3) {
   DYNAMIC_SHARED(memory);
   SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
   let_next_kernel_start();

@@ -19,6 +19,8 @@ DEVICE uint32_t e4m3x4_from_floats(float a, float b, float c, float d) {
   return uint32_t(e4m3x2_from_floats(a, b)) | uint32_t(e4m3x2_from_floats(c, d)) << 16;
 }
 
+DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+
 constexpr float kLog2E = 1.4426950408889634f;
 /// Largest finite e4m3 value.
 constexpr float kFp8Max = 448.0f;

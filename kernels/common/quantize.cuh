@@ -16,7 +16,7 @@ struct Divisor {
 DEVICE Divisor divisor(float value) {
   const float inverse = reciprocal_approx(value);
   const bool is_safe = value > 1e-30f && value < 1e30f;
-  return {value, is_safe ? inverse * (1.0f - 0x1p-21f) : 0.0f, is_safe ? inverse * (1.0f + 0x1p-21f) : 1.0f / 0.0f};
+  return {value, is_safe ? inverse * (1.0f - 0x1p-21f) : 0.0f, is_safe ? inverse * (1.0f + 0x1p-21f) : infinity()};
 }
 
 /// e4m3 codes of `x / by`, each quotient rounded to f32 and then to e4m3, as a division would have it. Rounding is
@@ -32,7 +32,7 @@ DEVICE void quantize(const float (&x)[N], const Divisor& by, uint32_t (&codes)[N
         e4m3x4_from_floats(x[i] * by.high, x[i + 1] * by.high, x[i + 2] * by.high, x[i + 3] * by.high);
     differ |= low ^ codes[i / 4];
   }
-  if (differ == 0) return;
+  if (__builtin_expect(differ == 0, true)) return;
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     codes[i / 4] = e4m3x4_from_floats(__fdiv_rn(x[i], by.value), __fdiv_rn(x[i + 1], by.value),
@@ -49,15 +49,16 @@ DEVICE float token_scale(float amax) {
   return fmaxf(quotient, kFp8MinTokenScale);
 }
 
-/// Writes the N values, 8 or 16, at column `col` (a multiple of N) of a row with `cols` columns. Padding is left alone.
-template <int N>
+/// Writes the N values, 8 or 16, at column `col` (a multiple of N) of a row with `cols` columns; `Whole`: all of them are
+/// columns. Padding is left alone.
+template <bool Whole, int N>
 DEVICE void write_activation(const Activation& to, int row, int col, int cols, const float (&x)[N], const Divisor& by) {
   if (to.scheme == kSchemeNone) {
 #pragma unroll
     for (int i = 0; i < N; i += 8) {
-      if (col + i >= cols) return;
+      if (!Whole && col + i >= cols) return;
       uint8_t* out = to.panels + panel_offset(row, 2 * (col + i), to.row_stride);
-      if (col + i + 8 <= cols) {
+      if constexpr (Whole) {
         *reinterpret_cast<uint4*>(out) =
             make_uint4(bf16x2_from_floats(x[i], x[i + 1]), bf16x2_from_floats(x[i + 2], x[i + 3]),
                        bf16x2_from_floats(x[i + 4], x[i + 5]), bf16x2_from_floats(x[i + 6], x[i + 7]));
@@ -73,13 +74,14 @@ DEVICE void write_activation(const Activation& to, int row, int col, int cols, c
   uint32_t codes[N / 4];
   quantize(x, by, codes);
   uint8_t* out = to.panels + panel_offset(row, col, to.row_stride);
-  if (col + N <= cols) {
-    if constexpr (N == 16) *reinterpret_cast<uint4*>(out) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
-    else *reinterpret_cast<uint2*>(out) = make_uint2(codes[0], codes[1]);
-  } else {
+  if constexpr (!Whole) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
       if (col + i < cols) out[i] = uint8_t(codes[i / 4] >> (8 * (i % 4)));
     }
+  } else if constexpr (N == 16) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+  } else {
+    *reinterpret_cast<uint2*>(out) = make_uint2(codes[0], codes[1]);
   }
 }

@@ -190,7 +190,7 @@ DEVICE void mask_slice(const SampleParams& p, const SampleRow& row, int slice, f
     const unsigned bits = words[first / 32] >> (first % 32);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      if (first + j < p.vocab && (bits >> j & 1) == 0) x[i + j] = -1.0f / 0.0f;
+      if (first + j < p.vocab && (bits >> j & 1) == 0) x[i + j] = -infinity();
     }
   }
 }

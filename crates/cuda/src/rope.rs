@@ -82,6 +82,8 @@ impl Rope {
             block_size: kv.block_size as i32,
         };
         let threads = (num_heads + 2 * num_kv_heads) * (head_dim / 2).div_ceil(PAIRS);
+        // The kernel reads rows before it knows how many are asked for.
+        let tokens = tokens.min(qkv.rows);
         let grid = Grid {
             blocks: [tokens as u32, threads.div_ceil(THREADS) as u32, 1],
             shared_bytes: 0,

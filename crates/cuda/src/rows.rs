@@ -12,14 +12,52 @@ const GROUP: usize = 8;
 const EMBED_THREADS: usize = 128;
 const GEGLU_THREADS: usize = 128;
 /// Columns that a block of `geglu` computes.
-const GEGLU_COLS: usize = GEGLU_THREADS * 16;
+const GEGLU_COLS: usize = GEGLU_THREADS * GEGLU_GROUP;
+/// Of the kernels that take rows of any length, and the longest such row.
+const ANY_THREADS: u32 = 512;
+const ANY_COLS: usize = 8192;
 /// Sums, largest values, twice, of at most 32 warps.
 const SCRATCH_BYTES: usize = 4 * 2 * 2 * 32;
-/// The longest row that norms hold in registers.
-const MAX_COLS: usize = 16384;
+/// Columns that a thread of `geglu` owns.
+const GEGLU_GROUP: usize = 16;
 
-/// Kernels that differ in the longest row they take, shortest first.
-type ByLength = Vec<(usize, Kernel)>;
+/// Kernels of one operation.
+#[derive(Debug)]
+struct Family {
+    /// For rows that are whole groups long: the longest that each takes, shortest first.
+    whole: Vec<(usize, Kernel)>,
+    /// For rows of any length up to 8192 columns.
+    any: Kernel,
+}
+
+impl Family {
+    /// `whole`: name, longest row, threads of each.
+    fn load(
+        device: &mut dyn Device,
+        whole: &[(&'static str, usize, u32)],
+        any: &'static str,
+    ) -> Result<Self, BackendError> {
+        let whole = whole
+            .iter()
+            .map(|(name, longest, threads)| Ok((*longest, device.kernel(name, *threads)?)));
+        Ok(Self {
+            whole: whole.collect::<Result<_, BackendError>>()?,
+            any: device.kernel(any, ANY_THREADS)?,
+        })
+    }
+
+    fn for_length(&self, cols: usize) -> Result<&Kernel, BackendError> {
+        let found = if cols.is_multiple_of(GROUP) {
+            self.whole
+                .iter()
+                .find(|(longest, _)| cols <= *longest)
+                .map(|(_, kernel)| kernel)
+        } else {
+            (cols <= ANY_COLS).then_some(&self.any)
+        };
+        found.ok_or_else(|| BackendError::Unsupported(format!("rows of {cols} columns")))
+    }
+}
 
 /// Rows of a launch.
 #[derive(Debug, Clone, Copy)]
@@ -35,13 +73,13 @@ pub(crate) struct RowCount {
 pub(crate) struct RowKernels {
     embed_f32: Kernel,
     embed_bf16: Kernel,
-    norm_f32: Kernel,
-    norm_bf16: Kernel,
-    add_norm: ByLength,
-    last_norm: Kernel,
-    quantize: ByLength,
-    geglu: Kernel,
-    geglu_token: Kernel,
+    norm_f32: Family,
+    norm_bf16: Family,
+    add_norm: Family,
+    last_norm: Family,
+    quantize: Family,
+    geglu: [Kernel; 2],
+    geglu_token: [Kernel; 2],
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -63,10 +101,10 @@ struct NormParams {
     x: DevicePtr,
     weights: DevicePtr,
     out: ActivationParams,
-    allocated_rows: i32,
-    cols: i32,
     eps: f32,
     inverse_cols: f32,
+    cols: i32,
+    padding: i32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -79,10 +117,10 @@ struct AddNormParams {
     residual: DevicePtr,
     rows: DevicePtr,
     out: ActivationParams,
-    allocated_rows: i32,
-    cols: i32,
     eps: f32,
     inverse_cols: f32,
+    cols: i32,
+    padding: i32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -121,10 +159,10 @@ impl Branch<'_> {
             residual: self.residual.data,
             rows,
             out,
-            allocated_rows: self.x.rows.min(self.residual.rows) as i32,
-            cols: self.x.cols as i32,
             eps: self.eps,
             inverse_cols: 1.0 / self.x.cols as f32,
+            cols: self.x.cols as i32,
+            padding: 0,
         }
     }
 }
@@ -136,21 +174,32 @@ impl RowKernels {
         Ok(Self {
             embed_f32: device.kernel("embed_f32", EMBED_THREADS as u32)?,
             embed_bf16: device.kernel("embed_bf16", EMBED_THREADS as u32)?,
-            norm_f32: device.kernel("norm_f32_16384", 512)?,
-            norm_bf16: device.kernel("norm_bf16_16384", 512)?,
-            add_norm: vec![
-                (2560, device.kernel("add_norm_2560", 320)?),
-                (3584, device.kernel("add_norm_3584", 448)?),
-                (4608, device.kernel("add_norm_4608", 576)?),
-                (MAX_COLS, device.kernel("add_norm_16384", 512)?),
+            norm_f32: Family::load(device, &[("norm_f32_16384", 16384, 512)], "norm_f32_any")?,
+            norm_bf16: Family::load(device, &[("norm_bf16_16384", 16384, 512)], "norm_bf16_any")?,
+            add_norm: Family::load(
+                device,
+                &[
+                    ("add_norm_2560", 2560, 320),
+                    ("add_norm_3584", 3584, 448),
+                    ("add_norm_4608", 4608, 576),
+                    ("add_norm_16384", 16384, 512),
+                ],
+                "add_norm_any",
+            )?,
+            last_norm: Family::load(device, &[("last_norm_16384", 16384, 512)], "last_norm_any")?,
+            quantize: Family::load(
+                device,
+                &[("quantize_4096", 4096, 512), ("quantize_16384", 16384, 512)],
+                "quantize_any",
+            )?,
+            geglu: [
+                device.kernel("geglu", GEGLU_THREADS as u32)?,
+                device.kernel("geglu_any", GEGLU_THREADS as u32)?,
             ],
-            last_norm: device.kernel("last_norm_16384", 512)?,
-            quantize: vec![
-                (4096, device.kernel("quantize_4096", 512)?),
-                (MAX_COLS, device.kernel("quantize_16384", 512)?),
+            geglu_token: [
+                device.kernel("geglu_token", 512)?,
+                device.kernel("geglu_token_any", ANY_THREADS)?,
             ],
-            geglu: device.kernel("geglu", GEGLU_THREADS as u32)?,
-            geglu_token: device.kernel("geglu_token", 512)?,
         })
     }
 
@@ -177,7 +226,7 @@ impl RowKernels {
             padding: 0,
         };
         let pieces = table.cols.div_ceil(GROUP * EMBED_THREADS);
-        launch(device, kernel, grid(tokens, pieces), &params)
+        launch(device, kernel, grid(tokens.min(out.rows), pieces), &params)
     }
 
     /// `out = quantise(norm(x))`; `x` of either width.
@@ -192,10 +241,10 @@ impl RowKernels {
         (weights, eps): (&Norm, f32),
         out: ActivationParams,
     ) -> Result<(), BackendError> {
-        check_length(x.cols)?;
-        let kernel = if x.is_wide { &self.norm_f32 } else { &self.norm_bf16 };
+        let family = if x.is_wide { &self.norm_f32 } else { &self.norm_bf16 };
+        let kernel = family.for_length(x.cols)?;
         let params = norm_params(rows, x, weights.factors, eps, out);
-        launch(device, kernel, grid(rows.at_most, 1), &params)
+        launch(device, kernel, grid(rows.at_most.min(x.rows), 1), &params)
     }
 
     /// `out = quantise(x)`; `x` is native.
@@ -209,9 +258,9 @@ impl RowKernels {
         x: &Tensor,
         out: ActivationParams,
     ) -> Result<(), BackendError> {
-        let kernel = for_length(&self.quantize, x.cols)?;
+        let kernel = self.quantize.for_length(x.cols)?;
         let params = norm_params(rows, x, DevicePtr::NULL, 0.0, out);
-        launch(device, kernel, grid(rows.at_most, 1), &params)
+        launch(device, kernel, grid(rows.at_most.min(x.rows), 1), &params)
     }
 
     /// `residual += norm_post(x)`, then `out = quantise(norm_pre(residual))`.
@@ -225,9 +274,10 @@ impl RowKernels {
         branch: Branch<'_>,
         out: ActivationParams,
     ) -> Result<(), BackendError> {
-        let kernel = for_length(&self.add_norm, branch.x.cols)?;
+        let kernel = self.add_norm.for_length(branch.x.cols)?;
         let params = branch.params(rows.on_device, DevicePtr::NULL, out);
-        launch(device, kernel, grid(rows.at_most, 1), &params)
+        let rows = rows.at_most.min(branch.x.rows).min(branch.residual.rows);
+        launch(device, kernel, grid(rows, 1), &params)
     }
 
     /// Row `s` of `out` is `quantise(norm_pre(residual + norm_post(x)))` of the step's `s`th sampled row, of which there
@@ -243,9 +293,9 @@ impl RowKernels {
         branch: Branch<'_>,
         out: ActivationParams,
     ) -> Result<(), BackendError> {
-        check_length(branch.x.cols)?;
+        let kernel = self.last_norm.for_length(branch.x.cols)?;
         let params = branch.params(step.num_samples(), step.sample_rows, out);
-        launch(device, &self.last_norm, grid(samples, 1), &params)
+        launch(device, kernel, grid(samples, 1), &params)
     }
 
     /// `out = quantise(gelu_tanh(gate) * up)` of rows that hold gate, then up.
@@ -267,15 +317,14 @@ impl RowKernels {
             cols: cols as i32,
             padding: 0,
         };
+        // Kernels read rows before they know how many are asked for.
+        let rows = rows.at_most.min(gate_up.rows);
+        let any = usize::from(!cols.is_multiple_of(GEGLU_GROUP));
         if out.has_token_scales() {
-            launch(device, &self.geglu_token, grid(rows.at_most, 1), &params)
+            launch(device, &self.geglu_token[any], grid(rows, 1), &params)
         } else {
-            launch(
-                device,
-                &self.geglu,
-                grid(rows.at_most, cols.div_ceil(GEGLU_COLS)),
-                &params,
-            )
+            let pieces = cols.div_ceil(GEGLU_COLS);
+            launch(device, &self.geglu[any], grid(rows, pieces), &params)
         }
     }
 }
@@ -286,10 +335,10 @@ fn norm_params(rows: RowCount, x: &Tensor, weights: DevicePtr, eps: f32, out: Ac
         x: x.data,
         weights,
         out,
-        allocated_rows: x.rows as i32,
-        cols: x.cols as i32,
         eps,
         inverse_cols: 1.0 / x.cols as f32,
+        cols: x.cols as i32,
+        padding: 0,
     }
 }
 
@@ -299,22 +348,6 @@ fn grid(rows: usize, pieces: usize) -> Grid {
         shared_bytes: 0,
     };
     grid.shared(SCRATCH_BYTES)
-}
-
-fn check_length(cols: usize) -> Result<(), BackendError> {
-    if cols <= MAX_COLS {
-        Ok(())
-    } else {
-        Err(BackendError::Unsupported(format!("rows of {cols} columns")))
-    }
-}
-
-fn for_length(kernels: &ByLength, cols: usize) -> Result<&Kernel, BackendError> {
-    check_length(cols)?;
-    let fitting = kernels.iter().find(|(longest, _)| cols <= *longest);
-    fitting
-        .map(|(_, kernel)| kernel)
-        .ok_or_else(|| BackendError::Unsupported(format!("rows of {cols} columns")))
 }
 
 #[cfg(all(test, feature = "emulator"))]

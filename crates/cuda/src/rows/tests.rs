@@ -235,7 +235,7 @@ fn quotients_next_to_a_tie_round_as_the_division_says() {
 #[test]
 fn norms_match_f64() {
     let mut bench = Bench::new();
-    for cols in WIDTHS.into_iter().chain([4097, 16384]) {
+    for cols in WIDTHS.into_iter().chain([4097, 8191, 16384]) {
         for is_wide in [true, false] {
             let (values, x) = bench.tensor(cols, 3.0, is_wide);
             let (weights, norm) = bench.norm(cols);
@@ -254,9 +254,9 @@ fn norms_match_f64() {
             }
         }
     }
-    let (_, x) = bench.tensor(MAX_COLS + 1, 1.0, true);
-    let (_, norm) = bench.norm(MAX_COLS + 1);
-    let mut out = bench.activation(MAX_COLS + 1);
+    let (_, x) = bench.tensor(8193, 1.0, true);
+    let (_, norm) = bench.norm(8193);
+    let mut out = bench.activation(8193);
     let params = bench.write(&mut out, ActivationScheme::None);
     let refused = bench
         .kernels
