@@ -22,6 +22,13 @@ DEVICE uint64_t operand_descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | (uint64_t(1) << 16) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 62);
 }
 
+/// Descriptor of a transposed operand, rows of which run along K: panels of 64 bf16 of each row as above, `panel_bytes`
+/// apart. `address` is aligned to 1024.
+DEVICE uint64_t transposed_operand_descriptor(uint32_t address, uint32_t panel_bytes) {
+  return uint64_t((address & 0x3FFFF) >> 4) | (uint64_t(panel_bytes >> 4) << 16) | (uint64_t(1024 >> 4) << 32) |
+         (uint64_t(1) << 62);
+}
+
 /// Added to a descriptor for the next 32 bytes along K.
 constexpr uint64_t kDescriptorStep = 2;
 

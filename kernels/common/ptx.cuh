@@ -162,6 +162,10 @@ DEVICE void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate
   emulator::wgmma<emulator::Bf16Operand, N>(d, a, b, accumulate);
 }
 template <int N>
+DEVICE void wgmma_bf16_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  emulator::wgmma_transposed<N>(d, a, b);
+}
+template <int N>
 DEVICE void pin_registers(float (&)[N]) {}
 DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   emulator::mma_sync<emulator::Bf16Operand>(d, a, b, c);

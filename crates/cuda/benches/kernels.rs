@@ -1,5 +1,5 @@
-//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b] [--only fp8,output,slabs,tiles,decode,prefill]
-//! [--chunk 128 --stages 3]`, the last two for the decode attention.
+//! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
+//! [--only fp8,output,slabs,tiles,decode,prefill] [--chunk 128 --stages 3] [--portable]`, the last three for attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -25,6 +25,10 @@ fn option(name: &str) -> Option<String> {
     let mut arguments = std::env::args().skip_while(|argument| argument != name);
     arguments.next()?;
     arguments.next()
+}
+
+fn is_portable() -> bool {
+    std::env::args().any(|argument| argument == "--portable")
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -93,6 +97,7 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
             queries,
             window: None,
             tuning: None,
+            is_portable: is_portable(),
         };
         println!("{}", bench.attention(HEADS, load)?);
         if context > WINDOW {
@@ -153,6 +158,7 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
                 queries: 1,
                 window: None,
                 tuning,
+                is_portable: is_portable(),
             };
             println!("{}", bench.attention(HEADS, load)?);
             if context > WINDOW {

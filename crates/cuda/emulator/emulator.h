@@ -216,6 +216,43 @@ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   });
 }
 
+/// The calling thread's share of D[64][N] += A[64][16] * B[16][N] in bf16: A in registers, B with N contiguous.
+template <int N>
+void wgmma_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  const unsigned lane = thread() % 32;
+  Slot* slots = warp_slots();
+  std::memcpy(slots[lane].bytes, a, sizeof a);
+  arrive_and_wait_warp();
+  struct Rows {
+    float values[2][16];
+  } rows;
+  for (unsigned k = 0; k < 16; k++) {
+    uint32_t words[4];
+    std::memcpy(words, slots[lane / 4 * 4 + k % 8 / 2].bytes, sizeof words);
+    for (unsigned half = 0; half < 2; half++) {
+      rows.values[half][k] = bf16_bits_to_float(uint16_t(words[half + k / 8 * 2] >> (16 * (k % 2))));
+    }
+  }
+  arrive_and_wait_warp();
+  float* out = d;
+  wgmma_issue([=] {
+    const uint32_t start = uint32_t(b & 0x3FFF) << 4;
+    const uint32_t leading = uint32_t((b >> 16) & 0x3FFF) << 4, stride = uint32_t((b >> 32) & 0x3FFF) << 4;
+    if (b >> 62 != 1) fail("a transposed operand without the 128-byte swizzle");
+    for (uint32_t i = 0; i < N / 2; i++) {
+      const uint32_t col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (uint32_t k = 0; k < 16; k++) {
+        const uint32_t address = start + col / 64 * leading + k / 8 * stride + k % 8 * 128 + col % 64 * 2;
+        uint16_t bits;
+        std::memcpy(&bits, shared_pointer(swizzle(address, 1), 2), 2);
+        sum += rows.values[i / 2 % 2][k] * bf16_bits_to_float(bits);
+      }
+      out[i] += sum;
+    }
+  });
+}
+
 /// mma.sync m16n8: `regs` of every lane are known to all lanes of the warp.
 template <class Operand>
 void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {

@@ -1,5 +1,5 @@
 //! Paged attention: sequences with one query token go to `kernels/attention_decode.cu`, the others to
-//! `kernels/attention_prefill.cu`.
+//! `kernels/attention_prefill.cu` or, on Hopper with a soft-cap, `kernels/attention_prefill.sm90a.cu`.
 //!
 //! Neither kernel's result for a sequence depends on the batch: chunks and tiles of keys are aligned to absolute
 //! positions and added in their order.
@@ -169,10 +169,11 @@ impl Attention {
         config: AttentionConfig,
         limits: StepLimits,
     ) -> Result<Self, BackendError> {
-        Self::tuned(device, config, limits, None)
+        let has_wgmma = device.compute_capability() == 90;
+        Self::tuned(device, config, limits, None, has_wgmma)
     }
 
-    /// As [`Attention::new`], with other than the device's usual tuning.
+    /// As [`Attention::new`], with other than the device's usual tuning, and told whether to use wgmma.
     ///
     /// # Errors
     /// As there.
@@ -181,18 +182,17 @@ impl Attention {
         config: AttentionConfig,
         limits: StepLimits,
         tuning: Option<DecodeTuning>,
+        has_wgmma: bool,
     ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
         let usual = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
         let tuning = tuning.unwrap_or(usual);
         let prefill = names
-            .prefill
-            .into_iter()
+            .prefill(has_wgmma, block_limit)
+            .iter()
             .filter(|(rows, keys, _)| prefill_shared_bytes(*rows, *keys, &config, &limits) <= block_limit)
-            // Bits depend on `keys`: all variants used on one device agree in it.
-            .filter(|(_, keys, _)| *keys == if block_limit >= LARGE_SHARED_BYTES { 64 } else { 32 })
-            .map(|(rows, keys, name)| {
+            .map(|&(rows, keys, name)| {
                 let kernel = device.kernel(name, 2 * rows as u32)?;
                 Ok(PrefillKernel { kernel, rows, keys })
             })
@@ -386,22 +386,51 @@ fn query_tiles(batch: &Batch, tokens_per_tile: usize) -> Vec<QueryTile> {
     tiles.into_iter().map(|(_, tile)| tile).collect()
 }
 
-/// The kernels of one head dimension, with or without soft-cap.
+/// Rows and keys of a tile, and the kernel's name.
+type PrefillName = (usize, usize, &'static str);
+
+/// The kernels of one head dimension, with or without soft-cap. Bits of a result depend on the keys of a tile: those used
+/// on one device agree in them. In ascending order of rows.
 struct KernelNames {
     decode: &'static str,
-    /// Rows and keys of a tile, in ascending order of rows.
-    prefill: [(usize, usize, &'static str); 3],
+    /// For Hopper.
+    wgmma: &'static [PrefillName],
+    /// For devices with as much shared memory.
+    large: &'static [PrefillName],
+    small: &'static [PrefillName],
+}
+
+impl KernelNames {
+    fn prefill(&self, has_wgmma: bool, block_limit: usize) -> &'static [PrefillName] {
+        if has_wgmma && !self.wgmma.is_empty() {
+            self.wgmma
+        } else if block_limit >= LARGE_SHARED_BYTES {
+            self.large
+        } else {
+            self.small
+        }
+    }
 }
 
 macro_rules! kernel_names {
     ($variant:literal) => {
         KernelNames {
             decode: concat!("attention_decode_", $variant),
-            prefill: [
-                (64, 32, concat!("attention_prefill_", $variant, "_64x32")),
+            wgmma: &[],
+            large: &[
                 (64, 64, concat!("attention_prefill_", $variant, "_64x64")),
                 (128, 64, concat!("attention_prefill_", $variant, "_128x64")),
             ],
+            small: &[(64, 32, concat!("attention_prefill_", $variant, "_64x32"))],
+        }
+    };
+    ($variant:literal, wgmma) => {
+        KernelNames {
+            wgmma: &[
+                (64, 64, concat!("attention_prefill_wgmma_", $variant, "_64x64")),
+                (128, 64, concat!("attention_prefill_wgmma_", $variant, "_128x64")),
+            ],
+            ..kernel_names!($variant)
         }
     };
 }
@@ -419,11 +448,11 @@ fn kernel_names(config: &AttentionConfig) -> Result<KernelNames, BackendError> {
     }
     match (config.head_dim, config.softcap.is_some()) {
         (64, false) => Ok(kernel_names!("64")),
-        (64, true) => Ok(kernel_names!("capped_64")),
+        (64, true) => Ok(kernel_names!("capped_64", wgmma)),
         (128, false) => Ok(kernel_names!("128")),
-        (128, true) => Ok(kernel_names!("capped_128")),
+        (128, true) => Ok(kernel_names!("capped_128", wgmma)),
         (256, false) => Ok(kernel_names!("256")),
-        (256, true) => Ok(kernel_names!("capped_256")),
+        (256, true) => Ok(kernel_names!("capped_256", wgmma)),
         (head_dim, _) => Err(BackendError::Unsupported(format!(
             "attention heads of {head_dim} elements (64, 128 and 256 there are)"
         ))),

@@ -271,15 +271,17 @@ impl Bench {
             queries,
             window,
             tuning,
+            is_portable,
         } = load;
         let device = &mut self.device;
         let memory = device.mark();
+        let has_wgmma = device.compute_capability() == 90 && !is_portable;
         let limits = StepLimits {
             max_tokens: batch * queries,
             max_seqs: batch,
             max_model_len: context,
         };
-        let attention = Attention::tuned(device, config, limits, tuning)?;
+        let attention = Attention::tuned(device, config, limits, tuning, has_wgmma)?;
         let blocks_each = context.div_ceil(BLOCK);
         let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
         let batch_step = load.batch(BLOCK);
@@ -336,6 +338,8 @@ pub struct AttentionLoad {
     pub window: Option<usize>,
     /// The device's usual one if none is given.
     pub tuning: Option<DecodeTuning>,
+    /// Not to use what only Hopper has.
+    pub is_portable: bool,
 }
 
 impl fmt::Display for AttentionLoad {
