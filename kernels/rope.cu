@@ -1,7 +1,8 @@
 // Rotates queries and keys by their positions and appends keys and values to the cache.
 //
 // qkv holds, for each token, query heads, key heads, value heads; a layer of the cache is
-// [num_blocks][2: K, V][num_kv_heads][block_size][head_dim], all bf16. Element i of a head turns with element
+// [num_blocks][2: K, V][num_kv_heads][block_size][head_dim], all bf16. In the cache the chunks of 8 elements of a row
+// are permuted by the row's lowest bits as ldmatrix wants them, if a head is a multiple of 64 elements. Element i of a head turns with element
 // i + head_dim / 2 (neox style). Queries are rotated in place; keys and values go to the token's slot.
 //
 // A thread owns 8 elements of a head's lower half and the 8 that turn with them: two reads and two writes of 16 bytes.
@@ -90,12 +91,16 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
       high.x[i] = b * cosine.x[i] + a * sine.x[i];
     }
   }
-  bf16* to = from;
+  bf16 *to = from, *upper = from + half;
   if (head >= p.num_heads) {
     const int kv_head = (head - p.num_heads) % p.num_kv_heads;
     const size_t line = (size_t(slot / p.block_size) * 2 + is_value) * p.num_kv_heads + kv_head;
-    to = p.kv + (line * p.block_size + slot % p.block_size) * p.head_dim + first;
+    const int row = slot % p.block_size;
+    const int turn = p.head_dim % 64 == 0 ? row % 8 * 8 : 0;
+    bf16* line_of = p.kv + (line * p.block_size + row) * p.head_dim;
+    to = line_of + (first ^ turn);
+    upper = line_of + ((half + first) ^ turn);
   }
   store_eight(to, low, count, is_aligned);
-  store_eight(to + half, high, count, is_aligned);
+  store_eight(upper, high, count, is_aligned);
 }

@@ -10,7 +10,8 @@ struct Attention {
   Step step;
   /// `[num_tokens][(num_heads + 2 * num_kv_heads) * D]`; the q heads are rotated and not scaled.
   const bf16* qkv;
-  /// `[num_blocks][K, V][num_kv_heads][block_size][D]`
+  /// `[num_blocks][K, V][num_kv_heads][block_size][D]`; of a row's chunks of 8 values, chunk i is where chunk
+  /// i ^ (row % 8) would be.
   const bf16* kv;
   /// The o projection's input, unless its scheme is `kSchemeToken`.
   Activation out;
@@ -49,7 +50,7 @@ DEVICE unsigned value_tile_offset(const Attention& p) {
 }
 
 /// Where a row's 16-byte chunk `chunk` stands in shared memory: rows of D bf16, chunks permuted by the row so that
-/// ldmatrix meets no bank conflict.
+/// ldmatrix meets no bank conflict. The cache is permuted alike.
 template <int D>
 DEVICE uint32_t swizzled(int row, int chunk) {
   return uint32_t(row * 2 * D + (chunk ^ (row & 7)) * 16);
@@ -71,7 +72,7 @@ DEVICE void load_tile(uint32_t to, int to_row, const bf16* kv, unsigned tile, in
 #pragma unroll
   for (int step = 0; step < kTile / kRowsPerStep; step++) {
     const int r = step * kRowsPerStep + row;
-    cp_async_16(to + Layout::at(to_row + r, chunk), from + step * 256, r >= first && r < end);
+    cp_async_16(to + Layout::at(to_row + r, chunk ^ (r & 7)), from + step * 256, r >= first && r < end);
   }
 }
 

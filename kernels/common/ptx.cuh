@@ -55,6 +55,7 @@ DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
     else std::memset(target, 0, 16);
   });
 }
+DEVICE void store_zeros_16(uint32_t to) { std::memset(emulator::shared_pointer(to, 16), 0, 16); }
 DEVICE void cp_async_commit() { emulator::cp_async_commit(); }
 template <int Pending>
 DEVICE void cp_async_wait() {
@@ -273,6 +274,10 @@ DEVICE T load_l2(const T* p) {
 /// 16 bytes to shared memory; zeros if not `valid`.
 DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+/// To shared memory.
+DEVICE void store_zeros_16(uint32_t to) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>

@@ -1,5 +1,5 @@
 //! Paged attention: sequences with one query token go to `kernels/attention_decode.cu`, the others to
-//! `kernels/attention_prefill.cu` or, on Hopper with a soft-cap, `kernels/attention_prefill.sm90a.cu`.
+//! `kernels/attention_prefill.cu`; on Hopper to their namesakes for `sm90a`, of which prefill needs a soft-cap.
 //!
 //! Neither kernel's result for a sequence depends on the batch: chunks and tiles of keys are aligned to absolute
 //! positions and added in their order.
@@ -91,7 +91,8 @@ impl DecodeTuning {
         let rings = DECODE_WARPS * stages * (2 * KEY_TILE + group) * head_dim * 2;
         let buffers = 2 * DECODE_WARPS * (group * head_dim + 2 * MAX_GROUP) * 4;
         let seqs = 16 * (max_seqs + 1);
-        rings + buffers + 2 * DECODE_WARPS * 4 + seqs
+        let barriers = 2 * DECODE_WARPS * stages * 8;
+        rings + buffers + barriers + 2 * DECODE_WARPS * 4 + seqs
     }
 }
 
@@ -130,7 +131,8 @@ pub(crate) struct AttentionInputs {
     pub(crate) step: StepPointers,
     /// bf16 `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`; the q heads are rotated and not scaled.
     pub(crate) qkv: DevicePtr,
-    /// bf16 `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, the step's tokens in place.
+    /// bf16 `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, rows permuted as `kernels/rope.cu` writes them, the
+    /// step's tokens in place.
     pub(crate) kv: DevicePtr,
     /// A multiple of 16.
     pub(crate) block_size: usize,
@@ -169,11 +171,11 @@ impl Attention {
         config: AttentionConfig,
         limits: StepLimits,
     ) -> Result<Self, BackendError> {
-        let has_wgmma = device.compute_capability() == 90;
-        Self::tuned(device, config, limits, None, has_wgmma)
+        let is_hopper = device.compute_capability() == 90;
+        Self::tuned(device, config, limits, None, is_hopper)
     }
 
-    /// As [`Attention::new`], with other than the device's usual tuning, and told whether to use wgmma.
+    /// As [`Attention::new`], with other than the device's usual tuning, and told whether to use what only Hopper has.
     ///
     /// # Errors
     /// As there.
@@ -182,14 +184,14 @@ impl Attention {
         config: AttentionConfig,
         limits: StepLimits,
         tuning: Option<DecodeTuning>,
-        has_wgmma: bool,
+        is_hopper: bool,
     ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
         let usual = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
         let tuning = tuning.unwrap_or(usual);
         let prefill = names
-            .prefill(has_wgmma, block_limit)
+            .prefill(is_hopper, block_limit)
             .iter()
             .filter(|(rows, keys, _)| prefill_shared_bytes(*rows, *keys, &config, &limits) <= block_limit)
             .map(|&(rows, keys, name)| {
@@ -210,7 +212,7 @@ impl Attention {
             return Err(BackendError::Unsupported(what));
         }
         let mut attention = Self {
-            decode: device.kernel(names.decode, (2 * DECODE_WARPS * 32) as u32)?,
+            decode: device.kernel(names.decode(is_hopper), (2 * DECODE_WARPS * 32) as u32)?,
             tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
             multiprocessors: device.multiprocessors(),
             config,
@@ -394,6 +396,8 @@ type PrefillName = (usize, usize, &'static str);
 struct KernelNames {
     decode: &'static str,
     /// For Hopper.
+    decode_bulk: &'static str,
+    /// For Hopper.
     wgmma: &'static [PrefillName],
     /// For devices with as much shared memory.
     large: &'static [PrefillName],
@@ -401,8 +405,12 @@ struct KernelNames {
 }
 
 impl KernelNames {
-    fn prefill(&self, has_wgmma: bool, block_limit: usize) -> &'static [PrefillName] {
-        if has_wgmma && !self.wgmma.is_empty() {
+    const fn decode(&self, is_hopper: bool) -> &'static str {
+        if is_hopper { self.decode_bulk } else { self.decode }
+    }
+
+    fn prefill(&self, is_hopper: bool, block_limit: usize) -> &'static [PrefillName] {
+        if is_hopper && !self.wgmma.is_empty() {
             self.wgmma
         } else if block_limit >= LARGE_SHARED_BYTES {
             self.large
@@ -416,6 +424,7 @@ macro_rules! kernel_names {
     ($variant:literal) => {
         KernelNames {
             decode: concat!("attention_decode_", $variant),
+            decode_bulk: concat!("attention_decode_bulk_", $variant),
             wgmma: &[],
             large: &[
                 (64, 64, concat!("attention_prefill_", $variant, "_64x64")),

@@ -275,13 +275,13 @@ impl Bench {
         } = load;
         let device = &mut self.device;
         let memory = device.mark();
-        let has_wgmma = device.compute_capability() == 90 && !is_portable;
+        let is_hopper = device.compute_capability() == 90 && !is_portable;
         let limits = StepLimits {
             max_tokens: batch * queries,
             max_seqs: batch,
             max_model_len: context,
         };
-        let attention = Attention::tuned(device, config, limits, tuning, has_wgmma)?;
+        let attention = Attention::tuned(device, config, limits, tuning, is_hopper)?;
         let blocks_each = context.div_ceil(BLOCK);
         let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
         let batch_step = load.batch(BLOCK);

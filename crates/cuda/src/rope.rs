@@ -175,8 +175,12 @@ mod tests {
                 };
                 let slot = batch.slot_mapping[row] as usize;
                 let line = slot / BLOCK_SIZE * 2 * num_kv_heads + kv_head;
-                let to = (line * BLOCK_SIZE + slot % BLOCK_SIZE) * head_dim;
-                want_cache[to..to + head_dim].copy_from_slice(&values);
+                let row = slot % BLOCK_SIZE;
+                let to = (line * BLOCK_SIZE + row) * head_dim;
+                let turn = if head_dim.is_multiple_of(64) { row % 8 * 8 } else { 0 };
+                for (dim, value) in values.iter().enumerate() {
+                    want_cache[to + (dim ^ turn)] = *value;
+                }
             }
         }
         let got: Vec<bf16> = read_back(&mut *device, qkv.data, want_qkv.len());

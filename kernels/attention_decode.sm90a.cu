@@ -1,0 +1,51 @@
+// Attention of sequences with one query token on Hopper: a tile of keys or values lies in memory as ldmatrix wants it, so
+// that it is one bulk copy, which takes no register, no issue slot of 32 lanes and no way through L1.
+#include "common/attention_decode.cuh"
+
+template <int D>
+struct BulkCopies {
+  static DEVICE void init(uint32_t barriers, int count) {
+    for (int i = 0; i < count; i++) mbarrier_init(barriers + uint32_t(8 * i), 1);
+    fence_mbarrier_init();
+  }
+  static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
+                               int group, int lane) {
+    if (lane != 0) return;
+    const uint32_t query_bytes = queries == nullptr ? 0 : uint32_t(group * 2 * D);
+    mbarrier_arrive_expect_tx(place.barrier, bytes_of(rows) + query_bytes);
+    load_rows(place.stage, kv, tile, rows, place.barrier);
+    if (query_bytes > 0) bulk_copy(place.stage + 2 * kTileBytes, queries, query_bytes, place.barrier);
+  }
+  static DEVICE void load_values(const Place& place, const bf16* kv, unsigned tile, TileRows rows, int lane) {
+    if (lane != 0) return;
+    mbarrier_arrive_expect_tx(place.barrier + 8, bytes_of(rows));
+    load_rows(place.stage + kTileBytes, kv, tile, rows, place.barrier + 8);
+  }
+  static DEVICE void commit() {}
+  /// The place's load of keys or values.
+  static DEVICE void wait(const Place& place, int is_value, int) {
+    mbarrier_wait(place.barrier + uint32_t(8 * is_value), place.parity);
+  }
+  /// Zeros for values that are not the unit's: their probabilities are zero, what lies there may be no number.
+  static DEVICE void clear_values(const Place& place, TileRows rows, int lane) {
+    if (rows.end - rows.first == kTile) return;
+    constexpr int kChunks = D / 8;
+    for (int i = lane; i < kTile * kChunks; i += 32) {
+      const int row = i / kChunks;
+      if (row < rows.first || row >= rows.end) store_zeros_16(place.stage + kTileBytes + uint32_t(16 * i));
+    }
+    // A later bulk copy writes there.
+    fence_proxy_async();
+  }
+  static DEVICE void finish() {}
+
+ private:
+  static constexpr uint32_t kTileBytes = DecodeShared<D>::kTileBytes;
+  static DEVICE uint32_t bytes_of(TileRows rows) { return uint32_t((rows.end - rows.first) * 2 * D); }
+  static DEVICE void load_rows(uint32_t to, const bf16* kv, unsigned tile, TileRows rows, uint32_t barrier) {
+    const bf16* from = kv + size_t(tile) * (kTile * D) + rows.first * D;
+    bulk_copy(to + uint32_t(rows.first * 2 * D), from, bytes_of(rows), barrier);
+  }
+};
+
+ATTENTION_DECODE(attention_decode_bulk, BulkCopies)

@@ -1,0 +1,662 @@
+// Attention of sequences with one query token over the paged KV cache: soft-cap or running maximum, window, GQA. Kernels
+// differ in how tiles of keys and values reach shared memory (`Copies`), not in a bit of the result.
+//
+// Work: a unit is (sequence, kv head, chunk), where a chunk is a fixed number of positions aligned to absolute position,
+// so that what a sequence gets never depends on the batch. Blocks walk the units with the grid's stride; each finds them
+// from the context lengths, so that a captured graph needs no plan. The kv heads of a chunk are neighbours: blocks at work
+// together read whole pages, not one head's part of many, which all lie at the same distance and meet in the same memory
+// channels. In a unit four warps take 16-position tiles in turn,
+// each with a ring of stages of its own: nothing but the end of a unit brings them together, and a warp's loads for the
+// next unit are under way while this one is computed. Four more warps add up what those leave in shared memory (in two
+// buffers) and write it out, so that no load ever waits for that. Whichever block finishes the last chunk of a
+// (sequence, kv head) adds all its partial sums in chunk order and writes the result.
+//
+// A tile's products run on tensor cores, for any group of up to 8 query heads at the same cost:
+//   S [heads][16 keys] = Q K^T   Q is the A operand (rows 8-15 are zero), kept in registers; K the B operand;
+//   O^T [D][heads] += V^T P^T    V is the A operand (transposed by ldmatrix); P is S's registers as they lie.
+//
+// Bound: bytes of K and V; two products of 16 x 8 x 16 for 1 KB leave tensor cores and issue slots mostly idle.
+#pragma once
+
+#include "attention.cuh"
+
+struct AttentionDecode {
+  Attention attention;
+  float* partial_outputs;  // [units][group][D]
+  float* partial_sums;     // [units][2][8]: sum of probabilities, maximum score
+  unsigned* arrivals;      // [max_seqs * num_kv_heads], zero between launches
+  int max_seqs;
+  /// Positions of a chunk are 1 << chunk_shift: 64, 128, 256 or 512.
+  int chunk_shift;
+  /// Tiles of K and of V a warp has under way: 1 to kMaxStages.
+  int stages;
+  int padding;
+};
+
+constexpr int kWarps = 4;
+/// Of either kind: those that compute, those that finish units.
+constexpr int kThreads = kWarps * 32;
+/// Query heads a kv head may have.
+constexpr int kMaxGroup = 8;
+constexpr int kMaxStages = 8;
+constexpr float kNoScore = -INFINITY;
+/// Named barriers: two buffers are full, two are empty; the finishing warps among themselves.
+constexpr int kFull = 1, kEmpty = 3, kFinishing = 5;
+
+/// What a block must know of a sequence.
+struct __align__(16) SeqEntry {
+  int first_unit;  // of the first sequence after the last, the number of units
+  int context;
+  int query_row;
+  int block_start;
+};
+
+/// Shared memory: rings of the computing warps, then what they leave at a unit's end.
+template <int D>
+struct DecodeShared {
+  static constexpr int kTileBytes = kTile * 2 * D;
+  uint8_t* ring;     // [warps][stages]: K [16][D], V [16][D], Q [group][D], bf16
+  float* outputs;    // [2][warps][group][D]
+  float* sums;       // [2][warps][8]
+  float* maxima;     // [2][warps][8]
+  uint64_t* barriers;  // [warps][stages][K, V]
+  int* scratch;      // [8]
+  SeqEntry* seqs;    // [max_seqs + 1]
+  int stage_bytes;
+
+  DEVICE DecodeShared(uint8_t* base, int stages, int group) {
+    stage_bytes = 2 * kTileBytes + group * 2 * D;
+    ring = base;
+    outputs = reinterpret_cast<float*>(base + kWarps * stages * stage_bytes);
+    sums = outputs + 2 * kWarps * group * D;
+    maxima = sums + 2 * kWarps * kMaxGroup;
+    barriers = reinterpret_cast<uint64_t*>(maxima + 2 * kWarps * kMaxGroup);
+    scratch = reinterpret_cast<int*>(barriers + 2 * kWarps * stages);
+    seqs = reinterpret_cast<SeqEntry*>(scratch + 8);
+  }
+};
+
+/// What a unit covers: positions [first, end). Without positions: no unit.
+struct Unit {
+  int index;
+  int seq;
+  int head;
+  int chunk;   // among the sequence's
+  int chunks;  // of the sequence
+  int first;
+  int end;
+  int query_row;
+  int block_start;
+};
+
+/// Number of the chunk that the window of a sequence's last token starts in.
+DEVICE int first_chunk(const AttentionDecode& p, int context) {
+  return max(0, context - p.attention.window) >> p.chunk_shift;
+}
+DEVICE int chunks_of(const AttentionDecode& p, int context) {
+  return ((context - 1) >> p.chunk_shift) - first_chunk(p, context) + 1;
+}
+
+/// All threads, one for each sequence: the table of sequences and how many units precede each. Returns their number.
+DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals) {
+  const Step& step = p.attention.step;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int num_seqs = load_l2(&step.counts->num_seqs);
+  int total = 0;
+  // The first round does not wait for the number of sequences.
+  for (int base = 0; base == 0 || base < num_seqs; base += 2 * kThreads) {
+    const int seq = base + int(threadIdx.x);
+    SeqEntry entry = {0, 1, 0, 0};
+    int units = 0;
+    if (seq < p.max_seqs) {
+      entry = {0, load_l2(step.context_lens + seq), load_l2(step.query_start + seq), load_l2(step.block_start + seq)};
+      const int next_row = load_l2(step.query_start + seq + 1);
+      const bool is_decode = seq < num_seqs && next_row - entry.query_row == 1;
+      if (is_decode) units = chunks_of(p, entry.context) * p.attention.num_kv_heads;
+    }
+    int inclusive = units;
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int before = __shfl_up_sync(~0u, inclusive, delta);
+      if (lane >= delta) inclusive += before;
+    }
+    if (lane == 31) warp_totals[warp] = inclusive;
+    __syncthreads();
+    int before = total;
+    for (int other = 0; other < 2 * kWarps; other++) {
+      if (other == warp) entry.first_unit = before + inclusive - units;
+      before += warp_totals[other];
+    }
+    total = before;
+    if (seq < num_seqs) seqs[seq] = entry;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) seqs[num_seqs] = {total, 0, 0, 0};
+  __syncthreads();
+  return num_seqs;
+}
+
+/// The units as every warp sees them.
+struct Units {
+  const AttentionDecode& p;
+  const SeqEntry* seqs;
+  int num_seqs;
+  int count;
+
+  DEVICE Units(const AttentionDecode& params, const SeqEntry* entries, int num_entries)
+      : p(params), seqs(entries), num_seqs(num_entries), count(entries[num_entries].first_unit) {}
+
+  DEVICE Unit find(int index) const {
+    if (index >= count) return {index, 0, 0, 0, 0, 0, 0, 0, 0};
+    int low = 0, high = num_seqs;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (seqs[middle].first_unit <= index) low = middle;
+      else high = middle;
+    }
+    const SeqEntry entry = seqs[low];
+    const int chunks = chunks_of(p, entry.context);
+    const int within = index - entry.first_unit;
+    const int chunk = within / p.attention.num_kv_heads;
+    const int head = within - chunk * p.attention.num_kv_heads;
+    const int start = (first_chunk(p, entry.context) + chunk) << p.chunk_shift;
+    const int first = max(start, entry.context - p.attention.window);
+    const int end = min(entry.context, start + (1 << p.chunk_shift));
+    return {index, low, head, chunk, chunks, first, end, entry.query_row, entry.block_start};
+  }
+};
+
+/// A place in a warp's ring of stages.
+struct Place {
+  uint32_t stage;    // K, V, Q
+  uint32_t barrier;  // of K; that of V follows
+  uint32_t parity;   // of the phase that the stage's next load ends
+
+  DEVICE void advance(const Place& begin, uint32_t end, uint32_t stage_bytes) {
+    stage += stage_bytes;
+    barrier += 16;
+    if (stage == end) {
+      stage = begin.stage;
+      barrier = begin.barrier;
+      parity ^= 1;
+    }
+  }
+};
+
+/// Rows of a tile that belong to its unit: [first, end).
+struct TileRows {
+  int first, end;
+  DEVICE TileRows(const int position, int unit_first, int unit_end)
+      : first(max(0, unit_first - position)), end(min(kTile, unit_end - position)) {}
+};
+
+/// Tiles by cp.async, 16 bytes a thread. Loads are told apart by the order they are made in: one of K, one of V, ...
+template <int D>
+struct SmallCopies {
+  static DEVICE void init(uint32_t, int) {}
+  static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
+                               int group, int lane) {
+    load_tile<D, PlainRows<D>>(place.stage, 0, kv, tile, lane, rows.first, rows.end);
+    if (queries == nullptr) return;
+    const uint32_t to = place.stage + 2 * DecodeShared<D>::kTileBytes;
+    for (int i = lane; i < group * (D / 8); i += 32) cp_async_16(to + uint32_t(16 * i), queries + i * 8, true);
+  }
+  static DEVICE void load_values(const Place& place, const bf16* kv, unsigned tile, TileRows rows, int lane) {
+    load_tile<D, PlainRows<D>>(place.stage + DecodeShared<D>::kTileBytes, 0, kv, tile, lane, rows.first, rows.end);
+  }
+  /// After every load, also one that found nothing left.
+  static DEVICE void commit() { cp_async_commit(); }
+  /// The oldest load: all but the newest 2 * stages - 1.
+  static DEVICE void wait(const Place&, int, int stages) {
+    switch (stages) {
+      case 1:
+        return cp_async_wait<1>();
+      case 2:
+        return cp_async_wait<3>();
+      case 3:
+        return cp_async_wait<5>();
+      case 4:
+        return cp_async_wait<7>();
+      case 5:
+        return cp_async_wait<9>();
+      case 6:
+        return cp_async_wait<11>();
+      case 7:
+        return cp_async_wait<13>();
+      default:
+        return cp_async_wait<15>();
+    }
+  }
+  static DEVICE void clear_values(const Place&, TileRows, int) {}
+  static DEVICE void finish() { cp_async_wait<0>(); }
+};
+
+/// Runs ahead of the computation and keeps a warp's ring full.
+template <int D, class Copies>
+struct Loader {
+  const AttentionDecode& p;
+  const Units& units;
+  int warp;
+  int lane;
+  int group;
+  uint32_t stage_bytes;
+  Place ring;
+  uint32_t ring_end;
+  Place next;  // where the next tile goes
+
+  // The unit being loaded. Lane i knows where its tile i lies; so for the next one, to hide that look-up's latency.
+  int position;
+  int first, end;
+  unsigned tiles;
+  const bf16* queries;  // null once they are loaded
+  int next_index;
+  int next_first, next_end;
+  unsigned next_tiles;
+  const bf16* next_queries;
+
+  DEVICE Loader(const Units& all, const DecodeShared<D>& shared, int w, int l)
+      : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads) {
+    stage_bytes = uint32_t(shared.stage_bytes);
+    const uint32_t bytes = uint32_t(p.stages) * stage_bytes;
+    ring = {shared_address(shared.ring) + uint32_t(warp) * bytes,
+            shared_address(shared.barriers + 2 * warp * p.stages), 0};
+    ring_end = ring.stage + bytes;
+    next = ring;
+    look_up(int(blockIdx.x));
+    next_unit();
+  }
+
+  DEVICE void look_up(int index) {
+    const Attention& a = p.attention;
+    const Unit unit = units.find(index);
+    next_index = index;
+    next_first = unit.first;
+    next_end = unit.end;
+    next_queries = a.qkv + size_t(unit.query_row) * size_t(a.num_heads + 2 * a.num_kv_heads) * D +
+                   size_t(unit.head * group) * D;
+    const int at = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
+    next_tiles = 0;
+    if (at + kTile > unit.first && at < unit.end) {
+      next_tiles = key_tile(a, a.step.block_ids + unit.block_start, unit.head, at);
+    }
+  }
+  /// Moves to the next unit that has a tile for this warp; `first == end` if there is none.
+  DEVICE void next_unit() {
+    do {
+      first = next_first;
+      end = next_end;
+      tiles = next_tiles;
+      queries = next_queries;
+      if (first == end) return;
+      position = first_tile(first, warp);
+      look_up(next_index + int(gridDim.x));
+    } while (position >= end);
+  }
+  /// Position of the first tile at or after `first`'s that is the warp's.
+  static DEVICE int first_tile(int first, int warp) {
+    const int tile = first / kTile;
+    return (tile + ((warp - tile) & (kWarps - 1))) * kTile;
+  }
+
+  DEVICE bool done() const { return first == end; }
+  DEVICE unsigned tile() const {
+    return __shfl_sync(~0u, tiles, (position & ((1 << p.chunk_shift) - 1)) / kTile);
+  }
+  /// Keys of the next tile, and the queries that a unit begins with.
+  DEVICE void load_keys() {
+    if (!done()) {
+      Copies::load_keys(next, p.attention.kv, tile(), TileRows(position, first, end), queries, group, lane);
+      queries = nullptr;
+    }
+    Copies::commit();
+  }
+  /// Values of the same tile.
+  DEVICE void load_values() {
+    if (!done()) {
+      const unsigned values = tile() + value_tile_offset(p.attention);
+      Copies::load_values(next, p.attention.kv, values, TileRows(position, first, end), lane);
+      advance(next);
+      position += kWarps * kTile;
+      if (position >= end) next_unit();
+    }
+    Copies::commit();
+  }
+  DEVICE void advance(Place& place) const { place.advance(ring, ring_end, stage_bytes); }
+};
+
+/// A warp's sums over its tiles of a unit. Lane l: head l / 4 in `sum` (its own keys' part) and `maximum`; heads
+/// 2 (l % 4) + {0, 1} in `output`.
+template <int D>
+struct Sums {
+  float output[D / 16][4];
+  float sum;
+  float maximum;
+};
+
+template <int D>
+DEVICE void clear(Sums<D>& sums) {
+#pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums.output[j][i] = 0.0f;
+  }
+  sums.sum = 0.0f;
+  sums.maximum = kNoScore;
+}
+
+/// Q as A operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4; heads beyond the group repeat the
+/// last, and no one looks at what becomes of them.
+template <int D>
+DEVICE void read_queries(uint32_t (&q)[D / 8], uint32_t queries, int group, int lane) {
+  const uint32_t from = queries + uint32_t(min(lane % 8, group - 1) * 2 * D + lane / 8 * 16);
+#pragma unroll
+  for (int j = 0; j < D / 32; j++) {
+    uint32_t four[4];
+    ldmatrix_x4(four, from + uint32_t(64 * j));
+#pragma unroll
+    for (int i = 0; i < 4; i++) q[4 * j + i] = four[i];
+  }
+}
+
+/// Scores of 16 keys: lane l gets those of head l / 4 with keys 2 (l % 4) + {0, 1} and 8 more.
+template <int D>
+DEVICE void score(float (&s)[4], const uint32_t (&q)[D / 8], uint32_t keys) {
+  float sums[2][2][4] = {};  // halves of D alternate: shorter chains
+#pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+    uint32_t k[4];
+    ldmatrix_x4(k, keys ^ uint32_t(32 * j));
+    const uint32_t a[4] = {q[2 * j], 0, q[2 * j + 1], 0};
+    mma_m16n8k16_bf16(sums[j % 2][0], a, {k[0], k[1]}, sums[j % 2][0]);
+    mma_m16n8k16_bf16(sums[j % 2][1], a, {k[2], k[3]}, sums[j % 2][1]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) s[i] = sums[0][i / 2][i % 2] + sums[1][i / 2][i % 2];
+}
+
+/// Multiplies what was summed so far for the new maximum; the scores become relative to it.
+template <int D>
+DEVICE void rescale(Sums<D>& sums, float (&s)[4], const bool (&seen)[4], float score_scale, int lane) {
+  float maximum = sums.maximum;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    s[i] *= score_scale;
+    if (seen[i]) maximum = fmaxf(maximum, s[i]);
+  }
+  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+  const float factor = sums.maximum == kNoScore ? 0.0f : exp2_approx(sums.maximum - maximum);
+  sums.maximum = maximum;
+  sums.sum *= factor;
+  const float even = __shfl_sync(~0u, factor, lane % 4 * 8), odd = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
+#pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums.output[j][i] *= i % 2 == 0 ? even : odd;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) s[i] = exp2_approx(s[i] - maximum);
+}
+
+/// Scores to probabilities, in bf16, as the B operand of the product with V.
+template <int D, bool Capped>
+DEVICE void weigh(uint32_t (&probabilities)[2], Sums<D>& sums, float (&s)[4], const Attention& p, int position,
+                  const Unit& unit, int lane) {
+  bool seen[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int key = position + lane % 4 * 2 + i % 2 + i / 2 * 8;
+    seen[i] = key >= unit.first && key < unit.end;
+  }
+  if (Capped) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = capped_exp(s[i], p.score_scale, p.cap);
+  } else {
+    rescale<D>(sums, s, seen, p.score_scale, lane);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float low = seen[2 * half] ? s[2 * half] : 0.0f, high = seen[2 * half + 1] ? s[2 * half + 1] : 0.0f;
+    probabilities[half] = bf16x2_from_floats(low, high);
+    // What is divided by is the sum of what is multiplied.
+    sums.sum += low_float(probabilities[half]) + high_float(probabilities[half]);
+  }
+}
+
+template <int D>
+DEVICE void accumulate(Sums<D>& sums, const uint32_t (&probabilities)[2], uint32_t values) {
+#pragma unroll
+  for (int j = 0; j < D / 16; j++) {
+    uint32_t v[4];
+    ldmatrix_x4_transposed(v, values ^ uint32_t(32 * j));
+    mma_m16n8k16_bf16(sums.output[j], v, probabilities, sums.output[j]);
+  }
+}
+
+/// All of a warp's tiles of one unit.
+template <int D, bool Capped, class Copies>
+DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, const Unit& unit) {
+  constexpr int kTileBytes = DecodeShared<D>::kTileBytes;
+  const AttentionDecode& p = loader.p;
+  const int lane = loader.lane;
+  uint32_t q[D / 8];
+  // Row and chunk that this lane points ldmatrix at; the chunk's other bits are flipped in by the loops.
+  const uint32_t offset = swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const int first = loader.first_tile(unit.first, loader.warp);
+  for (int position = first; position < unit.end; position += kWarps * kTile) {
+    float s[4];
+    uint32_t probabilities[2];
+    Copies::wait(place, 0, p.stages);
+    __syncwarp();
+    if (position == first) read_queries<D>(q, place.stage + 2 * kTileBytes, loader.group, lane);
+    score<D>(s, q, place.stage + offset);
+    __syncwarp();
+    loader.load_keys();
+    weigh<D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
+    Copies::wait(place, 1, p.stages);
+    Copies::clear_values(place, TileRows(position, unit.first, unit.end), lane);
+    __syncwarp();
+    accumulate<D>(sums, probabilities, place.stage + kTileBytes + offset);
+    __syncwarp();
+    loader.load_values();
+    loader.advance(place);
+  }
+}
+
+/// Leaves a warp's sums in shared memory. `slot` counts warps of both buffers.
+template <int D>
+DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group, int slot, int lane) {
+  float sum = sums.sum + __shfl_xor_sync(~0u, sums.sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  if (lane % 4 == 0) {
+    shared.sums[slot * kMaxGroup + lane / 4] = sum;
+    shared.maxima[slot * kMaxGroup + lane / 4] = sums.maximum;
+  }
+#pragma unroll
+  for (int odd = 0; odd < 2; odd++) {
+    const int head = lane % 4 * 2 + odd;
+    if (head >= group) continue;
+    float* to = shared.outputs + (slot * group + head) * D + lane / 4;
+#pragma unroll
+    for (int j = 0; j < D / 16; j++) {
+      to[16 * j] = sums.output[j][odd];
+      to[16 * j + 8] = sums.output[j][2 + odd];
+    }
+  }
+}
+
+/// Four neighbouring values of a head's sum, its divisor and the maximum both are relative to.
+struct Part {
+  float4 output;
+  float sum;
+  float maximum;
+};
+
+template <bool Capped>
+DEVICE void add(Part& to, const Part& part) {
+  float old_factor = 1.0f, factor = 1.0f;
+  if (!Capped) {
+    const float maximum = fmaxf(to.maximum, part.maximum);
+    old_factor = to.maximum == kNoScore ? 0.0f : exp2_approx(to.maximum - maximum);
+    factor = part.maximum == kNoScore ? 0.0f : exp2_approx(part.maximum - maximum);
+    to.maximum = maximum;
+  }
+  to.output.x = to.output.x * old_factor + part.output.x * factor;
+  to.output.y = to.output.y * old_factor + part.output.y * factor;
+  to.output.z = to.output.z * old_factor + part.output.z * factor;
+  to.output.w = to.output.w * old_factor + part.output.w * factor;
+  to.sum = to.sum * old_factor + part.sum * factor;
+}
+
+/// Columns `4 * quad`, ... of the group's heads, divided and in the form the o projection reads.
+template <int D>
+DEVICE void write_result(const Attention& p, const Unit& unit, int quad, const Part& part) {
+  const int row = unit.query_row;
+  const int col = unit.head * (p.num_heads / p.num_kv_heads) * D + quad * 4;
+  const float inverse = 1.0f / part.sum;
+  const float4 x = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
+  if (p.out.scheme == kSchemeStatic) {
+    const float scale = p.out.static_scale;
+    const uint32_t codes = e4m3x4_from_floats(__fdiv_rn(x.x, scale), __fdiv_rn(x.y, scale), __fdiv_rn(x.z, scale),
+                                              __fdiv_rn(x.w, scale));
+    *reinterpret_cast<uint32_t*>(result_address(p, row, col, 1, D)) = codes;
+    if (col == 0) p.out.scales[row] = scale;
+  } else {
+    const uint2 pairs = make_uint2(bf16x2_from_floats(x.x, x.y), bf16x2_from_floats(x.z, x.w));
+    *reinterpret_cast<uint2*>(result_address(p, row, col, 2, D)) = pairs;
+  }
+}
+
+DEVICE float4 read_partial(const float* from) {
+  const uint4 bits = load_l2(reinterpret_cast<const uint4*>(from));
+  return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+}
+
+/// Adds the chunks of a (sequence, kv head) in their order and writes the result.
+template <int D, bool Capped>
+DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, int thread) {
+  const size_t heads = size_t(p.attention.num_kv_heads), first = size_t(unit.index) - unit.chunk * heads;
+  const size_t stride = heads * size_t(group) * D, sums_stride = heads * 2 * kMaxGroup;
+  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
+    Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
+    const float* outputs = p.partial_outputs + first * size_t(group * D) + quad * 4;
+    const float* sums = p.partial_sums + first * (2 * kMaxGroup) + quad * 4 / D;
+#pragma unroll 16
+    for (int chunk = 0; chunk < unit.chunks; chunk++) {
+      const Part part = {read_partial(outputs + chunk * stride), load_l2(sums + chunk * sums_stride),
+                         Capped ? 0.0f : load_l2(sums + chunk * sums_stride + kMaxGroup)};
+      add<Capped>(total, part);
+    }
+    write_result<D>(p.attention, unit, quad, total);
+  }
+}
+
+/// Whether this block is the last of the unit's (sequence, kv head) to leave its partial sums.
+DEVICE bool arrives_last(const AttentionDecode& p, int* is_last, const Unit& unit, int thread) {
+  named_barrier_sync(kFinishing, kThreads);
+  if (thread == 0) {
+    unsigned* arrivals = p.arrivals + unit.seq * p.attention.num_kv_heads + unit.head;
+    const bool last = atomic_add_acq_rel(arrivals, 1) == unsigned(unit.chunks - 1);
+    if (last) *arrivals = 0;
+    *is_last = last;
+  }
+  named_barrier_sync(kFinishing, kThreads);
+  return *is_last != 0;
+}
+
+/// Adds what the warps left in a buffer of shared memory. The result is either final or this chunk's part of it.
+template <int D, bool Capped>
+DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit, int group, int buffer,
+                      int thread) {
+  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
+    const int head = quad * 4 / D;
+    Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; warp++) {
+      const int slot = buffer * kWarps + warp;
+      const float4 output = *reinterpret_cast<const float4*>(shared.outputs + slot * group * D + quad * 4);
+      add<Capped>(total, {output, shared.sums[slot * kMaxGroup + head], shared.maxima[slot * kMaxGroup + head]});
+    }
+    if (unit.chunks == 1) {
+      write_result<D>(p.attention, unit, quad, total);
+      continue;
+    }
+    float* outputs = p.partial_outputs + size_t(unit.index) * size_t(group * D) + quad * 4;
+    *reinterpret_cast<float4*>(outputs) = total.output;
+    if (quad * 4 % D == 0) {
+      float* sums = p.partial_sums + size_t(unit.index) * (2 * kMaxGroup) + head;
+      sums[0] = total.sum;
+      sums[kMaxGroup] = total.maximum;
+    }
+  }
+}
+
+/// A computing warp's way through the block's units.
+template <int D, bool Capped, class Copies>
+DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
+  Loader<D, Copies> loader(units, shared, warp, lane);
+  wait_for_previous_kernels();
+  for (int i = 0; i < units.p.stages; i++) {
+    loader.load_keys();
+    loader.load_values();
+  }
+  Place place = loader.ring;
+  int count = 0;
+  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
+    const Unit unit = units.find(index);
+    Sums<D> sums;
+    clear<D>(sums);
+    run_unit<D, Capped>(sums, loader, place, unit);
+    const int buffer = count % 2;
+    if (count >= 2) named_barrier_sync(kEmpty + buffer, 2 * kThreads);
+    share<D>(sums, shared, loader.group, buffer * kWarps + warp, lane);
+    named_barrier_arrive(kFull + buffer, 2 * kThreads);
+  }
+  Copies::finish();
+}
+
+/// The finishing warps' way through them.
+template <int D, bool Capped>
+DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int thread) {
+  const AttentionDecode& p = units.p;
+  const int group = p.attention.num_heads / p.attention.num_kv_heads;
+  wait_for_previous_kernels();
+  int count = 0;
+  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
+    const Unit unit = units.find(index);
+    const int buffer = count % 2;
+    named_barrier_sync(kFull + buffer, 2 * kThreads);
+    add_warps<D, Capped>(p, shared, unit, group, buffer, thread);
+    if (index + 2 * int(gridDim.x) < units.count) named_barrier_arrive(kEmpty + buffer, 2 * kThreads);
+    if (unit.chunks > 1 && arrives_last(p, shared.scratch, unit, thread)) {
+      merge_chunks<D, Capped>(p, unit, group, thread);
+    }
+  }
+}
+
+template <int D, bool Capped, class Copies>
+DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const DecodeShared<D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads);
+  let_next_kernel_start();
+  // Whoever uses the barriers synchronises in between.
+  if (threadIdx.x == 0) Copies::init(shared_address(shared.barriers), 2 * kWarps * p.stages);
+  const int num_seqs = list_seqs(p, shared.seqs, shared.scratch);
+  const Units units(p, shared.seqs, num_seqs);
+  if (warp < kWarps) compute_units<D, Capped, Copies>(units, shared, warp, lane);
+  else finish_units<D, Capped>(units, shared, int(threadIdx.x) - kThreads);
+}
+
+#define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES)     \
+  KERNEL(NAME##_##D, AttentionDecode, 2 * kThreads, 1) {     \
+    DYNAMIC_SHARED(memory);                                 \
+    attention_decode<D, CAPPED, COPIES<D>>(p, memory);      \
+  }
+/// `NAME_D` and `NAME_capped_D` for every head dimension.
+#define ATTENTION_DECODE(NAME, COPIES)                       \
+  ATTENTION_DECODE_KERNEL(NAME, 64, false, COPIES)           \
+  ATTENTION_DECODE_KERNEL(NAME, 128, false, COPIES)          \
+  ATTENTION_DECODE_KERNEL(NAME, 256, false, COPIES)          \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 64, true, COPIES)   \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 128, true, COPIES)  \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 256, true, COPIES)
