@@ -4,17 +4,26 @@
 
 template <int D>
 struct BulkCopies {
+  static constexpr bool kLoadsEarly = true;
   static DEVICE void init(uint32_t barriers, int count) {
     for (int i = 0; i < count; i++) mbarrier_init(barriers + uint32_t(8 * i), 1);
     fence_mbarrier_init();
   }
   static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
                                int group, int lane) {
+    load_keys_before_queries(place, kv, tile, rows, queries != nullptr, group, lane);
+    if (lane == 0 && queries != nullptr) load_queries(place, queries, group);
+  }
+  /// The place is full when the queries have come, too.
+  static DEVICE void load_keys_before_queries(const Place& place, const bf16* kv, unsigned tile, TileRows rows,
+                                              bool has_queries, int group, int lane) {
     if (lane != 0) return;
-    const uint32_t query_bytes = queries == nullptr ? 0 : uint32_t(group * 2 * D);
-    mbarrier_arrive_expect_tx(place.barrier, bytes_of(rows) + query_bytes);
+    mbarrier_arrive_expect_tx(place.barrier, bytes_of(rows) + (has_queries ? uint32_t(group * 2 * D) : 0));
     load_rows(place.stage, kv, tile, rows, place.barrier);
-    if (query_bytes > 0) bulk_copy(place.stage + 2 * kTileBytes, queries, query_bytes, place.barrier);
+  }
+  /// One lane.
+  static DEVICE void load_queries(const Place& place, const bf16* queries, int group) {
+    bulk_copy(place.stage + 2 * kTileBytes, queries, uint32_t(group * 2 * D), place.barrier);
   }
   static DEVICE void load_values(const Place& place, const bf16* kv, unsigned tile, TileRows rows, int lane) {
     if (lane != 0) return;

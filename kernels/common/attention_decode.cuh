@@ -7,9 +7,11 @@
 // together read whole pages, not one head's part of many, which all lie at the same distance and meet in the same memory
 // channels. In a unit four warps take 16-position tiles in turn,
 // each with a ring of stages of its own: nothing but the end of a unit brings them together, and a warp's loads for the
-// next unit are under way while this one is computed. Four more warps add up what those leave in shared memory (in two
-// buffers) and write it out, so that no load ever waits for that. Whichever block finishes the last chunk of a
-// (sequence, kv head) adds all its partial sums in chunk order and writes the result.
+// next unit are under way while this one is computed. Four more warps finish units: they add up what those leave in shared
+// memory (in two buffers) and write it out. That takes as long as several units under a full memory system, a round trip
+// for the sums and one for the counter; so each warp finishes every fourth unit alone, and no load ever waits for it.
+// Whichever block finishes the last chunk of a (sequence, kv head) adds all its partial sums in chunk order and writes
+// the result.
 //
 // A tile's products run on tensor cores, for any group of up to 8 query heads at the same cost:
 //   S [heads][16 keys] = Q K^T   Q is the A operand (rows 8-15 are zero), kept in registers; K the B operand;
@@ -40,8 +42,11 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kMaxGroup = 8;
 constexpr int kMaxStages = 8;
 constexpr float kNoScore = -INFINITY;
-/// Named barriers: two buffers are full, two are empty; the finishing warps among themselves.
-constexpr int kFull = 1, kEmpty = 3, kFinishing = 5;
+/// Buffers between the warps that compute and those that finish.
+constexpr int kBuffers = 2;
+/// Named barriers, of a block's every fourth unit: its buffer is full, its buffer is empty again. Then: the finishing
+/// warps among themselves.
+constexpr int kFull = 1, kEmpty = kFull + kWarps, kFinishing = kEmpty + kWarps;
 
 /// What a block must know of a sequence.
 struct __align__(16) SeqEntry {
@@ -87,6 +92,7 @@ struct Unit {
   int end;
   int query_row;
   int block_start;
+  int context;  // of the sequence
 };
 
 /// Number of the chunk that the window of a sequence's last token starts in.
@@ -147,7 +153,7 @@ struct Units {
       : p(params), seqs(entries), num_seqs(num_entries), count(entries[num_entries].first_unit) {}
 
   DEVICE Unit find(int index) const {
-    if (index >= count) return {index, 0, 0, 0, 0, 0, 0, 0, 0};
+    if (index >= count) return {index, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     int low = 0, high = num_seqs;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -162,7 +168,7 @@ struct Units {
     const int start = (first_chunk(p, entry.context) + chunk) << p.chunk_shift;
     const int first = max(start, entry.context - p.attention.window);
     const int end = min(entry.context, start + (1 << p.chunk_shift));
-    return {index, low, head, chunk, chunks, first, end, entry.query_row, entry.block_start};
+    return {index, low, head, chunk, chunks, first, end, entry.query_row, entry.block_start, entry.context};
   }
 };
 
@@ -193,6 +199,7 @@ struct TileRows {
 /// Tiles by cp.async, 16 bytes a thread. Loads are told apart by the order they are made in: one of K, one of V, ...
 template <int D>
 struct SmallCopies {
+  static constexpr bool kLoadsEarly = false;
   static DEVICE void init(uint32_t, int) {}
   static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
                                int group, int lane) {
@@ -227,6 +234,8 @@ struct SmallCopies {
         return cp_async_wait<15>();
     }
   }
+  static DEVICE void load_keys_before_queries(const Place&, const bf16*, unsigned, TileRows, bool, int, int) {}
+  static DEVICE void load_queries(const Place&, const bf16*, int) {}
   static DEVICE void clear_values(const Place&, TileRows, int) {}
   static DEVICE void finish() { cp_async_wait<0>(); }
 };
@@ -248,9 +257,10 @@ struct Loader {
   int position;
   int first, end;
   unsigned tiles;
+  int context;
   const bf16* queries;  // null once they are loaded
   int next_index;
-  int next_first, next_end;
+  int next_first, next_end, next_context;
   unsigned next_tiles;
   const bf16* next_queries;
 
@@ -272,6 +282,7 @@ struct Loader {
     next_index = index;
     next_first = unit.first;
     next_end = unit.end;
+    next_context = unit.context;
     next_queries = a.qkv + size_t(unit.query_row) * size_t(a.num_heads + 2 * a.num_kv_heads) * D +
                    size_t(unit.head * group) * D;
     const int at = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
@@ -285,6 +296,7 @@ struct Loader {
     do {
       first = next_first;
       end = next_end;
+      context = next_context;
       tiles = next_tiles;
       queries = next_queries;
       if (first == end) return;
@@ -310,7 +322,32 @@ struct Loader {
     }
     Copies::commit();
   }
-  /// Values of the same tile.
+  /// Fills the ring, and not only when the kernels before are done: keys and values of earlier steps are there since those
+  /// ended, and no kernel of this one began before. Queries and the step's own token must wait.
+  DEVICE void fill() {
+    const bf16* late = nullptr;  // lane i: the queries that stage i lacks
+    int filled = 0;
+    if (Copies::kLoadsEarly) {
+      for (; filled < p.stages && !done() && position + kTile < context; filled++) {
+        const TileRows rows(position, first, end);
+        Copies::load_keys_before_queries(next, p.attention.kv, tile(), rows, queries != nullptr, group, lane);
+        if (lane == filled) late = queries;
+        queries = nullptr;
+        load_values();
+      }
+    }
+    wait_for_previous_kernels();
+    if (late != nullptr) {
+      const uint32_t own = uint32_t(lane);
+      Copies::load_queries({ring.stage + own * stage_bytes, ring.barrier + 16 * own, 0}, late, group);
+    }
+    __syncwarp();
+    for (; filled < p.stages; filled++) {
+      load_keys();
+      load_values();
+    }
+  }
+  /// Values of the tile whose keys were loaded last.
   DEVICE void load_values() {
     if (!done()) {
       const unsigned values = tile() + value_tile_offset(p.attention);
@@ -532,43 +569,64 @@ DEVICE float4 read_partial(const float* from) {
   return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
 }
 
-/// Adds the chunks of a (sequence, kv head) in their order and writes the result.
-template <int D, bool Capped>
+/// Adds the chunks of a (sequence, kv head) in their order and writes the result: one of `Threads` threads.
+template <int D, bool Capped, int Threads>
 DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, int thread) {
+  constexpr int kQuads = kThreads / Threads;  // taken together, to have enough reads under way
   const size_t heads = size_t(p.attention.num_kv_heads), first = size_t(unit.index) - unit.chunk * heads;
   const size_t stride = heads * size_t(group) * D, sums_stride = heads * 2 * kMaxGroup;
-  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
-    Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
-    const float* outputs = p.partial_outputs + first * size_t(group * D) + quad * 4;
-    const float* sums = p.partial_sums + first * (2 * kMaxGroup) + quad * 4 / D;
-#pragma unroll 16
+  const int quads = group * D / 4;
+  for (int begin = thread; begin < quads; begin += kThreads) {
+    Part totals[kQuads];
+#pragma unroll
+    for (int i = 0; i < kQuads; i++) totals[i] = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
+    const float* outputs = p.partial_outputs + first * size_t(group * D) + begin * 4;
+    const float* sums = p.partial_sums + first * (2 * kMaxGroup);
+#pragma unroll(32 / kQuads)
     for (int chunk = 0; chunk < unit.chunks; chunk++) {
-      const Part part = {read_partial(outputs + chunk * stride), load_l2(sums + chunk * sums_stride),
-                         Capped ? 0.0f : load_l2(sums + chunk * sums_stride + kMaxGroup)};
-      add<Capped>(total, part);
+#pragma unroll
+      for (int i = 0; i < kQuads; i++) {
+        const int quad = begin + i * Threads;
+        if (quad >= quads) continue;
+        const float* of_head = sums + chunk * sums_stride + quad * 4 / D;
+        const Part part = {read_partial(outputs + chunk * stride + i * Threads * 4), load_l2(of_head),
+                           Capped ? 0.0f : load_l2(of_head + kMaxGroup)};
+        add<Capped>(totals[i], part);
+      }
     }
-    write_result<D>(p.attention, unit, quad, total);
+#pragma unroll
+    for (int i = 0; i < kQuads; i++) {
+      const int quad = begin + i * Threads;
+      if (quad < quads) write_result<D>(p.attention, unit, quad, totals[i]);
+    }
   }
 }
 
+template <int Threads>
+DEVICE void synchronize_team() {
+  if (Threads == 32) __syncwarp();
+  else named_barrier_sync(kFinishing, Threads);
+}
+
 /// Whether this block is the last of the unit's (sequence, kv head) to leave its partial sums.
+template <int Threads>
 DEVICE bool arrives_last(const AttentionDecode& p, int* is_last, const Unit& unit, int thread) {
-  named_barrier_sync(kFinishing, kThreads);
+  synchronize_team<Threads>();
   if (thread == 0) {
     unsigned* arrivals = p.arrivals + unit.seq * p.attention.num_kv_heads + unit.head;
     const bool last = atomic_add_acq_rel(arrivals, 1) == unsigned(unit.chunks - 1);
     if (last) *arrivals = 0;
     *is_last = last;
   }
-  named_barrier_sync(kFinishing, kThreads);
+  synchronize_team<Threads>();
   return *is_last != 0;
 }
 
 /// Adds what the warps left in a buffer of shared memory. The result is either final or this chunk's part of it.
-template <int D, bool Capped>
+template <int D, bool Capped, int Threads>
 DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit, int group, int buffer,
                       int thread) {
-  for (int quad = thread; quad < group * D / 4; quad += kThreads) {
+  for (int quad = thread; quad < group * D / 4; quad += Threads) {
     const int head = quad * 4 / D;
     Part total = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
 #pragma unroll
@@ -591,15 +649,11 @@ DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, c
   }
 }
 
-/// A computing warp's way through the block's units.
-template <int D, bool Capped, class Copies>
+/// A computing warp's way through the block's units, each of which `Threads` threads finish.
+template <int D, bool Capped, class Copies, int Threads>
 DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
   Loader<D, Copies> loader(units, shared, warp, lane);
-  wait_for_previous_kernels();
-  for (int i = 0; i < units.p.stages; i++) {
-    loader.load_keys();
-    loader.load_values();
-  }
+  loader.fill();
   Place place = loader.ring;
   int count = 0;
   for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
@@ -607,31 +661,40 @@ DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int
     Sums<D> sums;
     clear<D>(sums);
     run_unit<D, Capped>(sums, loader, place, unit);
-    const int buffer = count % 2;
-    if (count >= 2) named_barrier_sync(kEmpty + buffer, 2 * kThreads);
-    share<D>(sums, shared, loader.group, buffer * kWarps + warp, lane);
-    named_barrier_arrive(kFull + buffer, 2 * kThreads);
+    if (count >= kBuffers) named_barrier_sync(kEmpty + (count - kBuffers) % kWarps, kThreads + Threads);
+    share<D>(sums, shared, loader.group, count % kBuffers * kWarps + warp, lane);
+    named_barrier_arrive(kFull + count % kWarps, kThreads + Threads);
   }
   Copies::finish();
 }
 
-/// The finishing warps' way through them.
-template <int D, bool Capped>
+/// The finishing warps' way through them: teams of `Threads` take turns.
+template <int D, bool Capped, int Threads>
 DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int thread) {
   const AttentionDecode& p = units.p;
   const int group = p.attention.num_heads / p.attention.num_kv_heads;
+  const int team = thread / Threads, member = thread % Threads;
   wait_for_previous_kernels();
   int count = 0;
   for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
+    if (count % (kThreads / Threads) != team) continue;
     const Unit unit = units.find(index);
-    const int buffer = count % 2;
-    named_barrier_sync(kFull + buffer, 2 * kThreads);
-    add_warps<D, Capped>(p, shared, unit, group, buffer, thread);
-    if (index + 2 * int(gridDim.x) < units.count) named_barrier_arrive(kEmpty + buffer, 2 * kThreads);
-    if (unit.chunks > 1 && arrives_last(p, shared.scratch, unit, thread)) {
-      merge_chunks<D, Capped>(p, unit, group, thread);
+    named_barrier_sync(kFull + count % kWarps, kThreads + Threads);
+    add_warps<D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
+    if (index + kBuffers * int(gridDim.x) < units.count) {
+      named_barrier_arrive(kEmpty + count % kWarps, kThreads + Threads);
+    }
+    if (unit.chunks > 1 && arrives_last<Threads>(p, shared.scratch + team, unit, member)) {
+      merge_chunks<D, Capped, Threads>(p, unit, group, member);
     }
   }
+}
+
+/// A block's units; `Threads` threads finish each.
+template <int D, bool Capped, class Copies, int Threads>
+DEVICE void run_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
+  if (warp < kWarps) compute_units<D, Capped, Copies, Threads>(units, shared, warp, lane);
+  else finish_units<D, Capped, Threads>(units, shared, int(threadIdx.x) - kThreads);
 }
 
 template <int D, bool Capped, class Copies>
@@ -643,8 +706,9 @@ DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
   if (threadIdx.x == 0) Copies::init(shared_address(shared.barriers), 2 * kWarps * p.stages);
   const int num_seqs = list_seqs(p, shared.seqs, shared.scratch);
   const Units units(p, shared.seqs, num_seqs);
-  if (warp < kWarps) compute_units<D, Capped, Copies>(units, shared, warp, lane);
-  else finish_units<D, Capped>(units, shared, int(threadIdx.x) - kThreads);
+  // A block's only unit is finished by all: nothing else is to be done meanwhile.
+  if (units.count <= int(gridDim.x)) run_units<D, Capped, Copies, kThreads>(units, shared, warp, lane);
+  else run_units<D, Capped, Copies, 32>(units, shared, warp, lane);
 }
 
 #define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES)     \
