@@ -255,11 +255,13 @@ fn first_rows(count: usize) -> Vec<usize> {
 
 fn assert_close(fixture: &Fixture, tiling: &Tiling, got: &[f32], finish: impl Fn(f64) -> f64) {
     let rounding = if tiling.is_wide { 1e-6 } else { 1.0 / 256.0 };
+    // A tensor core's sums of e4m3 products are off by up to 2.3e-3 of the sum of magnitudes (tests/gpu/probes.cu).
+    let summing = if on_gpu() && tiling.element == Element::E4m3 { 3e-3 } else { 1e-5 };
     for (index, got) in got.iter().enumerate() {
         let (row, column) = (index / COLUMNS, index % COLUMNS);
         let [sum, magnitude] = fixture.want(row, column);
         let want = finish(sum);
-        let tolerance = want.abs() * rounding + magnitude * 1e-5;
+        let tolerance = want.abs() * rounding + magnitude * summing;
         assert!(
             (f64::from(*got) - want).abs() <= tolerance,
             "{} row {row} column {column}: {got} is not {want}",
@@ -281,10 +283,13 @@ fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
     }
 }
 
+fn on_gpu() -> bool {
+    std::env::var("LAPIDARY_TEST_DEVICE").is_ok_and(|device| device == "gpu")
+}
+
 /// On a GPU mma.sync and wgmma may sum the products of one instruction differently.
 fn share_bits(a: &Tiling, b: &Tiling) -> bool {
-    let on_gpu = std::env::var("LAPIDARY_TEST_DEVICE").is_ok_and(|device| device == "gpu");
-    !on_gpu || (a.work == Work::BlockPerTile) == (b.work == Work::BlockPerTile)
+    !on_gpu() || (a.work == Work::BlockPerTile) == (b.work == Work::BlockPerTile)
 }
 
 fn every_tiling_agrees(format: Format) {
