@@ -4,44 +4,46 @@
 
 template <int D>
 struct BulkCopies {
+  /// With the soft-cap; a running maximum takes too many registers.
+  static constexpr int kMinBlocks = 2;
   static constexpr bool kLoadsEarly = true;
   static DEVICE void init(uint32_t barriers, int count) {
     for (int i = 0; i < count; i++) mbarrier_init(barriers + uint32_t(8 * i), 1);
     fence_mbarrier_init();
   }
-  static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
+  static DEVICE void load_keys(Stage to, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
                                int group, int lane) {
-    load_keys_before_queries(place, kv, tile, rows, queries != nullptr, group, lane);
-    if (lane == 0 && queries != nullptr) load_queries(place, queries, group);
+    load_keys_before_queries(to, kv, tile, rows, queries != nullptr, group, lane);
+    if (lane == 0 && queries != nullptr) load_queries(to, queries, group);
   }
   /// The place is full when the queries have come, too.
-  static DEVICE void load_keys_before_queries(const Place& place, const bf16* kv, unsigned tile, TileRows rows,
+  static DEVICE void load_keys_before_queries(Stage to, const bf16* kv, unsigned tile, TileRows rows,
                                               bool has_queries, int group, int lane) {
     if (lane != 0) return;
-    mbarrier_arrive_expect_tx(place.barrier, bytes_of(rows) + (has_queries ? uint32_t(group * 2 * D) : 0));
-    load_rows(place.stage, kv, tile, rows, place.barrier);
+    mbarrier_arrive_expect_tx(to.barrier, bytes_of(rows) + (has_queries ? uint32_t(group * 2 * D) : 0));
+    load_rows(to.keys, kv, tile, rows, to.barrier);
   }
   /// One lane.
-  static DEVICE void load_queries(const Place& place, const bf16* queries, int group) {
-    bulk_copy(place.stage + 2 * kTileBytes, queries, uint32_t(group * 2 * D), place.barrier);
+  static DEVICE void load_queries(Stage to, const bf16* queries, int group) {
+    bulk_copy(to.keys + 2 * kTileBytes, queries, uint32_t(group * 2 * D), to.barrier);
   }
-  static DEVICE void load_values(const Place& place, const bf16* kv, unsigned tile, TileRows rows, int lane) {
+  static DEVICE void load_values(Stage to, const bf16* kv, unsigned tile, TileRows rows, int lane) {
     if (lane != 0) return;
-    mbarrier_arrive_expect_tx(place.barrier + 8, bytes_of(rows));
-    load_rows(place.stage + kTileBytes, kv, tile, rows, place.barrier + 8);
+    mbarrier_arrive_expect_tx(to.barrier + 8, bytes_of(rows));
+    load_rows(to.keys + kTileBytes, kv, tile, rows, to.barrier + 8);
   }
   static DEVICE void commit() {}
   /// The place's load of keys or values.
-  static DEVICE void wait(const Place& place, int is_value, int) {
-    mbarrier_wait(place.barrier + uint32_t(8 * is_value), place.parity);
+  static DEVICE void wait(Stage to, uint32_t parity, int is_value, int) {
+    mbarrier_wait(to.barrier + uint32_t(8 * is_value), parity);
   }
   /// Zeros for values that are not the unit's: their probabilities are zero, what lies there may be no number.
-  static DEVICE void clear_values(const Place& place, TileRows rows, int lane) {
+  static DEVICE void clear_values(Stage to, TileRows rows, int lane) {
     if (rows.end - rows.first == kTile) return;
     constexpr int kChunks = D / 8;
     for (int i = lane; i < kTile * kChunks; i += 32) {
       const int row = i / kChunks;
-      if (row < rows.first || row >= rows.end) store_zeros_16(place.stage + kTileBytes + uint32_t(16 * i));
+      if (row < rows.first || row >= rows.end) store_zeros_16(to.keys + kTileBytes + uint32_t(16 * i));
     }
     // A later bulk copy writes there.
     fence_proxy_async();

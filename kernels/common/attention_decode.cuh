@@ -7,9 +7,10 @@
 // together read whole pages, not one head's part of many, which all lie at the same distance and meet in the same memory
 // channels. In a unit four warps take 16-position tiles in turn,
 // each with a ring of stages of its own: nothing but the end of a unit brings them together, and a warp's loads for the
-// next unit are under way while this one is computed. Four more warps finish units: they add up what those leave in shared
-// memory (in two buffers) and write it out. That takes as long as several units under a full memory system, a round trip
-// for the sums and one for the counter; so each warp finishes every fourth unit alone, and no load ever waits for it.
+// next unit are under way while this one is computed. Two more warps finish units: they add up what those leave in shared
+// memory (in two buffers) and write it out. That takes longer than a unit under a full memory system, a round trip for the
+// sums and one for the counter; so they take turns, and no load ever waits for them. A block has at most half of an SM's
+// shared memory and registers: the next kernel's weights stream in beside it, and its keys beside the kernel before.
 // Whichever block finishes the last chunk of a (sequence, kv head) adds all its partial sums in chunk order and writes
 // the result.
 //
@@ -36,8 +37,11 @@ struct AttentionDecode {
 };
 
 constexpr int kWarps = 4;
-/// Of either kind: those that compute, those that finish units.
 constexpr int kThreads = kWarps * 32;
+/// Warps that finish units.
+constexpr int kFinishers = 2;
+constexpr int kFinishThreads = kFinishers * 32;
+constexpr int kAllThreads = kThreads + kFinishThreads;
 /// Query heads a kv head may have.
 constexpr int kMaxGroup = 8;
 constexpr int kMaxStages = 8;
@@ -110,7 +114,7 @@ DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals)
   const int num_seqs = load_l2(&step.counts->num_seqs);
   int total = 0;
   // The first round does not wait for the number of sequences.
-  for (int base = 0; base == 0 || base < num_seqs; base += 2 * kThreads) {
+  for (int base = 0; base == 0 || base < num_seqs; base += kAllThreads) {
     const int seq = base + int(threadIdx.x);
     SeqEntry entry = {0, 1, 0, 0};
     int units = 0;
@@ -129,7 +133,7 @@ DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals)
     if (lane == 31) warp_totals[warp] = inclusive;
     __syncthreads();
     int before = total;
-    for (int other = 0; other < 2 * kWarps; other++) {
+    for (int other = 0; other < kWarps + kFinishers; other++) {
       if (other == warp) entry.first_unit = before + inclusive - units;
       before += warp_totals[other];
     }
@@ -174,19 +178,21 @@ struct Units {
 
 /// A place in a warp's ring of stages.
 struct Place {
-  uint32_t stage;    // K, V, Q
-  uint32_t barrier;  // of K; that of V follows
-  uint32_t parity;   // of the phase that the stage's next load ends
+  int stage = 0;
+  uint32_t parity = 0;  // of the phase that the stage's next load ends
 
-  DEVICE void advance(const Place& begin, uint32_t end, uint32_t stage_bytes) {
-    stage += stage_bytes;
-    barrier += 16;
-    if (stage == end) {
-      stage = begin.stage;
-      barrier = begin.barrier;
+  DEVICE void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
       parity ^= 1;
     }
   }
+};
+
+/// A stage in shared memory.
+struct Stage {
+  uint32_t keys;     // K, V, Q
+  uint32_t barrier;  // of K; that of V follows
 };
 
 /// Rows of a tile that belong to its unit: [first, end).
@@ -199,22 +205,24 @@ struct TileRows {
 /// Tiles by cp.async, 16 bytes a thread. Loads are told apart by the order they are made in: one of K, one of V, ...
 template <int D>
 struct SmallCopies {
+  /// With the addresses of all those copies, half of an SM's registers would not do.
+  static constexpr int kMinBlocks = 1;
   static constexpr bool kLoadsEarly = false;
   static DEVICE void init(uint32_t, int) {}
-  static DEVICE void load_keys(const Place& place, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries,
-                               int group, int lane) {
-    load_tile<D, PlainRows<D>>(place.stage, 0, kv, tile, lane, rows.first, rows.end);
+  static DEVICE void load_keys(Stage to, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries, int group,
+                               int lane) {
+    load_tile<D, PlainRows<D>>(to.keys, 0, kv, tile, lane, rows.first, rows.end);
     if (queries == nullptr) return;
-    const uint32_t to = place.stage + 2 * DecodeShared<D>::kTileBytes;
-    for (int i = lane; i < group * (D / 8); i += 32) cp_async_16(to + uint32_t(16 * i), queries + i * 8, true);
+    const uint32_t at = to.keys + 2 * DecodeShared<D>::kTileBytes;
+    for (int i = lane; i < group * (D / 8); i += 32) cp_async_16(at + uint32_t(16 * i), queries + i * 8, true);
   }
-  static DEVICE void load_values(const Place& place, const bf16* kv, unsigned tile, TileRows rows, int lane) {
-    load_tile<D, PlainRows<D>>(place.stage + DecodeShared<D>::kTileBytes, 0, kv, tile, lane, rows.first, rows.end);
+  static DEVICE void load_values(Stage to, const bf16* kv, unsigned tile, TileRows rows, int lane) {
+    load_tile<D, PlainRows<D>>(to.keys + DecodeShared<D>::kTileBytes, 0, kv, tile, lane, rows.first, rows.end);
   }
   /// After every load, also one that found nothing left.
   static DEVICE void commit() { cp_async_commit(); }
   /// The oldest load: all but the newest 2 * stages - 1.
-  static DEVICE void wait(const Place&, int, int stages) {
+  static DEVICE void wait(Stage, uint32_t, int, int stages) {
     switch (stages) {
       case 1:
         return cp_async_wait<1>();
@@ -234,9 +242,9 @@ struct SmallCopies {
         return cp_async_wait<15>();
     }
   }
-  static DEVICE void load_keys_before_queries(const Place&, const bf16*, unsigned, TileRows, bool, int, int) {}
-  static DEVICE void load_queries(const Place&, const bf16*, int) {}
-  static DEVICE void clear_values(const Place&, TileRows, int) {}
+  static DEVICE void load_keys_before_queries(Stage, const bf16*, unsigned, TileRows, bool, int, int) {}
+  static DEVICE void load_queries(Stage, const bf16*, int) {}
+  static DEVICE void clear_values(Stage, TileRows, int) {}
   static DEVICE void finish() { cp_async_wait<0>(); }
 };
 
@@ -248,57 +256,50 @@ struct Loader {
   int warp;
   int lane;
   int group;
-  uint32_t stage_bytes;
-  Place ring;
-  uint32_t ring_end;
+  Stage ring;  // its first
   Place next;  // where the next tile goes
 
   // The unit being loaded. Lane i knows where its tile i lies; so for the next one, to hide that look-up's latency.
   int position;
   int first, end;
   unsigned tiles;
-  int context;
-  const bf16* queries;  // null once they are loaded
+  unsigned queries;  // in 16 bytes from the step's first; kNoQueries once they are loaded
   int next_index;
-  int next_first, next_end, next_context;
   unsigned next_tiles;
-  const bf16* next_queries;
+  static constexpr unsigned kNoQueries = ~0u;
 
   DEVICE Loader(const Units& all, const DecodeShared<D>& shared, int w, int l)
       : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads) {
-    stage_bytes = uint32_t(shared.stage_bytes);
-    const uint32_t bytes = uint32_t(p.stages) * stage_bytes;
-    ring = {shared_address(shared.ring) + uint32_t(warp) * bytes,
-            shared_address(shared.barriers + 2 * warp * p.stages), 0};
-    ring_end = ring.stage + bytes;
-    next = ring;
+    ring = {shared_address(shared.ring + warp * p.stages * shared.stage_bytes),
+            shared_address(shared.barriers + 2 * warp * p.stages)};
     look_up(int(blockIdx.x));
     next_unit();
+  }
+
+  DEVICE Stage at(int stage) const {
+    const int stage_bytes = (2 * kTile + group) * 2 * D;
+    return {ring.keys + uint32_t(stage * stage_bytes), ring.barrier + uint32_t(16 * stage)};
   }
 
   DEVICE void look_up(int index) {
     const Attention& a = p.attention;
     const Unit unit = units.find(index);
     next_index = index;
-    next_first = unit.first;
-    next_end = unit.end;
-    next_context = unit.context;
-    next_queries = a.qkv + size_t(unit.query_row) * size_t(a.num_heads + 2 * a.num_kv_heads) * D +
-                   size_t(unit.head * group) * D;
-    const int at = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
     next_tiles = 0;
-    if (at + kTile > unit.first && at < unit.end) {
-      next_tiles = key_tile(a, a.step.block_ids + unit.block_start, unit.head, at);
+    const int tile_position = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
+    if (tile_position + kTile > unit.first && tile_position < unit.end) {
+      next_tiles = key_tile(a, a.step.block_ids + unit.block_start, unit.head, tile_position);
     }
   }
   /// Moves to the next unit that has a tile for this warp; `first == end` if there is none.
   DEVICE void next_unit() {
+    const Attention& a = p.attention;
     do {
-      first = next_first;
-      end = next_end;
-      context = next_context;
+      const Unit unit = units.find(next_index);
+      first = unit.first;
+      end = unit.end;
       tiles = next_tiles;
-      queries = next_queries;
+      queries = unsigned((unit.query_row * (a.num_heads + 2 * a.num_kv_heads) + unit.head * group) * (D / 8));
       if (first == end) return;
       position = first_tile(first, warp);
       look_up(next_index + int(gridDim.x));
@@ -317,29 +318,29 @@ struct Loader {
   /// Keys of the next tile, and the queries that a unit begins with.
   DEVICE void load_keys() {
     if (!done()) {
-      Copies::load_keys(next, p.attention.kv, tile(), TileRows(position, first, end), queries, group, lane);
-      queries = nullptr;
+      const bf16* from = queries == kNoQueries ? nullptr : p.attention.qkv + size_t(queries) * 8;
+      Copies::load_keys(at(next.stage), p.attention.kv, tile(), TileRows(position, first, end), from, group, lane);
+      queries = kNoQueries;
     }
     Copies::commit();
   }
   /// Fills the ring, and not only when the kernels before are done: keys and values of earlier steps are there since those
   /// ended, and no kernel of this one began before. Queries and the step's own token must wait.
   DEVICE void fill() {
-    const bf16* late = nullptr;  // lane i: the queries that stage i lacks
+    unsigned late = kNoQueries;  // lane i: the queries that stage i lacks
     int filled = 0;
     if (Copies::kLoadsEarly) {
-      for (; filled < p.stages && !done() && position + kTile < context; filled++) {
+      for (; filled < p.stages && !done() && position + kTile < this_context(); filled++) {
         const TileRows rows(position, first, end);
-        Copies::load_keys_before_queries(next, p.attention.kv, tile(), rows, queries != nullptr, group, lane);
+        Copies::load_keys_before_queries(at(next.stage), p.attention.kv, tile(), rows, queries != kNoQueries, group, lane);
         if (lane == filled) late = queries;
-        queries = nullptr;
+        queries = kNoQueries;
         load_values();
       }
     }
     wait_for_previous_kernels();
-    if (late != nullptr) {
-      const uint32_t own = uint32_t(lane);
-      Copies::load_queries({ring.stage + own * stage_bytes, ring.barrier + 16 * own, 0}, late, group);
+    if (late != kNoQueries) {
+      Copies::load_queries(at(lane), p.attention.qkv + size_t(late) * 8, group);
     }
     __syncwarp();
     for (; filled < p.stages; filled++) {
@@ -347,18 +348,19 @@ struct Loader {
       load_values();
     }
   }
+  /// Of the sequence whose unit is being loaded.
+  DEVICE int this_context() const { return units.find(next_index - int(gridDim.x)).context; }
   /// Values of the tile whose keys were loaded last.
   DEVICE void load_values() {
     if (!done()) {
       const unsigned values = tile() + value_tile_offset(p.attention);
-      Copies::load_values(next, p.attention.kv, values, TileRows(position, first, end), lane);
-      advance(next);
+      Copies::load_values(at(next.stage), p.attention.kv, values, TileRows(position, first, end), lane);
+      next.advance(p.stages);
       position += kWarps * kTile;
       if (position >= end) next_unit();
     }
     Copies::commit();
   }
-  DEVICE void advance(Place& place) const { place.advance(ring, ring_end, stage_bytes); }
 };
 
 /// A warp's sums over its tiles of a unit. Lane l: head l / 4 in `sum` (its own keys' part) and `maximum`; heads
@@ -483,20 +485,21 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
   for (int position = first; position < unit.end; position += kWarps * kTile) {
     float s[4];
     uint32_t probabilities[2];
-    Copies::wait(place, 0, p.stages);
+    const Stage stage = loader.at(place.stage);
+    Copies::wait(stage, place.parity, 0, p.stages);
     __syncwarp();
-    if (position == first) read_queries<D>(q, place.stage + 2 * kTileBytes, loader.group, lane);
-    score<D>(s, q, place.stage + offset);
+    if (position == first) read_queries<D>(q, stage.keys + 2 * kTileBytes, loader.group, lane);
+    score<D>(s, q, stage.keys + offset);
     __syncwarp();
     loader.load_keys();
     weigh<D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
-    Copies::wait(place, 1, p.stages);
-    Copies::clear_values(place, TileRows(position, unit.first, unit.end), lane);
+    Copies::wait(stage, place.parity, 1, p.stages);
+    Copies::clear_values(stage, TileRows(position, unit.first, unit.end), lane);
     __syncwarp();
-    accumulate<D>(sums, probabilities, place.stage + kTileBytes + offset);
+    accumulate<D>(sums, probabilities, stage.keys + kTileBytes + offset);
     __syncwarp();
     loader.load_values();
-    loader.advance(place);
+    place.advance(p.stages);
   }
 }
 
@@ -572,17 +575,17 @@ DEVICE float4 read_partial(const float* from) {
 /// Adds the chunks of a (sequence, kv head) in their order and writes the result: one of `Threads` threads.
 template <int D, bool Capped, int Threads>
 DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, int thread) {
-  constexpr int kQuads = kThreads / Threads;  // taken together, to have enough reads under way
+  constexpr int kQuads = 128 / Threads;  // taken together, to have enough reads under way
   const size_t heads = size_t(p.attention.num_kv_heads), first = size_t(unit.index) - unit.chunk * heads;
   const size_t stride = heads * size_t(group) * D, sums_stride = heads * 2 * kMaxGroup;
   const int quads = group * D / 4;
-  for (int begin = thread; begin < quads; begin += kThreads) {
+  for (int begin = thread; begin < quads; begin += kQuads * Threads) {
     Part totals[kQuads];
 #pragma unroll
     for (int i = 0; i < kQuads; i++) totals[i] = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
     const float* outputs = p.partial_outputs + first * size_t(group * D) + begin * 4;
     const float* sums = p.partial_sums + first * (2 * kMaxGroup);
-#pragma unroll(32 / kQuads)
+#pragma unroll(16 / kQuads)
     for (int chunk = 0; chunk < unit.chunks; chunk++) {
 #pragma unroll
       for (int i = 0; i < kQuads; i++) {
@@ -654,7 +657,7 @@ template <int D, bool Capped, class Copies, int Threads>
 DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
   Loader<D, Copies> loader(units, shared, warp, lane);
   loader.fill();
-  Place place = loader.ring;
+  Place place;
   int count = 0;
   for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
     const Unit unit = units.find(index);
@@ -677,7 +680,7 @@ DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int 
   wait_for_previous_kernels();
   int count = 0;
   for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
-    if (count % (kThreads / Threads) != team) continue;
+    if (count % (kFinishThreads / Threads) != team) continue;
     const Unit unit = units.find(index);
     named_barrier_sync(kFull + count % kWarps, kThreads + Threads);
     add_warps<D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
@@ -707,12 +710,12 @@ DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
   const int num_seqs = list_seqs(p, shared.seqs, shared.scratch);
   const Units units(p, shared.seqs, num_seqs);
   // A block's only unit is finished by all: nothing else is to be done meanwhile.
-  if (units.count <= int(gridDim.x)) run_units<D, Capped, Copies, kThreads>(units, shared, warp, lane);
+  if (units.count <= int(gridDim.x)) run_units<D, Capped, Copies, kFinishThreads>(units, shared, warp, lane);
   else run_units<D, Capped, Copies, 32>(units, shared, warp, lane);
 }
 
 #define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES)     \
-  KERNEL(NAME##_##D, AttentionDecode, 2 * kThreads, 1) {     \
+  KERNEL(NAME##_##D, AttentionDecode, kAllThreads, (CAPPED) ? COPIES<D>::kMinBlocks : 1) { \
     DYNAMIC_SHARED(memory);                                 \
     attention_decode<D, CAPPED, COPIES<D>>(p, memory);      \
   }

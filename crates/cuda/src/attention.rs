@@ -16,8 +16,10 @@ mod tests;
 
 /// Keys that the kernels load at a time; blocks are a multiple of it.
 const KEY_TILE: usize = 16;
-/// Warps of a block of the decode kernel that compute; as many finish units.
+/// Warps of a block of the decode kernel that compute.
 const DECODE_WARPS: usize = 4;
+/// With those that finish units.
+const DECODE_THREADS: u32 = (DECODE_WARPS as u32 + 2) * 32;
 /// Query heads of a kv head that the decode kernel has room for.
 const MAX_GROUP: usize = 8;
 /// Above it exp(cap), and sums of it, come near what f32 can hold.
@@ -76,13 +78,15 @@ pub struct DecodeTuning {
 }
 
 impl DecodeTuning {
-    /// Fills an SM's shared memory with loads under way.
+    /// Fills half of an SM's shared memory with loads under way: the kernels before and after have the other half. Where
+    /// not even one stage fits there, one stage.
     fn new(head_dim: usize, group: usize, max_seqs: usize, block_limit: usize) -> Self {
-        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - Self::shared_bytes(0, head_dim, group, max_seqs);
         let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
+        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
+        let room = block_limit.min(HALF_SHARED_BYTES).saturating_sub(fixed);
         Self {
             chunk: 128,
-            stages: (block_limit.saturating_sub(fixed) / stage).clamp(1, 8),
+            stages: (room / stage).clamp(1, 8),
         }
     }
 
@@ -212,7 +216,7 @@ impl Attention {
             return Err(BackendError::Unsupported(what));
         }
         let mut attention = Self {
-            decode: device.kernel(names.decode(is_hopper), (2 * DECODE_WARPS * 32) as u32)?,
+            decode: device.kernel(names.decode(is_hopper), DECODE_THREADS)?,
             tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
             multiprocessors: device.multiprocessors(),
             config,
@@ -478,6 +482,8 @@ fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
 }
 
 const LARGE_SHARED_BYTES: usize = 227 << 10;
+/// Two blocks of so much fit on a multiprocessor of those.
+const HALF_SHARED_BYTES: usize = 113 << 10;
 
 /// Shared memory a block may have.
 fn shared_limit(compute_capability: u32) -> usize {
