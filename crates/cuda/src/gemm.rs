@@ -216,6 +216,7 @@ impl Tiling {
         Grid {
             blocks,
             shared_bytes: self.shared_bytes() as u32,
+            cluster: 1,
         }
     }
 

@@ -40,6 +40,7 @@ struct SlabGemmParams {
     w_stages: i32,
     x_stages: i32,
     prefetched_panels: i32,
+    cluster: i32,
 }
 kernel_params!(SlabGemmParams);
 
@@ -100,7 +101,9 @@ impl SlabGemm {
             .zip(&self.kernels)
             .find_map(|(variant, kernel)| (*variant == *plan.variant).then_some(kernel))
             .expect("a kernel was loaded for every variant");
-        let grid = Grid::line(plan.blocks).shared(plan.shared_bytes);
+        let grid = Grid::line(plan.blocks)
+            .shared(plan.shared_bytes)
+            .in_clusters_of(plan.cluster);
         launch(device, kernel, grid, &SlabGemmParams::new(product, first_row, plan))
     }
 }
@@ -134,6 +137,7 @@ impl SlabGemmParams {
             w_stages: plan.w_stages as i32,
             x_stages: plan.x_stages as i32,
             prefetched_panels: plan.prefetched_panels as i32,
+            cluster: plan.cluster as i32,
         }
     }
 }
