@@ -12,9 +12,6 @@
 // multiplies. The weights' ring fills before the kernels ahead have finished, since nothing on the device writes weights;
 // with at most half the shared memory and registers of an SM a block, it does so beside the previous kernel's block.
 // DRAM is busy as long as the ring holds latency times bandwidth, 32 to 64 KB an SM.
-//
-// Every block reads all tokens from L2, which with many tokens is as much as the weights: blocks in a cluster each read a
-// part and send it to all.
 #include "common/gemm.cuh"
 
 struct SlabGemmParams {
@@ -38,7 +35,6 @@ struct SlabGemmParams {
   int w_stages;
   int x_stages;
   int prefetched_panels;  // brought to L2 when the ring of weights has been filled for the first time
-  int cluster;            // blocks that share their tokens: 1, 2, 4 or 8
 };
 
 namespace {
@@ -88,11 +84,10 @@ struct Ring {
       parity ^= 1;
     }
   }
-  /// A stage is empty when the consumers of all `readers` blocks have it behind them.
-  DEVICE void init(int i, int readers) const {
+  DEVICE void init(int i) const {
     if (i >= stages) return;
     mbarrier_init(barriers + uint32_t(8 * i), 1);
-    mbarrier_init(barriers + uint32_t(8 * (stages + i)), uint32_t(kConsumerWarps * readers));
+    mbarrier_init(barriers + uint32_t(8 * (stages + i)), kConsumerWarps);
   }
   DEVICE void wait_full() const { mbarrier_wait(full(), parity); }
   DEVICE void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
@@ -154,16 +149,8 @@ DEVICE void stream_weights(const SlabGemmParams& p, Ring ring) {
   }
 }
 
-/// This block's share of N tokens of a panel, for itself and the others of its cluster.
-template <int N>
-DEVICE void send_tokens(const SlabGemmParams& p, uint32_t to, const uint8_t* from, uint32_t full) {
-  if (p.cluster == 1) return bulk_copy(to, from, N * kPanelBytes, full);
-  const uint32_t bytes = uint32_t(N * kPanelBytes / p.cluster), offset = cluster_rank() * bytes;
-  bulk_copy_multicast(to + offset, from + offset, bytes, full, (1u << p.cluster) - 1);
-}
-
 /// All of x, once for each pass.
-template <int Panels, int N>
+template <int Panels>
 DEVICE void stream_tokens(const SlabGemmParams& p, Ring ring) {
   const Rows rows = slab(p);
   for (int begin = rows.begin; begin < rows.end; begin += p.pass_rows) {
@@ -173,7 +160,7 @@ DEVICE void stream_tokens(const SlabGemmParams& p, Ring ring) {
       ring.wait_empty();
       mbarrier_arrive_expect_tx(ring.full(), uint32_t(ring.panel_bytes * panels));
       for (int i = 0; i < panels; i++) {
-        send_tokens<N>(p, ring.slot() + uint32_t(i * ring.panel_bytes), from, ring.full());
+        bulk_copy(ring.slot() + uint32_t(i * ring.panel_bytes), from, uint32_t(ring.panel_bytes), ring.full());
         from += size_t(p.x_rows) * kPanelBytes;
       }
       ring.advance();
@@ -215,7 +202,7 @@ DEVICE void multiply_panels(float (&d)[Tiles][N / 2], uint64_t a, uint64_t b, ui
 /// Sums over all of K for the rows of a pass. The sums of e4m3 products are kept with too few bits by the tensor core to go
 /// on for long: every kPromoteEvery panels they are added to true f32.
 template <class Format, int N, int Tiles, int Panels>
-DEVICE void multiply_pass(float (&sum)[Tiles][N / 2], int k_panels, int cluster, Ring& w, Ring& x) {
+DEVICE void multiply_pass(float (&sum)[Tiles][N / 2], int k_panels, Ring& w, Ring& x) {
   float part[Tiles][N / 2] = {};
   auto& d = Format::kPromotes ? part : sum;
   const uint32_t a_panel = uint32_t(w.panel_bytes / kDescriptorUnit);
@@ -227,10 +214,10 @@ DEVICE void multiply_pass(float (&sum)[Tiles][N / 2], int k_panels, int cluster,
     x.wait_full();
     if (panels == Panels) multiply_panels<Format, N, Tiles, Panels>(d, a, b, a_panel, accumulate);
     else multiply_panels<Format, N, Tiles, 1>(d, a, b, a_panel, accumulate);
-    const int lane = int(threadIdx.x % 32);
-    if (lane == 0) mbarrier_arrive(w.empty());
-    if (cluster > 1 && lane < cluster) mbarrier_arrive_at(x.empty(), unsigned(lane));
-    if (cluster == 1 && lane == 0) mbarrier_arrive(x.empty());
+    if (threadIdx.x % 32 == 0) {
+      mbarrier_arrive(w.empty());
+      mbarrier_arrive(x.empty());
+    }
     w.advance();
     x.advance();
     panel += panels;
@@ -317,17 +304,12 @@ DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
       named_barrier_sync(1, kConsumers);
     }
     float sum[Tiles][N / 2] = {};
-    multiply_pass<Format, N, Tiles, Panels>(sum, p.k_panels, p.cluster, w, x);
+    multiply_pass<Format, N, Tiles, Panels>(sum, p.k_panels, w, x);
     scale_pass<N, Tiles>(sum, x_scales, w_scales);
     if (p.softcap != 0.0f) cap_pass<N, Tiles>(sum, p.softcap);
     if (p.out_is_f32 != 0) store_pass<float, N, Tiles>(p, pass, num_rows, sum);
     else store_pass<bf16, N, Tiles>(p, pass, num_rows, sum);
   }
-}
-
-DEVICE void sync_blocks(const SlabGemmParams& p) {
-  if (p.cluster > 1) cluster_sync();
-  else __syncthreads();
 }
 
 template <class Format, int N, int Tiles, int Panels>
@@ -336,11 +318,11 @@ DEVICE void slab_gemm(const SlabGemmParams& p, uint8_t* shared) {
   const Ring w = weight_ring<Panels>(p, shared_address(shared)), x = token_ring<Panels, N>(p, w);
   const int warp = int(threadIdx.x / 32);
   if (warp == 0) {
-    w.init(int(threadIdx.x), 1);
-    x.init(int(threadIdx.x), p.cluster);
+    w.init(int(threadIdx.x));
+    x.init(int(threadIdx.x));
     fence_mbarrier_init();
   }
-  sync_blocks(p);
+  __syncthreads();
   if (warp < kConsumerWarps) {
     consume<Format, N, Tiles, Panels>(p, w, x, reinterpret_cast<float*>(shared + kScalesOffset));
   } else if (threadIdx.x % 32 == 0) {
@@ -348,12 +330,9 @@ DEVICE void slab_gemm(const SlabGemmParams& p, uint8_t* shared) {
       stream_weights<Panels>(p, w);
     } else {
       wait_for_previous_kernels();
-      stream_tokens<Panels, N>(p, x);
+      stream_tokens<Panels>(p, x);
     }
   }
-  // As long as one block computes, others send it tokens and tell each other what they have read.
-  __syncwarp();
-  if (p.cluster > 1) cluster_sync();
 }
 
 }  // namespace

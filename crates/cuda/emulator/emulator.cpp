@@ -340,33 +340,31 @@ void* lapidary_emulator_alloc(size_t bytes) {
 
 void lapidary_emulator_free(void* memory) { std::free(memory); }
 
-/// `blocks_together` makes clusters of a kernel that is not declared for one size.
-void lapidary_emulator_launch(const void* kernel, const unsigned* grid, unsigned threads, unsigned blocks_together,
-                              size_t shared_bytes, const void* params) {
+void lapidary_emulator_launch(const void* kernel, const unsigned* grid, unsigned threads, size_t shared_bytes,
+                              const void* params) {
   const auto& k = *static_cast<const emulator::Kernel*>(kernel);
-  const unsigned size = std::max(k.cluster, blocks_together);
   auto& cluster = emulator::cluster;
   cluster.name = k.name.c_str();
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {threads, 1, 1};
   if (threads != k.threads) emulator::fail("launched with another block size than it is declared for");
   if (shared_bytes > emulator::kMaxSharedBytes) emulator::fail("more shared memory than an SM has");
-  if (grid[0] % size != 0) emulator::fail("the grid is not made of whole clusters");
+  if (grid[0] % k.cluster != 0) emulator::fail("the grid is not made of whole clusters");
   cluster.body = k.body;
   cluster.params = params;
   cluster.threads = threads;
   cluster.shared_bytes = shared_bytes;
-  cluster.blocks.assign(size, {});
+  cluster.blocks.assign(k.cluster, {});
   for (auto& state : cluster.blocks) {
     state.shared = static_cast<uint8_t*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024 + 1024));
   }
-  const unsigned width = grid[0] / size;
+  const unsigned width = grid[0] / k.cluster;
   const uint64_t clusters = uint64_t(width) * grid[1] * grid[2];
   // Blocks of a grid run in no particular order.
   const uint64_t first = clusters == 0 ? 0 : emulator::next_random() % clusters;
   for (uint64_t i = 0; i < clusters; i++) {
     const uint64_t index = (first + i) % clusters;
-    blockIdx = {unsigned(index % width) * size, unsigned(index / width % grid[1]), unsigned(index / width / grid[1])};
+    blockIdx = {unsigned(index % width) * k.cluster, unsigned(index / width % grid[1]), unsigned(index / width / grid[1])};
     emulator::run_cluster();
   }
   for (auto& state : cluster.blocks) std::free(state.shared);

@@ -359,7 +359,6 @@ impl Attention {
         let grid = Grid {
             blocks: [self.config.num_kv_heads as u32, plan.num_tiles as u32, 1],
             shared_bytes: prefill_shared_bytes(*rows, *keys, &self.config, &self.limits) as u32,
-            cluster: 1,
         };
         let params = PrefillParams {
             attention,

@@ -216,7 +216,6 @@ impl Tiling {
         Grid {
             blocks,
             shared_bytes: self.shared_bytes() as u32,
-            cluster: 1,
         }
     }
 

@@ -87,7 +87,6 @@ impl Rope {
         let grid = Grid {
             blocks: [tokens as u32, threads.div_ceil(THREADS) as u32, 1],
             shared_bytes: 0,
-            cluster: 1,
         };
         launch(device, &self.kernel, grid, &params)
     }

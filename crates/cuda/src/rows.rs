@@ -346,7 +346,6 @@ fn grid(rows: usize, pieces: usize) -> Grid {
     let grid = Grid {
         blocks: [rows as u32, pieces as u32, 1],
         shared_bytes: 0,
-            cluster: 1,
     };
     grid.shared(SCRATCH_BYTES)
 }

@@ -40,7 +40,6 @@ struct SlabGemmParams {
     w_stages: i32,
     x_stages: i32,
     prefetched_panels: i32,
-    cluster: i32,
 }
 kernel_params!(SlabGemmParams);
 
@@ -101,9 +100,7 @@ impl SlabGemm {
             .zip(&self.kernels)
             .find_map(|(variant, kernel)| (*variant == *plan.variant).then_some(kernel))
             .expect("a kernel was loaded for every variant");
-        let grid = Grid::line(plan.blocks)
-            .shared(plan.shared_bytes)
-            .in_clusters_of(plan.cluster);
+        let grid = Grid::line(plan.blocks).shared(plan.shared_bytes);
         launch(device, kernel, grid, &SlabGemmParams::new(product, first_row, plan))
     }
 }
@@ -137,7 +134,6 @@ impl SlabGemmParams {
             w_stages: plan.w_stages as i32,
             x_stages: plan.x_stages as i32,
             prefetched_panels: plan.prefetched_panels as i32,
-            cluster: plan.cluster as i32,
         }
     }
 }

@@ -474,21 +474,9 @@ impl Device for Driver {
         _params_bytes: usize,
     ) -> Result<(), BackendError> {
         // SAFETY: a C struct whose all-zero value is valid.
-        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attributes[0].value.programmaticStreamSerializationAllowed = 1;
-        attributes[1].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attributes[1].value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-            x: grid.cluster,
-            y: 1,
-            z: 1,
-        };
-        // Before Hopper both are unknown.
-        let count = match (self.info.compute_capability, grid.cluster) {
-            (..90, _) => 0,
-            (_, ..=1) => 1,
-            _ => 2,
-        };
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
         let [x, y, z] = grid.blocks;
         let config = sys::CUlaunchConfig {
             gridDimX: x,
@@ -499,8 +487,9 @@ impl Device for Driver {
             blockDimZ: 1,
             sharedMemBytes: grid.shared_bytes,
             hStream: self.stream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: count,
+            attrs: &raw mut attribute,
+            // Before Hopper the attribute is unknown.
+            numAttrs: u32::from(self.info.compute_capability >= 90),
         };
         let mut arguments = [params.cast_mut()];
         let function = kernel.handle.cast_mut().cast();

@@ -16,7 +16,6 @@ unsafe extern "C" {
         kernel: *const c_void,
         grid: *const c_uint,
         threads: c_uint,
-        blocks_together: c_uint,
         shared_bytes: usize,
         params: *const c_void,
     );
@@ -84,7 +83,6 @@ impl Emulator {
                 kernel.handle,
                 grid.blocks.as_ptr(),
                 kernel.threads,
-                grid.cluster,
                 grid.shared_bytes as usize,
                 params.as_ptr().cast(),
             );

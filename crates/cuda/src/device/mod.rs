@@ -48,9 +48,6 @@ pub(crate) struct Kernel {
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
     pub(crate) shared_bytes: u32,
-    /// Neighbours in a row that run together and reach each other's shared memory, if the kernel leaves that open; 1
-    /// otherwise.
-    pub(crate) cluster: u32,
 }
 
 impl Grid {
@@ -59,14 +56,6 @@ impl Grid {
         Self {
             blocks: [blocks as u32, 1, 1],
             shared_bytes: 0,
-            cluster: 1,
-        }
-    }
-
-    pub(crate) fn in_clusters_of(self, blocks: usize) -> Self {
-        Self {
-            cluster: blocks as u32,
-            ..self
         }
     }
 

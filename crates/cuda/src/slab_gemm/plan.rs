@@ -14,8 +14,6 @@ const RINGS_OFFSET: usize = 1024;
 const MAX_STAGES: usize = 768 / 16;
 /// The slabs that divide every matrix of Gemma-2 evenly; 4 of a Hopper's 132 multiprocessors stay free.
 const EVEN_BLOCKS: usize = 128;
-/// With more tokens blocks share them.
-const MAX_TOKENS_ALONE: usize = 16;
 /// Weights on their way: latency times bandwidth is 32 KB a multiprocessor, and twice that hides jitter.
 const IN_FLIGHT_BYTES: usize = 80 << 10;
 /// Tokens on their way. They come from L2, sooner than weights.
@@ -88,8 +86,6 @@ impl Shape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Tuning {
     pub(super) blocks: usize,
-    /// Blocks that share the tokens they read: 1, 2, 4 or 8. Fewer where it does not divide the blocks.
-    pub(super) cluster: usize,
     /// Most tiles of a pass.
     pub(super) tiles: usize,
     /// K panels of a stage.
@@ -109,6 +105,13 @@ impl Tuning {
     pub(super) fn of(shape: Shape, multiprocessors: usize) -> Self {
         let even = multiprocessors >= EVEN_BLOCKS && shape.n.is_multiple_of(EVEN_BLOCKS);
         let blocks = if even { EVEN_BLOCKS } else { multiprocessors };
+        // Every block reads all tokens from L2, which gives less than twice what DRAM does: with more tokens than rows, half
+        // the blocks read half as much, and are still enough for DRAM.
+        let blocks = if 8 * shape.tokens > 7 * shape.n.div_ceil(blocks) {
+            blocks / 2
+        } else {
+            blocks
+        };
         let slab = Slabs::new(shape.n, blocks);
         let tiles = match slab.rows_in_stage(slab.longest()).div_ceil(TILE_ROWS) {
             0..=1 => 1,
@@ -120,8 +123,6 @@ impl Tuning {
         let narrow = slab.longest() <= 40 && shape.tokens <= 16;
         Self {
             blocks,
-            // Every block reads all tokens from L2, which gives less than twice what DRAM does.
-            cluster: if shape.tokens > MAX_TOKENS_ALONE { 4 } else { 1 },
             tiles,
             panels: match tiles {
                 1 if narrow => 4,
@@ -141,15 +142,14 @@ impl Tuning {
     pub(super) fn others(self) -> impl Iterator<Item = Self> {
         const KB: usize = 1 << 10;
         let tilings = [(1, 4), (1, 2), (2, 1), (4, 1)];
-        let rings = [(64, 113), (80, 113), (160, 224)];
+        let rings = [(48, 113), (64, 113), (80, 113), (96, 113), (96, 224), (160, 224)];
         let mut all = Vec::new();
-        for (blocks, cluster) in [(64, 1), (64, 2), (64, 4), (128, 1), (128, 2), (128, 4), (128, 8), (132, 1)] {
+        for blocks in [64, 96, 128, 132] {
             for (tiles, panels) in tilings {
                 for (in_flight, shared) in rings {
-                    for tokens_in_flight in [16, 32] {
+                    for tokens_in_flight in [16, 32, 64] {
                         all.push(Self {
                             blocks,
-                            cluster,
                             tiles,
                             panels,
                             in_flight_bytes: in_flight * KB,
@@ -215,7 +215,6 @@ impl Slabs {
 pub(crate) struct Plan {
     pub(super) variant: &'static Variant,
     pub(super) blocks: usize,
-    pub(super) cluster: usize,
     pub(super) slab_rows: usize,
     pub(super) long_slabs: usize,
     pub(super) pass_rows: usize,
@@ -232,7 +231,6 @@ impl fmt::Display for Plan {
         let Self {
             variant: Variant { name, .. },
             blocks,
-            cluster,
             pass_rows,
             w_stages,
             x_stages,
@@ -241,7 +239,7 @@ impl fmt::Display for Plan {
         } = self;
         write!(
             f,
-            "{name}, {blocks} blocks by {cluster}, {pass_rows} rows a pass, {w_stages}+{x_stages} stages, {prefetched_panels} panels ahead, {} KB",
+            "{name}, {blocks} blocks, {pass_rows} rows a pass, {w_stages}+{x_stages} stages, {prefetched_panels} panels ahead, {} KB",
             self.shared_bytes >> 10
         )
     }
@@ -289,8 +287,6 @@ impl Plan {
         let plan = Self {
             variant,
             blocks: slabs.blocks,
-            // A power of two, as the largest in `blocks` is.
-            cluster: tuning.cluster.min(1 << slabs.blocks.trailing_zeros()),
             slab_rows: slabs.rows,
             long_slabs: slabs.long,
             pass_rows,
@@ -331,7 +327,8 @@ mod tests {
     fn gemma_2_is_cut_evenly_and_keeps_dram_busy_beside_the_next_kernel() {
         for shape in shapes() {
             let plan = Plan::new(shape, Tuning::of(shape, 132)).expect("the standard tuning is possible");
-            assert_eq!((plan.blocks, plan.long_slabs), (128, 0), "{shape:?}");
+            let blocks = if shape.tokens <= shape.n / 128 * 7 / 8 { 128 } else { 64 };
+            assert_eq!((plan.blocks, plan.long_slabs), (blocks, 0), "{shape:?}");
             assert_eq!(plan.slab_rows * plan.blocks, shape.n);
             let rows = plan.pass_rows.min(plan.slab_rows);
             let in_flight = plan.w_stages * plan.variant.panels * rows * PANEL_BYTES;
