@@ -342,7 +342,7 @@ DEVICE Ranked find_ranked(const SampleParams& p, const SampleRow& row, const Dis
       const int bin = 255 - int(key >> shift & 255);
       atomicAdd(&shared.counts[bin], 1u);
       add_mass(shared, bin, mass_of_key(key));
-      shared.keys[bin] = key;
+      atomicExch(&shared.keys[bin], key);  // any of them: it is looked at where there is one
     });
     __syncthreads();
     const int bin = int(threadIdx.x);

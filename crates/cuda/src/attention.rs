@@ -85,7 +85,9 @@ impl DecodeTuning {
         let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
         let room = block_limit.min(HALF_SHARED_BYTES).saturating_sub(fixed);
         Self {
-            chunk: 128,
+            // Shorter ones are more than the finishing warps keep up with, longer ones leave multiprocessors idle when
+            // sequences are few.
+            chunk: 256,
             stages: (room / stage).clamp(1, 8),
         }
     }
