@@ -193,7 +193,10 @@ impl ApiError {
                 is_deterministic: false,
             },
             EngineError::ConstraintFailed { source } => Self::InvalidRequest {
-                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
+                message: format!(
+                    "The answer cannot be held to what was asked for: {}.",
+                    innermost(&**source)
+                ),
                 param: None,
                 code: Some("grammar_failed"),
             },

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `openai` | the request: reading, checking, prompts; the answer's bytes |
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
-//! | [`grammar`] | compiling grammars off the async threads, within limits |
+//! | [`grammar`], `constraint` | compiling grammars off the async threads, within limits; what an answer is held to |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes` | the small endpoints |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
@@ -23,6 +23,7 @@ pub mod bench;
 pub mod check;
 pub mod cli;
 pub mod config;
+mod constraint;
 mod demo;
 mod device;
 mod error;

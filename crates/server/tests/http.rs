@@ -37,3 +37,5 @@ mod support;
 mod tokenize;
 #[path = "http/tools.rs"]
 mod tools;
+#[path = "http/vocabulary.rs"]
+mod vocabulary;

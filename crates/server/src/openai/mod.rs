@@ -15,6 +15,7 @@ mod responses;
 mod structured;
 mod tools;
 pub(crate) mod types;
+mod vocabulary;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -26,7 +27,6 @@ use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
-use lapidary_text::GrammarState;
 
 pub(crate) use self::deadlines::Deadlines;
 use self::deadlines::Patience;
@@ -35,6 +35,8 @@ pub(crate) use self::params::{Params, Streaming};
 use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
 use self::responses::{ResponsesBody, ResponsesWriter, Settings};
 use self::types::GenerationBody;
+use self::vocabulary::Vocabulary;
+use crate::constraint::AnswerConstraint;
 use crate::error::ApiError;
 use crate::extract::{read_body, read_json};
 use crate::generate::{Admission, Generation};
@@ -294,7 +296,7 @@ struct Prepared<'a> {
     model: &'a ServedModel,
     params: Params,
     prompts: Prompts,
-    constraint: Option<GrammarState>,
+    constraint: Option<AnswerConstraint>,
     patience: Patience,
 }
 
@@ -309,7 +311,8 @@ async fn prepare<'a>(
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
     let patience = Patience::new(headers, &body, &state.limits)?;
-    let constraint = tools::compile(model, &params).await?;
+    let grammar = tools::compile(model, &params).await?;
+    let rules = Vocabulary::rules(&params, state, model).await?;
     let prompts = match endpoint {
         Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
         Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
@@ -319,7 +322,7 @@ async fn prepare<'a>(
         model,
         params,
         prompts,
-        constraint,
+        constraint: AnswerConstraint::new(grammar, rules),
         patience,
     })
 }
