@@ -33,6 +33,7 @@ use self::deadlines::Patience;
 pub(crate) use self::params::{Params, Streaming};
 
 use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
+use self::logprobs::TokenNames;
 use self::responses::{ResponsesBody, ResponsesWriter, Settings};
 use self::types::GenerationBody;
 use self::vocabulary::Vocabulary;
@@ -137,21 +138,21 @@ struct Started {
 /// What an answer is written as.
 enum Shape {
     Choices(Head),
-    Response(ResponsesWriter),
+    Response(Box<ResponsesWriter>),
 }
 
 impl Shape {
     fn stream_writer(self, streaming: Streaming, generation: &Generation) -> Box<dyn StreamWriter> {
         match self {
             Self::Choices(head) => Box::new(ChunkWriter::new(head, streaming, generation.num_choices())),
-            Self::Response(writer) => Box::new(writer),
+            Self::Response(writer) => writer,
         }
     }
 
     fn body_writer(self, generation: &Generation) -> Box<dyn BodyWriter + Send> {
         match self {
             Self::Choices(head) => Box::new(WholeWriter::new(head, generation)),
-            Self::Response(writer) => Box::new(writer),
+            Self::Response(writer) => writer,
         }
     }
 }
@@ -273,7 +274,12 @@ async fn submit(
         )),
         Some(settings) => {
             let name = model.names.first().map_or("", String::as_str);
-            Shape::Response(ResponsesWriter::new(request_id.as_str(), name, settings))
+            let names = params.sampling.logprobs.map(|_| TokenNames {
+                tokenizer: Arc::clone(&model.tokenizer),
+                by_id: false,
+            });
+            let writer = ResponsesWriter::new(request_id.as_str(), name, settings, names);
+            Shape::Response(Box::new(writer))
         }
     };
     let admission = Admission {
