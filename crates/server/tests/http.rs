@@ -18,6 +18,8 @@ mod extras;
 mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
+#[path = "http/openapi.rs"]
+mod openapi;
 #[path = "http/probes.rs"]
 mod probes;
 #[path = "http/prompts.rs"]

@@ -5,6 +5,8 @@ pub(crate) mod answer;
 mod chat;
 mod completions;
 mod deadlines;
+#[cfg(test)]
+mod documented;
 mod logprobs;
 mod messages;
 pub(crate) mod models;

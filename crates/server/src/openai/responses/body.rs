@@ -62,7 +62,7 @@ enum Input {
 /// A message, a call, or the result of one.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct Item {
+pub(in crate::openai) struct Item {
     r#type: Option<String>,
     role: Option<String>,
     content: Option<Content>,
@@ -74,14 +74,14 @@ struct Item {
 
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct TextOptions {
+pub(in crate::openai) struct TextOptions {
     format: Option<Object<FlatFormat>>,
 }
 
 /// A `response_format` without its inner object.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct FlatFormat {
+pub(in crate::openai) struct FlatFormat {
     r#type: Option<String>,
     name: Option<String>,
     schema: Option<Value>,
@@ -90,7 +90,7 @@ struct FlatFormat {
 /// A tool without its inner object.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct FlatTool {
+pub(in crate::openai) struct FlatTool {
     r#type: Option<String>,
     name: Option<String>,
     description: Option<String>,
