@@ -94,7 +94,9 @@ impl ResponsesWriter {
     fn response(&self, status: &str, usage: Option<Usage>, error: &Value) -> Value {
         let usage = usage.map(|usage| {
             json!({
-                "input_tokens": usage.prompt_tokens, "input_tokens_details": { "cached_tokens": usage.cached_tokens },
+                "input_tokens": usage.prompt_tokens,
+                // Prefixes are kept for nothing.
+                "input_tokens_details": { "cached_tokens": usage.cached_tokens, "cache_write_tokens": 0 },
                 "output_tokens": usage.completion_tokens, "output_tokens_details": { "reasoning_tokens": 0 },
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             })
