@@ -46,6 +46,12 @@ impl Document {
         if !kinds.iter().any(|kind| is_kind(value, kind.as_str().unwrap())) {
             return Some(format!("{value} is no {kinds:?}"));
         }
+        if let (Some(content), Some(text)) = (schema.get("contentSchema"), value.as_str()) {
+            return match serde_json::from_str(text) {
+                Ok(value) => self.fault(&value, content),
+                Err(error) => Some(format!("{text}: {error}")),
+            };
+        }
         match value {
             Value::Array(items) => items.iter().find_map(|item| self.fault(item, &schema["items"])),
             Value::Object(map)
@@ -102,19 +108,19 @@ impl Document {
         let media = content
             .get(content_type)
             .unwrap_or_else(|| panic!("{path}: {content_type} is not documented"));
-        match media["schema"].get("x-event-data") {
-            Some(schema) => self.check_events(path, &answer.body, schema),
-            None if content_type == "application/json" => self.check_value(path, &answer.json(), &media["schema"]),
-            None => {}
+        match content_type {
+            "application/json" => self.check_value(path, &answer.json(), &media["schema"]),
+            "text/event-stream" => self.check_events(path, &answer.body, &media["schema"]),
+            _ => {}
         }
     }
 
     fn check_events(&self, path: &str, body: &str, schema: &Value) {
-        let data = body.lines().filter_map(|line| line.strip_prefix("data: "));
-        let data: Vec<&str> = data.filter(|data| *data != "[DONE]").collect();
-        assert!(!data.is_empty(), "{path}: {body}");
-        for event in data {
-            self.check_value(path, &serde_json::from_str(event).unwrap(), schema);
+        assert!(!body.is_empty());
+        for event in body.split_terminator("\n\n") {
+            let fields = event.lines().map(|line| line.split_once(": ").unwrap());
+            let event: Value = fields.map(|(name, value)| (name.to_owned(), json!(value))).collect();
+            self.check_value(path, &event, schema);
         }
     }
 
