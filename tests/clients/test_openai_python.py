@@ -214,6 +214,42 @@ def test_responses_say_what_chats_say(client):
     assert parsed.output_parsed == Person(name="Ada", age=36)
 
 
+def test_responses_have_the_log_probabilities_of_chats(client):
+    chat = client.chat.completions.create(model="demo", messages=SUM, temperature=0, logprobs=True, top_logprobs=2)
+    expected = [(entry.token, entry.logprob, entry.bytes) for entry in chat.choices[0].logprobs.content]
+    ask = {
+        "model": "demo",
+        "input": SUM,
+        "temperature": 0,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+    }
+    part = client.responses.create(**ask).output[0].content[0]
+    assert [(entry.token, entry.logprob, entry.bytes) for entry in part.logprobs] == expected
+    assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
+    with client.responses.stream(**ask) as stream:
+        deltas = [event for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    streamed = [(entry.token, entry.logprob) for event in deltas for entry in event.logprobs]
+    assert streamed == [entry[:2] for entry in expected]
+    assert final.output[0].content[0].logprobs == part.logprobs
+
+
+def test_answers_use_the_vocabulary_they_are_given(client):
+    def ask(**extra):
+        completion = client.chat.completions.create(
+            model="demo", messages=SUM, n=2, temperature=0, extra_body=extra | {"return_token_ids": True}
+        )
+        return [(choice.message.content, choice.token_ids) for choice in completion.choices]
+
+    [(text, ids), _] = ask()
+    assert ask(allowed_token_ids=ids) == [(text, ids)] * 2
+    assert all(set(others) <= set(ids[:-1]) for _, others in ask(allowed_token_ids=ids[:-1], max_tokens=20))
+    # A digit is a token; so is a number's first, without the rest.
+    assert text[0].isdigit() and all(ids[0] not in others for _, others in ask(bad_words=[text[0]]))
+    assert all(others[: len(text)] != ids[: len(text)] for _, others in ask(bad_words=[text]))
+
+
 def test_responses_call_functions(client):
     tool = {"type": "function", "name": "file_ticket", "parameters": Ticket.model_json_schema(), "strict": True}
     ask = {"model": "demo", "tools": [tool], "temperature": 0, "max_output_tokens": 300, "parallel_tool_calls": False}

@@ -29,15 +29,37 @@ pub trait TokenConstraint: fmt::Debug + Send {
     /// The constraint cannot go on; the request fails.
     fn advance(&mut self, token: TokenId) -> Result<(), ConstraintError>;
 
-    /// The tokens that may come next, at least one: a stop token where the form may end here. `None` where anything may
-    /// come from now on; the constraint is dropped then.
+    /// The tokens that may come next, at least one: a stop token where the form may end here. The constraint is dropped
+    /// once its answer holds for all that follows.
     ///
     /// # Errors
     /// The constraint cannot go on; the request fails.
-    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError>;
+    fn allowed_tokens(&mut self) -> Result<Allowed, ConstraintError>;
 
     /// Another one in the same state that goes on by itself.
     fn fork(&self) -> Box<dyn TokenConstraint>;
+}
+
+/// Which tokens may come.
+#[derive(Debug, Clone)]
+pub enum Allowed {
+    /// Anything, from now on.
+    Anything,
+    /// Tokens of the mask, from now on. Nothing has to be read before the next one is sampled.
+    Always(TokenMask),
+    /// Tokens of the mask; what comes after depends on which.
+    Next(TokenMask),
+}
+
+impl Allowed {
+    /// The mask of the next token, if there is one.
+    #[must_use]
+    pub fn mask(&self) -> Option<&TokenMask> {
+        match self {
+            Self::Anything => None,
+            Self::Always(mask) | Self::Next(mask) => Some(mask),
+        }
+    }
 }
 
 /// Why a constraint cannot go on.
@@ -71,8 +93,8 @@ pub struct MaskJob {
     pub token: Option<TokenId>,
 }
 
-/// A computed mask and the constraint that it came from; `None` where anything may come from now on.
-pub type MaskOutcome = Result<Option<(Box<dyn TokenConstraint>, TokenMask)>, ConstraintError>;
+/// What may come, and the constraint that said so.
+pub type MaskOutcome = Result<(Box<dyn TokenConstraint>, Allowed), ConstraintError>;
 
 impl MaskJob {
     /// Computes the mask.
@@ -87,13 +109,11 @@ impl MaskJob {
             if let Some(token) = token {
                 constraint.advance(token)?;
             }
-            let Some(mask) = constraint.allowed_tokens()? else {
-                return Ok(None);
-            };
-            if mask.iter().all(|word| *word == 0) {
+            let allowed = constraint.allowed_tokens()?;
+            if allowed.mask().is_some_and(|mask| mask.iter().all(|word| *word == 0)) {
                 return Err(ConstraintError::NoToken);
             }
-            Ok(Some((constraint, mask)))
+            Ok((constraint, allowed))
         };
         catch_unwind(AssertUnwindSafe(compute)).unwrap_or(Err(ConstraintError::Panicked))
     }

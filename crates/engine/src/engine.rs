@@ -173,7 +173,7 @@ impl<E: Executor> Engine<E> {
         }
         let (scheduler, callers) = (&mut self.scheduler, &mut self.callers);
         self.masks.take(|id, outcome| match outcome {
-            Ok(mask) => scheduler.set_mask(id, mask),
+            Ok((constraint, allowed)) => scheduler.set_mask(id, constraint, allowed),
             Err(error) => {
                 tracing::warn!(
                     request = id.0,

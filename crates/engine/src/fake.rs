@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::constraint::allows_only;
 use crate::{
-    Batch, BlockId, ConstraintError, Executor, ExecutorError, KvCacheConfig, Request, RequestId, SampleRow,
+    Allowed, Batch, BlockId, ConstraintError, Executor, ExecutorError, KvCacheConfig, Request, RequestId, SampleRow,
     SampledToken, SamplingParams, StopCriteria, TokenConstraint, TokenId, TokenLogprobs, TokenMask,
 };
 
@@ -112,10 +112,12 @@ pub struct ScriptedExecutor {
     last_end: Option<Instant>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct FakeSample {
     id: RequestId,
     token: TokenId,
+    /// It was chosen by.
+    mask: Option<TokenMask>,
     /// Of a given token.
     score: Option<f32>,
 }
@@ -161,23 +163,24 @@ impl ScriptedExecutor {
             }
             num_hashed = tokens.len();
             let num_generated = tokens.len() - request.prompt.len();
-            let mask = constraint.as_mut().and_then(|constraint| {
+            let allowed = constraint.as_mut().map_or(Allowed::Anything, |constraint| {
                 constraint
                     .allowed_tokens()
                     .expect("constraints that are compared do not fail")
             });
+            let mask = allowed.mask();
             let stop_token_ids = &*request.stop.stop_token_ids;
-            let must_stop = mask.as_deref().is_some_and(|mask| allows_only(mask, stop_token_ids));
+            let must_stop = mask.is_some_and(|mask| allows_only(mask, stop_token_ids));
             let is_banned = num_generated < request.stop.min_tokens as usize && !must_stop;
             let limits = Choice {
                 banned: if is_banned { stop_token_ids } else { &[] },
-                mask: mask.as_deref(),
+                mask: mask.map(|mask| &**mask),
             };
             if request.sampling.needs_history() {
                 reached = tokens.iter().fold(reached, |hash, &token| mix(hash, u64::from(token)));
             }
             let token = choose(reached, request.sampling.seed, tokens.len() as u32, vocab_size, limits);
-            if mask.is_none() {
+            if matches!(allowed, Allowed::Anything) {
                 constraint = None;
             }
             if let Some(constraint) = &mut constraint {
@@ -238,11 +241,13 @@ impl ScriptedExecutor {
                     Some(token) => FakeSample {
                         id,
                         token,
+                        mask: None,
                         score: Some(score(self.reached(blocks, sample, input), token)),
                     },
                     None => FakeSample {
                         id,
                         token: self.sample(id, blocks, sample, input, is_fed),
+                        mask: sample.mask.clone(),
                         score: None,
                     },
                 });
@@ -341,12 +346,17 @@ impl ScriptedExecutor {
                 "a token chosen by a row that is not a sequence's last"
             );
             assert_eq!(sample.position, batch.positions[sample.row as usize] + 1);
-            let is_ahead = sample.mask.is_some() && batch.fed.iter().any(|fed| fed.row == sample.row);
-            assert!(!is_ahead, "a mask for what follows a token that was not read");
+            if let Some(mask) = &sample.mask
+                && let Some(fed) = batch.fed.iter().find(|fed| fed.row == sample.row)
+            {
+                let before = self.last_sampled[fed.prev_sample as usize].mask.as_ref();
+                let is_fixed = before.is_some_and(|before| Arc::ptr_eq(before, mask));
+                assert!(is_fixed, "a mask of its own for what follows a token that was not read");
+            }
         }
         for fed in &batch.fed {
             let index = batch.query_start.partition_point(|&start| start <= fed.row) - 1;
-            let source = self.last_sampled[fed.prev_sample as usize];
+            let source = &self.last_sampled[fed.prev_sample as usize];
             assert_eq!(source.id, batch.request_ids[index], "fed by another");
             assert!(source.score.is_none(), "fed by a token that was given");
         }
@@ -499,6 +509,8 @@ pub struct ScriptedConstraint {
     fails_after: Option<usize>,
     /// Allows anything once so many tokens were taken in.
     free_after: Option<usize>,
+    /// Allows the same tokens for ever once so many tokens were taken in.
+    fixed_after: Option<usize>,
     /// Each mask takes this long.
     delay: Duration,
     state: u64,
@@ -516,6 +528,7 @@ impl ScriptedConstraint {
             stop,
             fails_after: None,
             free_after: None,
+            fixed_after: None,
             delay: Duration::ZERO,
             state: ROOT,
             num_tokens: 0,
@@ -540,13 +553,29 @@ impl ScriptedConstraint {
         }
     }
 
+    /// Allows the same tokens for ever, `stop` among them, once `num_tokens` tokens were taken in.
+    #[must_use]
+    pub fn fixed_after(self, num_tokens: usize) -> Self {
+        Self {
+            fixed_after: Some(num_tokens),
+            ..self
+        }
+    }
+
     /// Takes this long for each mask.
     #[must_use]
     pub fn with_delay(self, delay: Duration) -> Self {
         Self { delay, ..self }
     }
 
+    fn is_fixed(&self) -> bool {
+        self.fixed_after.is_some_and(|limit| self.num_tokens >= limit)
+    }
+
     fn allows(&self, token: TokenId) -> bool {
+        if self.is_fixed() {
+            return mix(ROOT, u64::from(token)).is_multiple_of(self.sparsity) || token == self.stop;
+        }
         if self.num_tokens >= self.length {
             return token == self.stop;
         }
@@ -564,10 +593,10 @@ impl TokenConstraint for ScriptedConstraint {
         Ok(())
     }
 
-    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError> {
+    fn allowed_tokens(&mut self) -> Result<Allowed, ConstraintError> {
         std::thread::sleep(self.delay);
         if self.free_after.is_some_and(|limit| self.num_tokens >= limit) {
-            return Ok(None);
+            return Ok(Allowed::Anything);
         }
         if self.fails_after.is_some_and(|limit| self.num_tokens >= limit) {
             let attempt = self.num_tokens as u64;
@@ -577,7 +606,10 @@ impl TokenConstraint for ScriptedConstraint {
         for token in (0..self.vocab_size).filter(|token| self.allows(*token)) {
             mask[token as usize / 32] |= 1 << (token % 32);
         }
-        Ok(Some(mask.into()))
+        match self.is_fixed() {
+            true => Ok(Allowed::Always(mask.into())),
+            false => Ok(Allowed::Next(mask.into())),
+        }
     }
 
     fn fork(&self) -> Box<dyn TokenConstraint> {

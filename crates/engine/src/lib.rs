@@ -77,7 +77,7 @@ mod sequence;
 mod stats;
 
 pub use batch::{Batch, BlockId, FedToken, SampleRow, TokenHistory};
-pub use constraint::{ConstraintError, MaskJob, MaskOutcome, TokenConstraint, TokenMask};
+pub use constraint::{Allowed, ConstraintError, MaskJob, MaskOutcome, TokenConstraint, TokenMask};
 pub use engine::Engine;
 pub use error::{EngineError, SpawnError, SubmitError};
 pub use executor::{Executor, ExecutorError, KvCacheConfig};

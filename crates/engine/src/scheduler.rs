@@ -17,9 +17,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use crate::kv_cache::{BlockTable, KvCacheManager};
 use crate::sequence::{Guide, Rank, Scoring, Sequence, SequenceIndex};
 use crate::stats::{Gauges, StepCounts};
-use crate::{
-    Batch, FinishReason, KvCacheConfig, MaskJob, Request, RequestId, SampledToken, TokenConstraint, TokenMask,
-};
+use crate::{Allowed, Batch, FinishReason, KvCacheConfig, MaskJob, Request, RequestId, SampledToken, TokenConstraint};
 
 /// Limits of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -224,11 +222,14 @@ impl Scheduler {
         self.mask_jobs.drain(..)
     }
 
-    /// Says which token may come next, `None` for any from now on; nothing if the sequence is gone.
-    pub fn set_mask(&mut self, id: RequestId, mask: Option<(Box<dyn TokenConstraint>, TokenMask)>) {
+    /// Says which token may come next; nothing if the sequence is gone.
+    pub fn set_mask(&mut self, id: RequestId, constraint: Box<dyn TokenConstraint>, allowed: Allowed) {
         if let Some(&index) = self.indices.get(&id) {
-            self.sequence_mut(index).guide =
-                mask.map_or(Guide::Free, |(constraint, mask)| Guide::Ready(constraint, mask));
+            self.sequence_mut(index).guide = match allowed {
+                Allowed::Anything => Guide::Free,
+                Allowed::Always(mask) => Guide::Fixed(mask),
+                Allowed::Next(mask) => Guide::Ready(constraint, mask),
+            };
         }
     }
 

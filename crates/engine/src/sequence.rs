@@ -31,6 +31,8 @@ pub(crate) struct Leader {
 pub(crate) enum Guide {
     /// Anything.
     Free,
+    /// Tokens of the mask, now and later.
+    Fixed(TokenMask),
     /// A launched step samples the token that the constraint has to see next.
     Sampling(Box<dyn TokenConstraint>),
     /// The constraint is away, computing the next mask.
@@ -128,16 +130,16 @@ impl Sequence {
 
     /// Its mask, for the step that is being launched.
     pub(crate) fn take_mask(&mut self) -> Option<TokenMask> {
-        match std::mem::replace(&mut self.guide, Guide::Free) {
-            Guide::Ready(constraint, mask) => {
-                self.guide = Guide::Sampling(constraint);
-                Some(mask)
-            }
+        let (guide, mask) = match std::mem::replace(&mut self.guide, Guide::Free) {
+            Guide::Ready(constraint, mask) => (Guide::Sampling(constraint), Some(mask)),
+            Guide::Fixed(mask) => (Guide::Fixed(Arc::clone(&mask)), Some(mask)),
             guide => {
                 debug_assert!(matches!(guide, Guide::Free), "a row that samples has its mask");
-                None
+                (guide, None)
             }
-        }
+        };
+        self.guide = guide;
+        mask
     }
 
     /// What the constraint has to do now that the token it waited for is known.

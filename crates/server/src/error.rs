@@ -193,7 +193,10 @@ impl ApiError {
                 is_deterministic: false,
             },
             EngineError::ConstraintFailed { source } => Self::InvalidRequest {
-                message: format!("The answer's grammar failed: {}.", innermost(&**source)),
+                message: format!(
+                    "The answer cannot be held to what was asked for: {}.",
+                    innermost(&**source)
+                ),
                 param: None,
                 code: Some("grammar_failed"),
             },
@@ -376,4 +379,42 @@ struct ErrorObject<'a> {
     r#type: &'static str,
     param: Option<&'a str>,
     code: Option<&'static str>,
+}
+
+#[cfg(test)]
+impl ApiError {
+    /// One of each kind.
+    pub(crate) fn samples() -> Vec<Self> {
+        std::iter::successors(Some(Self::missing("prompt")), Self::next_sample).collect()
+    }
+
+    /// Exhaustive, so that no kind is forgotten.
+    fn next_sample(&self) -> Option<Self> {
+        let wait = Duration::from_secs(1);
+        let (method, path) = (Method::GET, "/x".to_owned());
+        Some(match self {
+            Self::InvalidRequest { .. } => Self::ModelNotFound { model: "x".to_owned() },
+            Self::ModelNotFound { .. } => Self::UnknownUrl { method, path },
+            Self::UnknownUrl { .. } => Self::MethodNotAllowed { method, path },
+            Self::MethodNotAllowed { .. } => Self::BodyTooLarge { limit_bytes: 1 },
+            Self::BodyTooLarge { .. } => Self::BodyTimeout { limit: wait },
+            Self::BodyTimeout { .. } => Self::DeadlineExceeded,
+            Self::DeadlineExceeded => Self::Unauthorized { has_key: true },
+            Self::Unauthorized { .. } => Self::RateLimited {
+                message: "full".to_owned(),
+                retry_after: wait,
+            },
+            Self::RateLimited { .. } => Self::QueueFull {
+                message: "full".to_owned(),
+                retry_after: wait,
+            },
+            Self::QueueFull { .. } => Self::TooManyConnections,
+            Self::TooManyConnections => Self::QueueTimeout { retry_after: wait },
+            Self::QueueTimeout { .. } => Self::ModelLoading { phase: "x" },
+            Self::ModelLoading { .. } => Self::ShuttingDown,
+            Self::ShuttingDown => Self::EngineDead,
+            Self::EngineDead => Self::Internal { is_deterministic: true },
+            Self::Internal { .. } => return None,
+        })
+    }
 }

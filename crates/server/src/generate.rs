@@ -12,10 +12,10 @@ use lapidary_engine::{
     EngineError, FinishReason, Request, SampledToken, SamplingParams, StopCriteria, TokenEvent, TokenId, TokenLogprobs,
     TokenStream,
 };
-use lapidary_text::{CallEvent, CallReader, Detokenizer, GrammarState, StopMatcher, Tokenizer};
+use lapidary_text::{CallEvent, CallReader, Detokenizer, StopMatcher, Tokenizer};
 
+use crate::constraint::AnswerConstraint;
 use crate::error::ApiError;
-use crate::grammar::GrammarConstraint;
 use crate::metrics::{FinishedSequence, SequenceEnd};
 use crate::openai::{Deadlines, Params};
 use crate::record::RequestRecord;
@@ -41,7 +41,7 @@ pub(crate) struct Admission {
     pub(crate) deadlines: Deadlines,
     pub(crate) arrival: Instant,
     /// What each answer is held to, from its first token on.
-    pub(crate) constraint: Option<GrammarState>,
+    pub(crate) constraint: Option<AnswerConstraint>,
 }
 
 /// A prompt, and what is known of it once its first token came.
@@ -186,7 +186,7 @@ impl Generation {
                 let seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
                 let request = Request {
                     // Each answer has its own.
-                    constraint: constraint.clone().map(|state| Box::new(GrammarConstraint(state)) as _),
+                    constraint: constraint.clone().map(|constraint| Box::new(constraint) as _),
                     deadline: deadlines.answer,
                     queue_deadline: deadlines.queue,
                     ..request_of(&prompt.tokens, params, seed, max_tokens)

@@ -1,9 +1,9 @@
-//! From a client's grammar to what the engine holds a sequence to: compiled off the async threads, within limits.
+//! From a client's grammar to what an answer is held to: compiled off the async threads, within limits.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lapidary_engine::{ConstraintError, TokenConstraint, TokenId, TokenMask};
+use lapidary_engine::TokenId;
 use lapidary_text::{Grammar, GrammarCompiler, GrammarError, GrammarState, Tokenizer};
 use tokio::sync::Semaphore;
 
@@ -93,26 +93,4 @@ impl Grammars {
         let make = || GrammarCompiler::new(&self.tokenizer, self.vocab_size as usize, &self.stop_token_ids);
         self.compiler.get_or_init(make).as_ref().map_err(Clone::clone)
     }
-}
-
-/// A grammar as the engine knows it.
-#[derive(Debug, Clone)]
-pub(crate) struct GrammarConstraint(pub(crate) GrammarState);
-
-impl TokenConstraint for GrammarConstraint {
-    fn advance(&mut self, token: TokenId) -> Result<(), ConstraintError> {
-        self.0.advance(token).map_err(failed)
-    }
-
-    fn allowed_tokens(&mut self) -> Result<Option<TokenMask>, ConstraintError> {
-        self.0.allowed_tokens().map_err(failed)
-    }
-
-    fn fork(&self) -> Box<dyn TokenConstraint> {
-        Box::new(self.clone())
-    }
-}
-
-fn failed(error: GrammarError) -> ConstraintError {
-    ConstraintError::Failed(error.into())
 }

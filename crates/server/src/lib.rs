@@ -4,9 +4,9 @@
 //! |---|---|
 //! | `openai` | the request: reading, checking, prompts; the answer's bytes |
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
-//! | [`grammar`] | compiling grammars off the async threads, within limits |
+//! | [`grammar`], `constraint` | compiling grammars off the async threads, within limits; what an answer is held to |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
-//! | `tokenize`, `probes` | the small endpoints |
+//! | `tokenize`, `probes`, `openapi` | the small endpoints; what all of them take and give |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
@@ -23,6 +23,7 @@ pub mod bench;
 pub mod check;
 pub mod cli;
 pub mod config;
+mod constraint;
 mod demo;
 mod device;
 mod error;
@@ -38,6 +39,7 @@ pub mod load;
 pub mod logging;
 pub mod metrics;
 mod openai;
+mod openapi;
 mod probes;
 mod progress;
 mod record;
@@ -59,7 +61,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware;
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
 
 use crate::error::ApiError;
@@ -75,33 +77,43 @@ pub fn router(state: AppState) -> Router {
     }
 }
 
+/// Every path and what answers there. The document of `/openapi.json` has the same ones.
+fn table(state: &AppState) -> [(&'static str, MethodRouter<AppState>); 24] {
+    [
+        ("/v1/chat/completions", post(openai::chat)),
+        ("/v1/completions", post(openai::completions)),
+        ("/v1/responses", post(openai::responses)),
+        ("/v1/chat/completions/render", post(openai::render::chat)),
+        ("/v1/completions/render", post(openai::render::completions)),
+        ("/invocations", post(openai::invocations)),
+        ("/v1/models", get(openai::models::list)),
+        ("/v1/models/{*id}", get(openai::models::get)),
+        ("/tokenize", post(tokenize::tokenize)),
+        ("/detokenize", post(tokenize::detokenize)),
+        ("/tokenizer_info", get(tokenize::tokenizer_info)),
+        ("/openapi.json", openapi::route(&state.access)),
+        ("/version", get(probes::version)),
+        ("/live", get(probes::live)),
+        ("/ready", get(probes::ready)),
+        ("/health", get(probes::health)),
+        ("/load", get(probes::load)),
+        ("/metrics", get(probes::metrics)),
+        // The same probes by other platforms' names: SageMaker's, NIM's, KServe's, vLLM's.
+        ("/ping", get(probes::health).post(probes::health)),
+        ("/v1/health/live", get(probes::live)),
+        ("/v1/health/ready", get(probes::ready)),
+        ("/v2/health/live", get(probes::live)),
+        ("/v2/health/ready", get(probes::ready)),
+        ("/is_sleeping", get(probes::is_sleeping)),
+    ]
+}
+
 fn routes(state: AppState) -> Router {
     let cors = state.access.cors.layer();
-    Router::new()
-        .route("/v1/chat/completions", post(openai::chat))
-        .route("/v1/completions", post(openai::completions))
-        .route("/v1/responses", post(openai::responses))
-        .route("/v1/chat/completions/render", post(openai::render::chat))
-        .route("/v1/completions/render", post(openai::render::completions))
-        .route("/invocations", post(openai::invocations))
-        .route("/v1/models", get(openai::models::list))
-        .route("/v1/models/{*id}", get(openai::models::get))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route("/tokenizer_info", get(tokenize::tokenizer_info))
-        .route("/version", get(probes::version))
-        .route("/live", get(probes::live))
-        .route("/ready", get(probes::ready))
-        .route("/health", get(probes::health))
-        .route("/load", get(probes::load))
-        .route("/metrics", get(probes::metrics))
-        // The same probes by other platforms' names: SageMaker's, NIM's, KServe's, vLLM's.
-        .route("/ping", get(probes::health).post(probes::health))
-        .route("/v1/health/live", get(probes::live))
-        .route("/v1/health/ready", get(probes::ready))
-        .route("/v2/health/live", get(probes::live))
-        .route("/v2/health/ready", get(probes::ready))
-        .route("/is_sleeping", get(probes::is_sleeping))
+    let router = table(&state)
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods));
+    router
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(state.clone())

@@ -480,8 +480,6 @@ async fn parameters_that_are_not_supported() {
         no("prediction", json!({ "type": "content" })),
         no("use_beam_search", json!(true)),
         no("best_of", json!(3)),
-        no("bad_words", json!(["x"])),
-        no("allowed_token_ids", json!([1])),
         no("logprob_token_ids", json!([5])),
         no("chat_template", json!("{{ messages }}")),
         no("function_call", json!({ "name": "f" })),

@@ -18,6 +18,8 @@ mod extras;
 mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
+#[path = "http/openapi.rs"]
+mod openapi;
 #[path = "http/probes.rs"]
 mod probes;
 #[path = "http/prompts.rs"]
@@ -37,3 +39,5 @@ mod support;
 mod tokenize;
 #[path = "http/tools.rs"]
 mod tools;
+#[path = "http/vocabulary.rs"]
+mod vocabulary;

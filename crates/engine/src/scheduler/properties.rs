@@ -135,7 +135,8 @@ impl Rig {
         let num_left = self.mask_jobs.len() / 3;
         for job in self.mask_jobs.split_off(num_left) {
             let id = job.id;
-            self.scheduler.set_mask(id, job.run().unwrap());
+            let (constraint, allowed) = job.run().unwrap();
+            self.scheduler.set_mask(id, constraint, allowed);
         }
     }
 
@@ -257,7 +258,10 @@ fn requests() -> impl Strategy<Value = Request> {
     let sampling = (
         0..3_u64,
         prop::bool::weighted(0.2),
-        prop::option::weighted(0.4, (0..20_usize, prop::option::weighted(0.3, 0..8_usize))),
+        prop::option::weighted(
+            0.4,
+            (0..20_usize, prop::option::weighted(0.5, (0..8_usize, any::<bool>()))),
+        ),
     );
     (
         shared,
@@ -298,11 +302,13 @@ fn requests() -> impl Strategy<Value = Request> {
                     prompt_logprobs,
                     priority,
                     cache_salt,
-                    constraint: form.map(|(length, free_after)| {
+                    constraint: form.map(|(length, settled_after)| {
                         let form = ScriptedConstraint::new(VOCAB_SIZE, length, 3);
-                        free_after
-                            .map_or(form.clone(), |num_tokens| form.free_after(num_tokens))
-                            .fork()
+                        match settled_after {
+                            None => form.fork(),
+                            Some((num_tokens, true)) => form.free_after(num_tokens).fork(),
+                            Some((num_tokens, false)) => form.fixed_after(num_tokens).fork(),
+                        }
                     }),
                     ..Request::for_test(prompt, max_tokens)
                 }

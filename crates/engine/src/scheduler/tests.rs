@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::{Scheduler, SchedulerConfig};
-use crate::{Executor, KvCacheConfig, Request, RequestId, ScriptedConfig, ScriptedExecutor, TokenId};
+use crate::{
+    Executor, KvCacheConfig, Request, RequestId, ScriptedConfig, ScriptedConstraint, ScriptedExecutor, TokenConstraint,
+    TokenId,
+};
 
 const VOCAB_SIZE: u32 = 1000;
 
@@ -526,4 +529,34 @@ fn no_step_is_launched_for_a_sequence_whose_last_token_is_in_flight() {
 #[should_panic(expected = "can never fit")]
 fn adding_what_can_never_fit_is_a_mistake_of_the_caller() {
     Bench::new(64, 4, 1).add_unique(10, 10);
+}
+
+#[test]
+fn a_mask_that_stays_does_not_wait_for_tokens_to_be_read() {
+    let num_steps = |constraint: ScriptedConstraint| {
+        let mut bench = Bench::new(16, 8, 2);
+        let request = Request {
+            constraint: Some(constraint.fork()),
+            ..Request::for_test([1, 2, 3], 8)
+        };
+        let id = bench.add(request.clone());
+        let mut num_ahead = 0;
+        while !bench.scheduler.is_empty() {
+            for job in bench.scheduler.take_mask_jobs().collect::<Vec<_>>() {
+                let (constraint, allowed) = job.run().unwrap();
+                bench.scheduler.set_mask(id, constraint, allowed);
+            }
+            let was_in_flight = bench.scheduler.num_steps_in_flight() > 0;
+            num_ahead += usize::from(!bench.step().is_empty() && was_in_flight);
+        }
+        assert_eq!(
+            bench.tokens[&id],
+            ScriptedExecutor::expected_tokens(VOCAB_SIZE, &request)
+        );
+        num_ahead
+    };
+    let form = ScriptedConstraint::new(VOCAB_SIZE, 20, 9);
+    assert_eq!(num_steps(form.clone()), 0);
+    assert_eq!(num_steps(form.clone().fixed_after(0)), 7);
+    assert_eq!(num_steps(form.fixed_after(3)), 4);
 }

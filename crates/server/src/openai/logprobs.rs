@@ -47,6 +47,17 @@ pub(crate) struct Arrays {
     top_logprobs: BytesMut,
 }
 
+/// What is said of a token beside its name and log-probability.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TokenDetail {
+    /// In a chat: its bytes, `null` if it has none.
+    Chat,
+    /// In a part of a response: its bytes, an empty list if it has none.
+    Part,
+    /// In an event of a response: nothing.
+    Event,
+}
+
 /// A token's log-probability, and those of its alternatives that are to be named.
 type Score<'a> = (&'a TokenLogprobs, &'a [(TokenId, f32)]);
 
@@ -142,7 +153,7 @@ impl LogprobsJson {
     /// Adds a token. `offset_shift` is the number of characters of echoed prompt before the answer.
     pub(crate) fn push(&mut self, entry: &LogprobEntry, names: &TokenNames, offset_shift: usize) {
         match self {
-            Self::Chat(content) => push_chat(content, entry, names),
+            Self::Chat(content) => push_element(content, entry, names, TokenDetail::Chat),
             Self::Completions(arrays) => {
                 let score = (&*entry.logprobs, entry.logprobs.top.as_slice());
                 arrays.push(names, entry.token, entry.text_offset + offset_shift, Some(score));
@@ -218,27 +229,32 @@ impl Arrays {
     }
 }
 
-fn push_chat(content: &mut BytesMut, entry: &LogprobEntry, names: &TokenNames) {
+/// Appends a token to the elements of an array.
+pub(crate) fn push_element(content: &mut BytesMut, entry: &LogprobEntry, names: &TokenNames, detail: TokenDetail) {
     separate(content);
-    push_token(content, names, entry.token, entry.logprobs.logprob);
+    push_token(content, names, (entry.token, entry.logprobs.logprob), detail);
     json::push(content, ",\"top_logprobs\":[");
     for (index, (token, logprob)) in entry.logprobs.top.iter().enumerate() {
         separate_if(content, index > 0);
-        push_token(content, names, *token, *logprob);
+        push_token(content, names, (*token, *logprob), detail);
         json::push(content, "}");
     }
     json::push(content, "]}");
 }
 
 /// Without the closing brace.
-fn push_token(out: &mut BytesMut, names: &TokenNames, token: TokenId, logprob: f32) {
+fn push_token(out: &mut BytesMut, names: &TokenNames, (token, logprob): (TokenId, f32), detail: TokenDetail) {
     json::push(out, "{\"token\":");
     json::push_string(out, &names.name(token));
     json::push(out, ",\"logprob\":");
     json::push_logprob(out, logprob);
+    if detail == TokenDetail::Event {
+        return;
+    }
     match names.tokenizer.token_bytes(token) {
-        None => json::push(out, ",\"bytes\":null"),
-        Some(bytes) => {
+        None if detail == TokenDetail::Chat => json::push(out, ",\"bytes\":null"),
+        bytes => {
+            let bytes = bytes.unwrap_or_default();
             json::push(out, ",\"bytes\":[");
             for (index, byte) in bytes.iter().enumerate() {
                 separate_if(out, index > 0);

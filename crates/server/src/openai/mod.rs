@@ -5,6 +5,8 @@ pub(crate) mod answer;
 mod chat;
 mod completions;
 mod deadlines;
+#[cfg(test)]
+mod documented;
 mod logprobs;
 mod messages;
 pub(crate) mod models;
@@ -15,6 +17,7 @@ mod responses;
 mod structured;
 mod tools;
 pub(crate) mod types;
+mod vocabulary;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -26,15 +29,17 @@ use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use lapidary_engine::{EngineError, TokenId};
-use lapidary_text::GrammarState;
 
 pub(crate) use self::deadlines::Deadlines;
 use self::deadlines::Patience;
 pub(crate) use self::params::{Params, Streaming};
 
 use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
+use self::logprobs::TokenNames;
 use self::responses::{ResponsesBody, ResponsesWriter, Settings};
 use self::types::GenerationBody;
+use self::vocabulary::Vocabulary;
+use crate::constraint::AnswerConstraint;
 use crate::error::ApiError;
 use crate::extract::{read_body, read_json};
 use crate::generate::{Admission, Generation};
@@ -135,21 +140,21 @@ struct Started {
 /// What an answer is written as.
 enum Shape {
     Choices(Head),
-    Response(ResponsesWriter),
+    Response(Box<ResponsesWriter>),
 }
 
 impl Shape {
     fn stream_writer(self, streaming: Streaming, generation: &Generation) -> Box<dyn StreamWriter> {
         match self {
             Self::Choices(head) => Box::new(ChunkWriter::new(head, streaming, generation.num_choices())),
-            Self::Response(writer) => Box::new(writer),
+            Self::Response(writer) => writer,
         }
     }
 
     fn body_writer(self, generation: &Generation) -> Box<dyn BodyWriter + Send> {
         match self {
             Self::Choices(head) => Box::new(WholeWriter::new(head, generation)),
-            Self::Response(writer) => Box::new(writer),
+            Self::Response(writer) => writer,
         }
     }
 }
@@ -271,7 +276,12 @@ async fn submit(
         )),
         Some(settings) => {
             let name = model.names.first().map_or("", String::as_str);
-            Shape::Response(ResponsesWriter::new(request_id.as_str(), name, settings))
+            let names = params.sampling.logprobs.map(|_| TokenNames {
+                tokenizer: Arc::clone(&model.tokenizer),
+                by_id: false,
+            });
+            let writer = ResponsesWriter::new(request_id.as_str(), name, settings, names);
+            Shape::Response(Box::new(writer))
         }
     };
     let admission = Admission {
@@ -294,7 +304,7 @@ struct Prepared<'a> {
     model: &'a ServedModel,
     params: Params,
     prompts: Prompts,
-    constraint: Option<GrammarState>,
+    constraint: Option<AnswerConstraint>,
     patience: Patience,
 }
 
@@ -309,7 +319,8 @@ async fn prepare<'a>(
     // Cheap checks first: a request that will be refused should not cost its tokenisation.
     let params = Params::new(endpoint, &body, model, &state.limits)?;
     let patience = Patience::new(headers, &body, &state.limits)?;
-    let constraint = tools::compile(model, &params).await?;
+    let grammar = tools::compile(model, &params).await?;
+    let rules = Vocabulary::rules(&params, state, model).await?;
     let prompts = match endpoint {
         Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
         Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
@@ -319,7 +330,7 @@ async fn prepare<'a>(
         model,
         params,
         prompts,
-        constraint,
+        constraint: AnswerConstraint::new(grammar, rules),
         patience,
     })
 }

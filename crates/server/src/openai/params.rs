@@ -12,6 +12,7 @@ use super::prompt::Truncation;
 use super::structured::{self, Form};
 use super::tools::{self, Tools};
 use super::types::{Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
+use super::vocabulary::Vocabulary;
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::state::{Limits, ServedModel};
@@ -70,6 +71,8 @@ pub(crate) struct Params {
     pub(crate) cache_salt: u128,
     /// What the answer must look like.
     pub(crate) form: Option<Form>,
+    /// Which tokens it may use.
+    pub(crate) vocabulary: Vocabulary,
     /// What it may call.
     pub(crate) tools: Option<Tools>,
     /// `None`: one body at the end.
@@ -141,6 +144,7 @@ impl Params {
             priority: priority(body.priority, limits)?,
             cache_salt: cache_salt(body.cache_salt.as_deref())?,
             form,
+            vocabulary: Vocabulary::new(body, model.vocab_size)?,
             tools,
             stream: streaming(body, limits)?,
         })
@@ -584,13 +588,11 @@ fn streaming(body: &GenerationBody, limits: &Limits) -> Result<Option<Streaming>
 }
 
 fn refuse_unsupported(body: &GenerationBody) -> Result<(), ApiError> {
-    let used: [(&'static str, Extension); 8] = [
+    let used: [(&'static str, Extension); 6] = [
         ("audio", body.audio),
         ("prediction", body.prediction),
         ("suffix", body.suffix),
         ("use_beam_search", body.use_beam_search),
-        ("bad_words", body.bad_words),
-        ("allowed_token_ids", body.allowed_token_ids),
         ("prompt_embeds", body.prompt_embeds),
         ("logprob_token_ids", body.logprob_token_ids),
     ];

@@ -15,7 +15,7 @@ use crate::state::{AppState, ServedModel};
 
 /// Texts up to this many bytes are tokenised where they are: at 0.25 us a byte they hold up other requests for half a
 /// millisecond at most, and a hop to another thread costs a tenth of that.
-const MAX_INLINE_BYTES: usize = 2048;
+pub(super) const MAX_INLINE_BYTES: usize = 2048;
 
 /// Texts of up to so many contexts are tokenised where what does not fit is cut off.
 const MAX_TRUNCATED_CONTEXTS: usize = 16;

@@ -33,6 +33,8 @@ pub(crate) struct GenerationBody {
     pub(crate) frequency_penalty: Option<Number>,
     pub(crate) repetition_penalty: Option<Number>,
     pub(crate) logit_bias: Option<LogitBias>,
+    pub(crate) allowed_token_ids: Option<Vec<Int>>,
+    pub(crate) bad_words: Option<Vec<String>>,
     pub(crate) seed: Option<Int>,
     pub(crate) stop: Option<Stop>,
     pub(crate) stop_token_ids: Option<Vec<Int>>,
@@ -71,8 +73,6 @@ pub(crate) struct GenerationBody {
     pub(crate) guided_regex: Option<String>,
     pub(crate) guided_choice: Option<Vec<String>>,
     pub(crate) guided_grammar: Option<String>,
-    pub(crate) bad_words: Extension,
-    pub(crate) allowed_token_ids: Extension,
     pub(crate) prompt_embeds: Extension,
     pub(crate) logprob_token_ids: Extension,
 }

@@ -118,6 +118,68 @@ async fn a_stream_tells_what_the_body_says() {
 }
 
 #[tokio::test]
+async fn log_probabilities_come_with_the_text_if_they_are_included() {
+    let server = Setup::answering(&["▁hello", "<0xC3>", "<0xA9>"]).start();
+    let mut body =
+        json!({ "input": "the fox", "include": ["message.output_text.logprobs", "reasoning.encrypted_content"] });
+    let plain = respond(&server, body.clone()).await.json();
+    let logprobs = plain["output"][0]["content"][0]["logprobs"].as_array().unwrap().clone();
+    let tokens: Vec<_> = logprobs.iter().map(|entry| entry["token"].as_str().unwrap()).collect();
+    assert_eq!(tokens, [" hello", "\u{fffd}", "\u{fffd}", "<end_of_turn>"]);
+    assert_eq!(
+        logprobs[1],
+        json!({ "token": "\u{fffd}", "logprob": -0.5, "bytes": [0xC3], "top_logprobs": [] })
+    );
+    body["top_logprobs"] = json!(2);
+    let whole = respond(&server, body.clone()).await.json();
+    assert_eq!(whole["top_logprobs"], 2);
+    let part = whole["output"][0]["content"][0].clone();
+    assert_eq!(part["logprobs"][0]["top_logprobs"].as_array().unwrap().len(), 2);
+    body["stream"] = json!(true);
+    let events = events(&respond(&server, body.clone()).await);
+    let of_type = |kind: &'static str| events.iter().filter(move |event| event["type"] == kind);
+    let deltas = of_type("response.output_text.delta");
+    let streamed: Vec<Value> = deltas
+        .flat_map(|event| event["logprobs"].as_array().unwrap().clone())
+        .collect();
+    let mut told = part["logprobs"].clone();
+    for entry in told.as_array_mut().unwrap() {
+        entry.as_object_mut().unwrap().remove("bytes");
+        for alternative in entry["top_logprobs"].as_array_mut().unwrap() {
+            alternative.as_object_mut().unwrap().remove("bytes");
+        }
+    }
+    assert_eq!(json!(streamed), told, "events have no bytes");
+    let done = of_type("response.output_text.done").next().unwrap();
+    assert_eq!(done["logprobs"], told);
+    let closed = of_type("response.content_part.done").next().unwrap();
+    assert_eq!(closed["part"], part);
+    let added = of_type("response.content_part.added").next().unwrap();
+    assert_eq!(added["part"]["logprobs"], json!([]));
+    assert_eq!(events.last().unwrap()["response"]["output"][0]["content"][0], part);
+
+    body = json!({ "input": "the fox", "top_logprobs": 2 });
+    let without = respond(&server, body).await.json();
+    assert_eq!(without["output"][0]["content"][0]["logprobs"], json!([]));
+}
+
+#[tokio::test]
+async fn calls_have_no_log_probabilities() {
+    let server = drawing();
+    let tools = json!([{ "type": "function", "name": "pick", "parameters": { "type": "object", "properties": {} } }]);
+    let body = json!({ "input": "pick", "tools": tools, "tool_choice": "required", "parallel_tool_calls": false,
+        "include": ["message.output_text.logprobs"] });
+    let answer = respond(&server, body).await.json();
+    let kinds: Vec<_> = answer["output"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| &item["type"])
+        .collect();
+    assert_eq!(kinds, ["function_call"], "{answer}");
+}
+
+#[tokio::test]
 async fn what_is_cut_off_is_incomplete() {
     let server = Setup::answering(&["a"; 50]).start();
     let body = json!({ "input": [{ "role": "user", "content": "x" }], "max_output_tokens": 4 });
@@ -227,6 +289,12 @@ async fn faults_are_named_in_the_requests_own_words() {
             "tools[0].name",
         ),
         (json!({ "input": "x ".repeat(2000) }), "input"),
+        (
+            json!({ "input": "a", "include": ["reasoning.encrypted_content", "thoughts"] }),
+            "include[1]",
+        ),
+        (json!({ "input": "a", "top_logprobs": 21 }), "top_logprobs"),
+        (json!({ "input": "a", "top_logprobs": -1 }), "top_logprobs"),
     ];
     let num_cases = cases.len() as u64;
     for (body, param) in cases {

@@ -8,9 +8,24 @@ use serde_json::{Value, json};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::openai::types::{
-    CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, NamedSchema, ResponseFormat, Tool,
-    ToolCall, ToolFunction,
+    CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, Logprobs, NamedSchema, ResponseFormat,
+    Tool, ToolCall, ToolFunction,
 };
+
+/// What `include` may name. All but the first belong to what this server's answers never have.
+const INCLUDABLE: [&str; 8] = [
+    "message.output_text.logprobs",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+];
+
+/// Alternatives of a token at most: OpenAI's limit.
+const MAX_TOP_LOGPROBS: i64 = 20;
 
 /// Body of `/v1/responses`.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -23,6 +38,7 @@ pub(in crate::openai) struct ResponsesBody {
     temperature: Option<Number>,
     top_p: Option<Number>,
     top_logprobs: Option<Int>,
+    include: Option<Vec<String>>,
     stream: Option<Flag>,
     text: Option<Object<TextOptions>>,
     tools: Option<Vec<Object<FlatTool>>>,
@@ -46,7 +62,7 @@ enum Input {
 /// A message, a call, or the result of one.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct Item {
+pub(in crate::openai) struct Item {
     r#type: Option<String>,
     role: Option<String>,
     content: Option<Content>,
@@ -58,14 +74,14 @@ struct Item {
 
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct TextOptions {
+pub(in crate::openai) struct TextOptions {
     format: Option<Object<FlatFormat>>,
 }
 
 /// A `response_format` without its inner object.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct FlatFormat {
+pub(in crate::openai) struct FlatFormat {
     r#type: Option<String>,
     name: Option<String>,
     schema: Option<Value>,
@@ -74,7 +90,7 @@ struct FlatFormat {
 /// A tool without its inner object.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
-struct FlatTool {
+pub(in crate::openai) struct FlatTool {
     r#type: Option<String>,
     name: Option<String>,
     description: Option<String>,
@@ -142,12 +158,8 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
         let message = format!("{param} is not supported: this server keeps nothing between requests.");
         return Err(ApiError::unsupported(*param, message));
     }
-    if body.top_logprobs.is_some_and(|Int(count)| count != 0) {
-        return Err(ApiError::unsupported(
-            "top_logprobs",
-            "top_logprobs is not supported here. Use /v1/chat/completions.",
-        ));
-    }
+    let has_logprobs = includes_logprobs(body.include.as_deref().unwrap_or_default())?;
+    check_top_logprobs(body.top_logprobs)?;
     let settings = settings(&body);
     let mut messages: Vec<Object<ChatMessage>> = Vec::new();
     messages.extend(body.instructions.map(|text| message("system", Content::Text(text))));
@@ -166,6 +178,9 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
         max_completion_tokens: body.max_output_tokens,
         temperature: body.temperature,
         top_p: body.top_p,
+        logprobs: has_logprobs.then_some(Logprobs::Flag(true)),
+        // Without log-probabilities there are no alternatives to name.
+        top_logprobs: body.top_logprobs.filter(|_| has_logprobs),
         stream: body.stream,
         response_format: format.map(|Object(format)| Object(response_format(format))),
         tools: body
@@ -181,6 +196,31 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
         .tool_choice
         .filter(|choice| chat.tools.is_some() || *choice != Choice::Mode("auto".to_owned()));
     Ok((GenerationBody { tool_choice, ..chat }, settings))
+}
+
+/// Whether the text's log-probabilities are part of what is to be included.
+fn includes_logprobs(include: &[String]) -> Result<bool, ApiError> {
+    match include.iter().position(|name| !INCLUDABLE.contains(&name.as_str())) {
+        None => Ok(include.iter().any(|name| name == INCLUDABLE[0])),
+        Some(index) => {
+            let names = INCLUDABLE.map(|name| format!("'{name}'")).join(", ");
+            let message = format!(
+                "Invalid value: '{}'. Supported values are: {names}.",
+                shorten(&include[index])
+            );
+            Err(ApiError::invalid(format!("include[{index}]"), message))
+        }
+    }
+}
+
+fn check_top_logprobs(count: Option<Int>) -> Result<(), ApiError> {
+    match count {
+        Some(Int(count)) if !(0..=MAX_TOP_LOGPROBS).contains(&count) => Err(ApiError::invalid(
+            "top_logprobs",
+            format!("top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {count}."),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// An error of the chat in the request's own words.
@@ -314,6 +354,6 @@ fn settings(body: &ResponsesBody) -> Settings {
         "parallel_tool_calls": body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
         "previous_response_id": null, "reasoning": { "effort": null, "summary": null }, "service_tier": null,
         "store": false, "temperature": number(body.temperature), "text": { "format": format }, "tool_choice": tool_choice,
-        "tools": tools, "top_logprobs": 0, "top_p": number(body.top_p), "truncation": "disabled", "user": body.user,
+        "tools": tools, "top_logprobs": body.top_logprobs.map_or(0, |Int(count)| count), "top_p": number(body.top_p), "truncation": "disabled", "user": body.user,
     }))
 }

@@ -9,6 +9,7 @@ use crate::error::ApiError;
 use crate::generate::{Finish, Generation, Usage};
 use crate::json;
 use crate::openai::answer::{BodyWriter, StreamWriter, call_id};
+use crate::openai::logprobs::{TokenDetail, TokenNames, push_element};
 
 /// Writes a response.
 #[derive(Debug)]
@@ -17,6 +18,10 @@ pub(in crate::openai) struct ResponsesWriter {
     created: u64,
     model: String,
     settings: Settings,
+    /// Names tokens in log-probabilities, if those are wanted.
+    names: Option<TokenNames>,
+    /// Tokens of which no text was seen yet.
+    pending: Scores,
     /// Items that are complete.
     output: Vec<Value>,
     open: Option<Item>,
@@ -33,6 +38,15 @@ struct Item {
     kind: Kind,
     /// Text, or arguments.
     content: String,
+    /// Elements of the text's `logprobs`.
+    logprobs: BytesMut,
+}
+
+/// Log-probabilities of some tokens, as elements of JSON arrays.
+#[derive(Debug, Default)]
+struct Scores {
+    in_part: BytesMut,
+    in_event: BytesMut,
 }
 
 #[derive(Debug)]
@@ -55,18 +69,20 @@ impl Item {
     }
 
     fn part(&self) -> Value {
-        json!({ "type": "output_text", "text": self.content, "annotations": [], "logprobs": [] })
+        json!({ "type": "output_text", "text": self.content, "annotations": [], "logprobs": array(&self.logprobs) })
     }
 }
 
 impl ResponsesWriter {
     /// Of an answer that begins now.
-    pub(in crate::openai) fn new(request_id: &str, model: &str, settings: Settings) -> Self {
+    pub(in crate::openai) fn new(request_id: &str, model: &str, settings: Settings, names: Option<TokenNames>) -> Self {
         Self {
             id: format!("resp_{request_id}"),
             created: crate::unix_time(),
             model: model.to_owned(),
             settings,
+            names,
+            pending: Scores::default(),
             output: Vec::new(),
             open: None,
             has_begun: false,
@@ -78,7 +94,9 @@ impl ResponsesWriter {
     fn response(&self, status: &str, usage: Option<Usage>, error: &Value) -> Value {
         let usage = usage.map(|usage| {
             json!({
-                "input_tokens": usage.prompt_tokens, "input_tokens_details": { "cached_tokens": usage.cached_tokens },
+                "input_tokens": usage.prompt_tokens,
+                // Prefixes are kept for nothing.
+                "input_tokens_details": { "cached_tokens": usage.cached_tokens, "cache_write_tokens": 0 },
                 "output_tokens": usage.completion_tokens, "output_tokens_details": { "reasoning_tokens": 0 },
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             })
@@ -107,6 +125,12 @@ impl ResponsesWriter {
             self.emit(out, "response.in_progress", json!({ "response": response }));
         }
         let delta = &generation.choice(index).delta;
+        if let Some(names) = &self.names {
+            for entry in &delta.logprobs {
+                push_element(&mut self.pending.in_part, entry, names, TokenDetail::Part);
+                push_element(&mut self.pending.in_event, entry, names, TokenDetail::Event);
+            }
+        }
         if !delta.text.is_empty() {
             self.add_text(out, &delta.text);
         }
@@ -114,6 +138,8 @@ impl ResponsesWriter {
             match event {
                 CallEvent::Call(name) => {
                     self.close(out, "completed");
+                    // Calls have no place for them.
+                    self.pending = Scores::default();
                     let call_id = call_id();
                     self.open(
                         out,
@@ -125,7 +151,7 @@ impl ResponsesWriter {
                     );
                 }
                 CallEvent::Arguments(more) | CallEvent::Text(more) => {
-                    self.add(out, "response.function_call_arguments.delta", "", more);
+                    self.add(out, "response.function_call_arguments.delta", b"", more);
                 }
             }
         }
@@ -135,6 +161,10 @@ impl ResponsesWriter {
                 // An answer without words is an answer.
                 self.open(out, "msg", Kind::Message);
             }
+            if !self.pending.in_part.is_empty() {
+                // The stop token has no text.
+                self.add_text(out, "");
+            }
             self.close(out, if self.was_cut_off { "incomplete" } else { "completed" });
         }
     }
@@ -143,12 +173,23 @@ impl ResponsesWriter {
         if self.open.is_none() {
             self.open(out, "msg", Kind::Message);
         }
-        self.add(
-            out,
-            "response.output_text.delta",
-            ",\"content_index\":0,\"logprobs\":[]",
-            text,
-        );
+        let Some(Item {
+            kind: Kind::Message,
+            logprobs,
+            ..
+        }) = &mut self.open
+        else {
+            return;
+        };
+        let Scores { in_part, in_event } = std::mem::take(&mut self.pending);
+        if !logprobs.is_empty() && !in_part.is_empty() {
+            json::push(logprobs, ",");
+        }
+        logprobs.extend_from_slice(&in_part);
+        let mut fields = BytesMut::from(",\"content_index\":0,\"logprobs\":[");
+        fields.extend_from_slice(&in_event);
+        json::push(&mut fields, "]");
+        self.add(out, "response.output_text.delta", &fields, text);
     }
 
     fn open(&mut self, out: &mut BytesMut, prefix: &str, kind: Kind) {
@@ -156,6 +197,7 @@ impl ResponsesWriter {
             id: format!("{prefix}_{:016x}", crate::request_id::random_u64()),
             kind,
             content: String::new(),
+            logprobs: BytesMut::new(),
         };
         let mut added = item.to_json("in_progress");
         let is_message = matches!(item.kind, Kind::Message);
@@ -172,7 +214,7 @@ impl ResponsesWriter {
     }
 
     /// More of the open item. By hand: it comes once a token.
-    fn add(&mut self, out: &mut BytesMut, kind: &str, fields: &str, more: &str) {
+    fn add(&mut self, out: &mut BytesMut, kind: &str, fields: &[u8], more: &str) {
         let Some(item) = &mut self.open else { return };
         item.content.push_str(more);
         json::push(out, "event: ");
@@ -185,7 +227,7 @@ impl ResponsesWriter {
         json::push_string(out, &item.id);
         json::push(out, ",\"output_index\":");
         json::push_int(out, self.output.len() as u64);
-        json::push(out, fields);
+        out.extend_from_slice(fields);
         json::push(out, ",\"delta\":");
         json::push_string(out, more);
         json::push(out, "}\n\n");
@@ -199,7 +241,8 @@ impl ResponsesWriter {
             Kind::Message => {
                 let place = with(&place, "content_index", json!(0));
                 let done = with(&place, "text", json!(item.content));
-                self.emit(out, "response.output_text.done", with(&done, "logprobs", json!([])));
+                let logprobs = without_bytes(array(&item.logprobs));
+                self.emit(out, "response.output_text.done", with(&done, "logprobs", logprobs));
                 self.emit(out, "response.content_part.done", with(&place, "part", item.part()));
             }
             Kind::Call { name, .. } => {
@@ -235,6 +278,29 @@ fn with(fields: &Value, name: &str, value: Value) -> Value {
     let mut fields = fields.clone();
     fields[name] = value;
     fields
+}
+
+/// An array of these elements, written by this server.
+fn array(elements: &[u8]) -> Value {
+    let text = [b"[", elements, b"]"].concat();
+    serde_json::from_slice(&text).expect("elements are JSON")
+}
+
+/// Log-probabilities as events have them.
+fn without_bytes(mut logprobs: Value) -> Value {
+    for element in logprobs
+        .as_array_mut()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_object_mut)
+    {
+        element.remove("bytes");
+        let top = element.get_mut("top_logprobs").and_then(Value::as_array_mut);
+        for alternative in top.into_iter().flatten().filter_map(Value::as_object_mut) {
+            alternative.remove("bytes");
+        }
+    }
+    logprobs
 }
 
 impl StreamWriter for ResponsesWriter {
