@@ -1,4 +1,4 @@
-//! One line in the log for each request, when its last byte was handed over or its client left.
+//! One line in the log and one count for each request, when its last byte was handed over or its client left.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -14,19 +14,22 @@ use http_body::{Frame, SizeHint};
 
 use crate::access::is_probe_or_metrics;
 use crate::error::shorten;
+use crate::metrics::Outcome;
 use crate::record::RequestRecord;
 use crate::request_id::RequestId;
+use crate::state::AppState;
 
 /// Status in the log of a request whose client left before it was answered: nginx's.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
-/// Middleware: writes the line. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
-pub(crate) async fn log(request: Request, next: Next) -> Response {
+/// Middleware: writes the line and counts. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
+pub(crate) async fn log(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let Some(id) = request.extensions().get::<RequestId>().cloned() else {
         return next.run(request).await;
     };
     // The query is left out: clients put secrets there.
     let mut line = Line {
+        state,
         method: request.method().clone(),
         path: shorten(request.uri().path()).into_owned(),
         record: Arc::clone(id.record()),
@@ -40,9 +43,17 @@ pub(crate) async fn log(request: Request, next: Next) -> Response {
     response.map(|body| Body::new(LoggedBody { body, line }))
 }
 
+/// The line and the counts of what was no HTTP, and has been refused as such.
+pub(crate) fn malformed(state: &AppState, error: &hyper::Error) {
+    state.metrics.malformed_request();
+    state.metrics.http.count_malformed();
+    tracing::info!(outcome = Outcome::Invalid.as_str(), %error, "request");
+}
+
 /// Written when dropped.
 #[derive(Debug)]
 struct Line {
+    state: AppState,
     id: RequestId,
     record: Arc<RequestRecord>,
     method: Method,
@@ -66,9 +77,7 @@ macro_rules! write_line {
             request_id = line.id.as_str(),
             method = line.method.as_str(),
             path = line.path,
-            status = line
-                .answered
-                .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16()),
+            status = line.status(),
             outcome = line.record.outcome().map(|outcome| outcome.as_str()),
             prompt_tokens = is_generation.then_some(usage.prompt_tokens),
             cached_tokens = is_generation.then_some(usage.cached_tokens),
@@ -81,8 +90,17 @@ macro_rules! write_line {
     }};
 }
 
+impl Line {
+    fn status(&self) -> u16 {
+        self.answered
+            .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16())
+    }
+}
+
 impl Drop for Line {
     fn drop(&mut self) {
+        let http = &self.state.metrics.http;
+        http.count(&self.method, &self.path, self.status(), self.arrival.elapsed());
         // Asked every second by whoever watches the process: they would be most of the log.
         if is_probe_or_metrics(&self.path) {
             write_line!(tracing::Level::DEBUG, self);

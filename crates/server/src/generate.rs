@@ -355,6 +355,7 @@ impl Generation {
                 SequenceEnd::Stop
             },
             prompt_tokens: prompt.num_tokens(),
+            cached_tokens: event.num_cached_tokens,
             generated_tokens: choice.num_tokens,
             max_tokens: choice.max_tokens,
             arrival: self.arrival,
@@ -363,6 +364,16 @@ impl Generation {
             first_token: choice.first_token,
             last_token: choice.last_token,
         });
+        let mut siblings = self
+            .choices
+            .iter()
+            .filter(|other| other.prompt_index == choice.prompt_index);
+        let longest = siblings.try_fold(0, |longest, other| {
+            other.is_finished().then_some(longest.max(other.num_tokens))
+        });
+        if let Some(longest) = longest {
+            metrics.prompt_finished(longest);
+        }
     }
 }
 

@@ -106,10 +106,10 @@ fn routes(state: AppState) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(state.clone())
         // Later layers wrap earlier ones: errors of all of them carry an id and are readable across origins.
-        .layer(middleware::from_fn_with_state(state, access::admit))
+        .layer(middleware::from_fn_with_state(state.clone(), access::admit))
         .layer(CatchPanicLayer::custom(PanicResponse))
         .layer(cors)
-        .layer(middleware::from_fn(access_log::log))
+        .layer(middleware::from_fn_with_state(state, access_log::log))
         .layer(middleware::from_fn(request_id::assign))
 }
 

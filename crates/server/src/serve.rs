@@ -106,7 +106,7 @@ pub async fn serve_on(
     let _reloading = reload::start(&state, tls.as_ref()).map_err(ServeError::Signals)?;
     let router = crate::router(state.clone());
     let router = router.layer(map_response_with_state(state.clone(), close_while_draining));
-    let connections = listener.start(router, http, tls);
+    let connections = listener.start(&state, router, http, tls);
 
     let loading = {
         let state = state.clone();

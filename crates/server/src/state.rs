@@ -160,6 +160,8 @@ pub struct ServedModel {
     pub grammars: Arc<Grammars>,
     /// All tokens that end an answer, `eos_token_id` included.
     pub stop_token_ids: Arc<[TokenId]>,
+    /// What runs it: `cpu`, or the GPU's name.
+    pub device: String,
     /// Used where a request is silent.
     pub defaults: SamplingDefaults,
     /// Identifies build, checkpoint and backend: equal fingerprints and seeds give equal answers.

@@ -4,6 +4,8 @@
 
 #[path = "http/access.rs"]
 mod access;
+#[path = "http/accounting.rs"]
+mod accounting;
 #[path = "http/answers.rs"]
 mod answers;
 #[path = "http/bodies.rs"]

@@ -618,6 +618,17 @@ fn every_request_has_one_line_in_the_log_with_what_it_used() {
     drop(server.stream(LONG_ANSWER));
     let line = server.log_line("\"message\":\"request\"");
     assert!(line.contains(r#""outcome":"client_abort""#), "{line}");
+    let mut stream = server.connect();
+    write!(stream, "This is no HTTP.\r\n\r\n").unwrap();
+    assert_eq!(read_response(stream).0, 400);
+    let line = server.log_line("\"message\":\"request\"");
+    assert!(line.contains(r#""outcome":"invalid","error":""#), "{line}");
+    server.get("/ready");
+    server.signal("TERM");
+    for line in &server.log {
+        let event: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_ne!(event["message"], "request", "a second line, or one for a probe: {line}");
+    }
 }
 
 /// Status of a GET with a key.

@@ -61,6 +61,7 @@ impl Endpoint {
             _ if method != Method::POST => None,
             "/v1/chat/completions" => Some(Self::Chat),
             "/v1/completions" => Some(Self::Completions),
+            "/v1/responses" => Some(Self::Responses),
             // Either; as what it is counted when nobody has looked.
             "/invocations" => Some(Self::Chat),
             _ => None,
@@ -68,7 +69,7 @@ impl Endpoint {
     }
 
     /// Label value.
-    pub(crate) fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Chat => "chat",
             Self::Completions => "completions",
