@@ -419,6 +419,9 @@ fn typed_settings(args: &ServeArgs) -> Result<Settings, ConfigError> {
     if args.no_enable_prefix_caching {
         settings.enable_prefix_caching = Some(false);
     }
+    if args.no_ui {
+        settings.ui = Some(false);
+    }
     match (&args.model_positional, &settings.model) {
         (Some(one), Some(other)) if one != other => {
             return Err(invalid("model", format!("given twice, as {one:?} and as {other:?}")));

@@ -6,7 +6,7 @@
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
 //! | [`grammar`] | compiling grammars off the async threads, within limits |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
-//! | `tokenize`, `probes` | the small endpoints |
+//! | `tokenize`, `probes`, `page` | the small endpoints; the page at `/` |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
@@ -38,6 +38,7 @@ pub mod load;
 pub mod logging;
 pub mod metrics;
 mod openai;
+mod page;
 mod probes;
 mod progress;
 mod record;
@@ -57,9 +58,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::Uri;
 use axum::middleware;
 use axum::response::Response;
 use axum::routing::{get, post};
+use tower::util::MapRequest;
 use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
 
 use crate::error::ApiError;
@@ -71,7 +74,23 @@ pub fn router(state: AppState) -> Router {
     match root_path.as_str() {
         "" => routes,
         // Proxies may strip the prefix or not.
-        prefix => Router::new().nest(prefix, routes.clone()).fallback_service(routes),
+        prefix => Router::new()
+            .nest(prefix, routes.clone())
+            // What is nested has no path for the slash alone, which is how browsers write the address of a folder.
+            .route_service(&format!("{prefix}/"), MapRequest::new(routes.clone(), to_root))
+            .fallback_service(routes),
+    }
+}
+
+fn to_root(mut request: Request) -> Request {
+    *request.uri_mut() = Uri::from_static("/");
+    request
+}
+
+fn page_routes(state: &AppState) -> Router<AppState> {
+    match state.access.has_page {
+        true => Router::new().route(page::PATH, get(page::page)),
+        false => Router::new(),
     }
 }
 
@@ -102,6 +121,7 @@ fn routes(state: AppState) -> Router {
         .route("/v2/health/live", get(probes::live))
         .route("/v2/health/ready", get(probes::ready))
         .route("/is_sleeping", get(probes::is_sleeping))
+        .merge(page_routes(&state))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(state.clone())

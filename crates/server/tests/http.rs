@@ -20,6 +20,8 @@ mod extras;
 mod hostile;
 #[path = "http/logprobs.rs"]
 mod logprobs;
+#[path = "http/page.rs"]
+mod page;
 #[path = "http/probes.rs"]
 mod probes;
 #[path = "http/prompts.rs"]
