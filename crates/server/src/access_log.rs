@@ -1,9 +1,9 @@
-//! One line in the log and one count for each request, when its last byte was handed over or its client left.
+//! One line in the log, one count and one span for each request, when its last byte was handed over or its client left.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
@@ -18,18 +18,24 @@ use crate::metrics::Outcome;
 use crate::record::RequestRecord;
 use crate::request_id::RequestId;
 use crate::state::AppState;
+use crate::traces::{Span, TraceContext};
 
 /// Status in the log of a request whose client left before it was answered: nginx's.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
-/// Middleware: writes the line and counts. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
+/// Middleware: writes the line, counts and traces. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
 pub(crate) async fn log(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let Some(id) = request.extensions().get::<RequestId>().cloned() else {
         return next.run(request).await;
     };
     // The query is left out: clients put secrets there.
+    let trace = state
+        .traces
+        .get()
+        .and_then(|_| TraceContext::of_request(request.headers()));
     let mut line = Line {
         state,
+        trace,
         method: request.method().clone(),
         path: shorten(request.uri().path()).into_owned(),
         record: Arc::clone(id.record()),
@@ -54,6 +60,8 @@ pub(crate) fn malformed(state: &AppState, error: &hyper::Error) {
 #[derive(Debug)]
 struct Line {
     state: AppState,
+    /// Absent unless it is traced.
+    trace: Option<TraceContext>,
     id: RequestId,
     record: Arc<RequestRecord>,
     method: Method,
@@ -72,6 +80,8 @@ macro_rules! write_line {
         let usage = line.record.usage();
         let ms = |until: Instant| (until - line.arrival).as_secs_f64() * 1000.0;
         let is_generation = line.record.outcome().is_some();
+        let timings = line.record.timings();
+        let of_part = |part: Option<Duration>| part.map(|part| part.as_secs_f64() * 1000.0);
         tracing::event!(
             $level,
             request_id = line.id.as_str(),
@@ -83,8 +93,16 @@ macro_rules! write_line {
             cached_tokens = is_generation.then_some(usage.cached_tokens),
             completion_tokens = is_generation.then_some(usage.completion_tokens),
             bytes = line.num_bytes,
+            queue_ms = of_part(timings.queue),
+            ttft_ms = of_part(timings.to_first_token),
+            tpot_ms = of_part(timings.mean_inter_token),
             head_ms = line.answered.map(|(_, when)| ms(when)),
             total_ms = ms(Instant::now()),
+            trace_id = line
+                .trace
+                .as_ref()
+                .filter(|_| is_generation)
+                .map(TraceContext::trace_id_hex),
             "request"
         );
     }};
@@ -94,6 +112,30 @@ impl Line {
     fn status(&self) -> u16 {
         self.answered
             .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16())
+    }
+
+    /// A span, where the request was for an endpoint that generates.
+    fn trace(&mut self) {
+        let (Some(context), Some(tracer)) = (self.trace.take(), self.state.traces.get()) else {
+            return;
+        };
+        let record = &self.record;
+        let (Some(endpoint), Some(outcome)) = (record.endpoint(), record.outcome()) else {
+            return;
+        };
+        tracer.record(Span {
+            context,
+            request_id: self.id.as_str().to_owned(),
+            model: self.state.metrics.model_name().to_owned(),
+            endpoint,
+            status: self.status(),
+            outcome,
+            usage: record.usage(),
+            timings: record.timings(),
+            asked: record.asked(),
+            end: SystemTime::now(),
+            duration: self.arrival.elapsed(),
+        });
     }
 }
 
@@ -107,6 +149,7 @@ impl Drop for Line {
         } else {
             write_line!(tracing::Level::INFO, self);
         }
+        self.trace();
     }
 }
 

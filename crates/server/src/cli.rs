@@ -339,6 +339,10 @@ pub struct Settings {
     /// error, warn, info, debug, or filters such as `info,lapidary_engine=debug` [default: info].
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+
+    /// Collector that gets a trace of each request, by OTLP over HTTP (http://localhost:4318) [default: none].
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 /// Which waiting request runs next.
@@ -452,6 +456,7 @@ impl Settings {
             ssl_keyfile: None,
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
+            otlp_traces_endpoint: None,
         }
     }
 }

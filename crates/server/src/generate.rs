@@ -84,6 +84,18 @@ pub(crate) struct Timings {
     pub(crate) tokens_per_second: Option<f64>,
 }
 
+impl Timings {
+    /// From the first step that computed for it to its first token.
+    pub(crate) fn prefill(&self) -> Option<Duration> {
+        Some(self.to_first_token?.saturating_sub(self.queue?))
+    }
+
+    /// From its first token to its last.
+    pub(crate) fn decode(&self) -> Option<Duration> {
+        Some(self.generation?.saturating_sub(self.prefill()?))
+    }
+}
+
 /// One answer.
 #[derive(Debug)]
 pub(crate) struct Choice {
@@ -379,6 +391,9 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            record.time(self.timings());
+        }
         let end = if self.has_failed {
             SequenceEnd::Error
         } else {

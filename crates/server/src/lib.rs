@@ -9,9 +9,10 @@
 //! | `tokenize`, `probes`, `page` | the small endpoints; the page at `/` |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
+//! | [`traces`] | a span for each request, to a collector |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
-//! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
+//! | `hub`, `https`, [`load`], `demo`, `progress` | from a model's name to a running engine |
 //! | [`check`] | what is wrong with a checkpoint |
 //! | [`mod@bench`] | a load generator, which shares nothing with the rest |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
@@ -30,6 +31,7 @@ mod extract;
 mod fingerprint;
 mod generate;
 pub mod grammar;
+mod https;
 mod hub;
 mod json;
 mod lenient;
@@ -47,6 +49,7 @@ pub mod serve;
 mod sse;
 pub mod state;
 mod tokenize;
+pub mod traces;
 pub mod units;
 
 pub use crate::grammar::Grammars;

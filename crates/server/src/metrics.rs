@@ -135,6 +135,11 @@ pub(crate) struct FinishedSequence {
 }
 
 impl Metrics {
+    /// What answers call the model.
+    pub(crate) fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
     /// All zero. `model_name` is what answers call the model.
     pub fn new(model_name: impl Into<String>) -> Self {
         let zero = || AtomicU64::new(0);

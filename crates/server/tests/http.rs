@@ -41,3 +41,5 @@ mod support;
 mod tokenize;
 #[path = "http/tools.rs"]
 mod tools;
+#[path = "http/traces.rs"]
+mod traces;

@@ -9,6 +9,7 @@ use super::histogram::DurationHistogram;
 use super::{ENDPOINTS, Metrics, Outcome, SequenceEnd, process};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::state::ServedModel;
+use crate::traces::Tracer;
 
 /// vLLM numbers the engines of a process; there is one here.
 const ENGINE: &str = "0";
@@ -24,7 +25,12 @@ const COMMIT: &str = match option_env!("BUILD_COMMIT") {
 
 impl Metrics {
     /// One scrape.
-    pub(crate) fn render(&self, lifecycle: &Lifecycle, model: Option<&ServedModel>) -> prometheus::Result<String> {
+    pub(crate) fn render(
+        &self,
+        lifecycle: &Lifecycle,
+        model: Option<&ServedModel>,
+        traces: Option<&Tracer>,
+    ) -> prometheus::Result<String> {
         let mut out = Exposition::default();
         let labels = Labels::default()
             .with("model_name", &*self.model_name)
@@ -39,6 +45,9 @@ impl Metrics {
         self.write_latencies(&mut out, &labels);
         self.write_requests(&mut out, &labels);
         self.http.write(&mut out);
+        if let Some(traces) = traces {
+            write_traces(&mut out, traces);
+        }
         write_server(&mut out, lifecycle, model);
         process::write(&mut out, self.started_seconds);
         out.into_text(CAPACITY)
@@ -373,6 +382,16 @@ fn write_cache_config(out: &mut Exposition, engine: &EngineHandle) {
         .with("num_gpu_blocks", kv_cache.num_blocks.to_string())
         .with("enable_prefix_caching", is_caching);
     out.gauge("vllm:cache_config_info", "The KV cache, in labels.", &labels, 1.0);
+}
+
+fn write_traces(out: &mut Exposition, traces: &Tracer) {
+    let counts = traces.counts();
+    out.counters(
+        "lapidary_trace_spans_total",
+        "Spans of requests by what became of them.",
+        [("exported", &counts.exported), ("dropped", &counts.dropped)]
+            .map(|(fate, count)| (Labels::default().with("fate", fate), number(count.load(Relaxed)))),
+    );
 }
 
 fn write_server(out: &mut Exposition, lifecycle: &Lifecycle, model: Option<&ServedModel>) {

@@ -42,6 +42,7 @@ use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
 use crate::state::{AppState, ServedModel};
+use crate::traces::Asked;
 
 /// The endpoints that generate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +75,14 @@ impl Endpoint {
             Self::Chat => "chat",
             Self::Completions => "completions",
             Self::Responses => "responses",
+        }
+    }
+
+    /// OpenTelemetry's `gen_ai.operation.name`.
+    pub(crate) fn operation(self) -> &'static str {
+        match self {
+            Self::Chat | Self::Responses => "chat",
+            Self::Completions => "text_completion",
         }
     }
 
@@ -280,6 +289,7 @@ async fn submit(
         arrival,
         constraint,
     };
+    request_id.record().ask(Asked::new(&params, prompts.tokens.len()));
     let mut generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
     generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);
