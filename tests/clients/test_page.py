@@ -145,6 +145,17 @@ def test_with_keys_and_behind_a_prefix(browser):
         context.close()
 
 
+def test_it_waits_for_a_server_that_loads(server, visit):
+    refusal = {"error": {"message": "The model is not loaded yet.", "code": "model_loading"}}
+    progress = {"status": "loading_weights", "progress": 0.63}
+    visit.page.route("**/v1/models", lambda route: route.fulfill(status=503, json=refusal))
+    visit.page.route("**/ready", lambda route: route.fulfill(status=503, json=progress))
+    visit.page.goto(server.url + "/")
+    expect(visit.page.locator("#model-line")).to_have_text("The server is loading weights (63 %) …")
+    visit.page.unroute("**/v1/models")
+    expect(visit.page.locator("#model-line")).to_contain_text("demo")
+
+
 @pytest.mark.parametrize(
     ("visit", "is_dark"),
     [({"color_scheme": "dark"}, True), ({"color_scheme": "light"}, False)],
