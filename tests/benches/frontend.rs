@@ -132,6 +132,7 @@ fn model(tokenizer: Tokenizer, executor: impl FnOnce() -> FreeExecutor + Send + 
         system_role: SystemRole::Merge,
         eos_token_id: 1,
         stop_token_ids,
+        device: "cpu".to_owned(),
         defaults: SamplingDefaults::default(),
         system_fingerprint: "bench".to_owned(),
         engine,

@@ -1,12 +1,12 @@
-//! One line in the log for each request, when its last byte was handed over or its client left.
+//! One line in the log, one count and one span for each request, when its last byte was handed over or its client left.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::body::{Body, Bytes};
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -14,19 +14,28 @@ use http_body::{Frame, SizeHint};
 
 use crate::access::is_probe_or_metrics;
 use crate::error::shorten;
+use crate::metrics::Outcome;
 use crate::record::RequestRecord;
 use crate::request_id::RequestId;
+use crate::state::AppState;
+use crate::traces::{Span, TraceContext};
 
 /// Status in the log of a request whose client left before it was answered: nginx's.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
-/// Middleware: writes the line. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
-pub(crate) async fn log(request: Request, next: Next) -> Response {
+/// Middleware: writes the line, counts and traces. Inside of [`request_id::assign`](crate::request_id::assign), around all else.
+pub(crate) async fn log(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let Some(id) = request.extensions().get::<RequestId>().cloned() else {
         return next.run(request).await;
     };
     // The query is left out: clients put secrets there.
+    let trace = state
+        .traces
+        .get()
+        .and_then(|_| TraceContext::of_request(request.headers()));
     let mut line = Line {
+        state,
+        trace,
         method: request.method().clone(),
         path: shorten(request.uri().path()).into_owned(),
         record: Arc::clone(id.record()),
@@ -40,9 +49,19 @@ pub(crate) async fn log(request: Request, next: Next) -> Response {
     response.map(|body| Body::new(LoggedBody { body, line }))
 }
 
+/// The line and the counts of what was no HTTP, and has been refused as such.
+pub(crate) fn malformed(state: &AppState, error: &hyper::Error) {
+    state.metrics.malformed_request();
+    state.metrics.http.count_malformed();
+    tracing::info!(outcome = Outcome::Invalid.as_str(), %error, "request");
+}
+
 /// Written when dropped.
 #[derive(Debug)]
 struct Line {
+    state: AppState,
+    /// Absent unless it is traced.
+    trace: Option<TraceContext>,
     id: RequestId,
     record: Arc<RequestRecord>,
     method: Method,
@@ -61,34 +80,76 @@ macro_rules! write_line {
         let usage = line.record.usage();
         let ms = |until: Instant| (until - line.arrival).as_secs_f64() * 1000.0;
         let is_generation = line.record.outcome().is_some();
+        let timings = line.record.timings();
+        let of_part = |part: Option<Duration>| part.map(|part| part.as_secs_f64() * 1000.0);
         tracing::event!(
             $level,
             request_id = line.id.as_str(),
             method = line.method.as_str(),
             path = line.path,
-            status = line
-                .answered
-                .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16()),
+            status = line.status(),
             outcome = line.record.outcome().map(|outcome| outcome.as_str()),
             prompt_tokens = is_generation.then_some(usage.prompt_tokens),
             cached_tokens = is_generation.then_some(usage.cached_tokens),
             completion_tokens = is_generation.then_some(usage.completion_tokens),
             bytes = line.num_bytes,
+            queue_ms = of_part(timings.queue),
+            ttft_ms = of_part(timings.to_first_token),
+            tpot_ms = of_part(timings.mean_inter_token),
             head_ms = line.answered.map(|(_, when)| ms(when)),
             total_ms = ms(Instant::now()),
+            trace_id = line
+                .trace
+                .as_ref()
+                .filter(|_| is_generation)
+                .map(TraceContext::trace_id_hex),
             "request"
         );
     }};
 }
 
+impl Line {
+    fn status(&self) -> u16 {
+        self.answered
+            .map_or(CLIENT_CLOSED_REQUEST, |(status, _)| status.as_u16())
+    }
+
+    /// A span, where the request was for an endpoint that generates.
+    fn trace(&mut self) {
+        let (Some(context), Some(tracer)) = (self.trace.take(), self.state.traces.get()) else {
+            return;
+        };
+        let record = &self.record;
+        let (Some(endpoint), Some(outcome)) = (record.endpoint(), record.outcome()) else {
+            return;
+        };
+        tracer.record(Span {
+            context,
+            request_id: self.id.as_str().to_owned(),
+            model: self.state.metrics.model_name().to_owned(),
+            endpoint,
+            status: self.status(),
+            outcome,
+            usage: record.usage(),
+            timings: record.timings(),
+            asked: record.asked(),
+            end: SystemTime::now(),
+            duration: self.arrival.elapsed(),
+        });
+    }
+}
+
 impl Drop for Line {
     fn drop(&mut self) {
+        let http = &self.state.metrics.http;
+        http.count(&self.method, &self.path, self.status(), self.arrival.elapsed());
         // Asked every second by whoever watches the process: they would be most of the log.
         if is_probe_or_metrics(&self.path) {
             write_line!(tracing::Level::DEBUG, self);
         } else {
             write_line!(tracing::Level::INFO, self);
         }
+        self.trace();
     }
 }
 

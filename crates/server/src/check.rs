@@ -196,6 +196,7 @@ fn serve_args(args: &CheckArgs) -> ServeArgs {
         config: None,
         print_config: false,
         no_enable_prefix_caching: false,
+        no_ui: false,
         settings: Settings {
             max_model_len: args.max_model_len,
             max_num_seqs: args.max_num_seqs,

@@ -61,6 +61,10 @@ pub struct ServeArgs {
     #[arg(long, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
 
+    /// Opposite of --ui.
+    #[arg(long, overrides_with = "ui")]
+    pub no_ui: bool,
+
     /// The settings given as flags.
     #[command(flatten)]
     pub settings: Settings,
@@ -286,6 +290,12 @@ pub struct Settings {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub unauthenticated_metrics: Option<bool>,
 
+    /// Serve a page at / to try the model from a browser; it is open, its requests need a key where others do
+    /// [default: true].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          overrides_with = "no_ui")]
+    pub ui: Option<bool>,
+
     /// Requests of one key at the same time; more are answered 429 [default: no limit].
     #[arg(long, value_name = "N")]
     pub max_concurrency_per_key: Option<u32>,
@@ -329,6 +339,10 @@ pub struct Settings {
     /// error, warn, info, debug, or filters such as `info,lapidary_engine=debug` [default: info].
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
+
+    /// Collector that gets a trace of each request, by OTLP over HTTP (http://localhost:4318) [default: none].
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
 }
 
 /// Which waiting request runs next.
@@ -430,6 +444,7 @@ impl Settings {
             api_key: None,
             api_key_file: None,
             unauthenticated_metrics: Some(false),
+            ui: Some(true),
             max_concurrency_per_key: None,
             tokens_per_minute_per_key: None,
             allowed_origins: None,
@@ -441,6 +456,7 @@ impl Settings {
             ssl_keyfile: None,
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
+            otlp_traces_endpoint: None,
         }
     }
 }

@@ -42,6 +42,8 @@ pub struct Config {
     pub limits: Limits,
     /// Log lines.
     pub log: LogConfig,
+    /// Where traces go, if anywhere.
+    pub traces: Option<TraceConfig>,
     /// Variables that begin like ours and are none of ours: probably misspelt.
     pub unknown_variables: Vec<String>,
 }
@@ -323,6 +325,7 @@ impl Config {
                 ..Limits::default()
             },
             log: LogConfig::new(&settings)?,
+            traces: TraceConfig::new(&settings, environment)?,
             settings,
             unknown_variables,
         })
@@ -418,6 +421,9 @@ fn typed_settings(args: &ServeArgs) -> Result<Settings, ConfigError> {
     let mut settings = args.settings.clone();
     if args.no_enable_prefix_caching {
         settings.enable_prefix_caching = Some(false);
+    }
+    if args.no_ui {
+        settings.ui = Some(false);
     }
     match (&args.model_positional, &settings.model) {
         (Some(one), Some(other)) if one != other => {
@@ -642,11 +648,15 @@ impl HubConfig {
             cache_dir,
             offline: environment.is_true("HF_HUB_OFFLINE") || environment.is_true("TRANSFORMERS_OFFLINE"),
             revision,
-            ca_bundle: ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]
-                .iter()
-                .find_map(|name| environment.get(name).map(PathBuf::from)),
+            ca_bundle: ca_bundle(environment),
         })
     }
+}
+
+fn ca_bundle(environment: &Environment) -> Option<PathBuf> {
+    ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"]
+        .iter()
+        .find_map(|name| environment.get(name).map(PathBuf::from))
 }
 
 /// `HF_TOKEN`, or the file `huggingface-cli login` writes.
@@ -668,5 +678,7 @@ fn find_token(environment: &Environment, home: &Path) -> Option<Token> {
 mod access;
 #[cfg(test)]
 mod tests;
+mod traces;
 
 pub use self::access::{AccessConfig, TlsConfig};
+pub use self::traces::TraceConfig;

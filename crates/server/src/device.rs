@@ -93,6 +93,15 @@ impl Device {
         }
     }
 
+    /// As its maker calls it.
+    pub(crate) fn full_name(&self) -> String {
+        match self {
+            Self::Cpu(_) => self.name().to_owned(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(info, _) => info.name.clone(),
+        }
+    }
+
     /// Whether the device's memory is there for the model alone.
     pub(crate) fn owns_its_memory(&self) -> bool {
         match self {

@@ -84,6 +84,18 @@ pub(crate) struct Timings {
     pub(crate) tokens_per_second: Option<f64>,
 }
 
+impl Timings {
+    /// From the first step that computed for it to its first token.
+    pub(crate) fn prefill(&self) -> Option<Duration> {
+        Some(self.to_first_token?.saturating_sub(self.queue?))
+    }
+
+    /// From its first token to its last.
+    pub(crate) fn decode(&self) -> Option<Duration> {
+        Some(self.generation?.saturating_sub(self.prefill()?))
+    }
+}
+
 /// One answer.
 #[derive(Debug)]
 pub(crate) struct Choice {
@@ -355,6 +367,7 @@ impl Generation {
                 SequenceEnd::Stop
             },
             prompt_tokens: prompt.num_tokens(),
+            cached_tokens: event.num_cached_tokens,
             generated_tokens: choice.num_tokens,
             max_tokens: choice.max_tokens,
             arrival: self.arrival,
@@ -363,11 +376,24 @@ impl Generation {
             first_token: choice.first_token,
             last_token: choice.last_token,
         });
+        let mut siblings = self
+            .choices
+            .iter()
+            .filter(|other| other.prompt_index == choice.prompt_index);
+        let longest = siblings.try_fold(0, |longest, other| {
+            other.is_finished().then_some(longest.max(other.num_tokens))
+        });
+        if let Some(longest) = longest {
+            metrics.prompt_finished(longest);
+        }
     }
 }
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            record.time(self.timings());
+        }
         let end = if self.has_failed {
             SequenceEnd::Error
         } else {

@@ -6,12 +6,13 @@
 //! | `generate` | submitting to the engine, tokens to text, stop strings, usage |
 //! | [`grammar`], `constraint` | compiling grammars off the async threads, within limits; what an answer is held to |
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
-//! | `tokenize`, `probes`, `openapi` | the small endpoints; what all of them take and give |
+//! | `tokenize`, `probes`, `page`, `openapi` | the small endpoints; the page at `/`; what all of them take and give |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
 //! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
+//! | [`traces`] | a span for each request, to a collector |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
-//! | `hub`, [`load`], `demo`, `progress` | from a model's name to a running engine |
+//! | `hub`, `https`, [`load`], `demo`, `progress` | from a model's name to a running engine |
 //! | [`check`] | what is wrong with a checkpoint |
 //! | [`mod@bench`] | a load generator, which shares nothing with the rest |
 //! | [`serve`], [`logging`] | the listener, signals, the end of the process; log lines |
@@ -31,6 +32,7 @@ mod extract;
 mod fingerprint;
 mod generate;
 pub mod grammar;
+mod https;
 mod hub;
 mod json;
 mod lenient;
@@ -40,6 +42,7 @@ pub mod logging;
 pub mod metrics;
 mod openai;
 mod openapi;
+mod page;
 mod probes;
 mod progress;
 mod record;
@@ -48,6 +51,7 @@ pub mod serve;
 mod sse;
 pub mod state;
 mod tokenize;
+pub mod traces;
 pub mod units;
 
 pub use crate::grammar::Grammars;
@@ -59,9 +63,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::Uri;
 use axum::middleware;
 use axum::response::Response;
 use axum::routing::{MethodRouter, get, post};
+use tower::util::MapRequest;
 use tower_http::catch_panic::{CatchPanicLayer, ResponseForPanic};
 
 use crate::error::ApiError;
@@ -73,7 +79,23 @@ pub fn router(state: AppState) -> Router {
     match root_path.as_str() {
         "" => routes,
         // Proxies may strip the prefix or not.
-        prefix => Router::new().nest(prefix, routes.clone()).fallback_service(routes),
+        prefix => Router::new()
+            .nest(prefix, routes.clone())
+            // What is nested has no path for the slash alone, which is how browsers write the address of a folder.
+            .route_service(&format!("{prefix}/"), MapRequest::new(routes.clone(), to_root))
+            .fallback_service(routes),
+    }
+}
+
+fn to_root(mut request: Request) -> Request {
+    *request.uri_mut() = Uri::from_static("/");
+    request
+}
+
+fn page_routes(state: &AppState) -> Router<AppState> {
+    match state.access.has_page {
+        true => Router::new().route(page::PATH, get(page::page)),
+        false => Router::new(),
     }
 }
 
@@ -114,14 +136,15 @@ fn routes(state: AppState) -> Router {
         .into_iter()
         .fold(Router::new(), |router, (path, methods)| router.route(path, methods));
     router
+        .merge(page_routes(&state))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(state.clone())
         // Later layers wrap earlier ones: errors of all of them carry an id and are readable across origins.
-        .layer(middleware::from_fn_with_state(state, access::admit))
+        .layer(middleware::from_fn_with_state(state.clone(), access::admit))
         .layer(CatchPanicLayer::custom(PanicResponse))
         .layer(cors)
-        .layer(middleware::from_fn(access_log::log))
+        .layer(middleware::from_fn_with_state(state, access_log::log))
         .layer(middleware::from_fn(request_id::assign))
 }
 

@@ -128,6 +128,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
     };
     let vocab_size = checkpoint.config().vocab_size as u32;
     let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, device.name())?;
+    let device_name = device.full_name();
     let grammars = Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids));
     // While the weights are read.
     grammars.warm_up();
@@ -145,6 +146,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         eos_token_id,
         stop_token_ids,
         grammars,
+        device: device_name,
         defaults,
         system_fingerprint,
         engine,

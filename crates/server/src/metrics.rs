@@ -5,6 +5,7 @@
 
 mod exposition;
 mod histogram;
+mod http;
 mod outcome;
 mod process;
 mod render;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 pub(crate) use self::outcome::{Outcome, RequestOutcome};
 
 use self::histogram::{CountHistogram, DurationHistogram};
+use self::http::HttpMetrics;
 use crate::openai::Endpoint;
 
 const TTFT: &[f64] = &[
@@ -38,8 +40,20 @@ const REQUEST_FINE: &[f64] = &[
     0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
     160.0,
 ];
-const TOKENS: &[u64] = &[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000];
+/// Shown as far as the model's context goes, as vLLM does.
+const TOKENS: &[u64] = &[
+    1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000,
+];
 const ANSWERS: &[u64] = &[1, 2, 5, 10, 20];
+
+/// Label values of [`Endpoint`]; the last is for what could not be read far enough to tell.
+const ENDPOINTS: [&str; 4] = [
+    Endpoint::Chat.as_str(),
+    Endpoint::Completions.as_str(),
+    Endpoint::Responses.as_str(),
+    "unknown",
+];
+const UNKNOWN_ENDPOINT: usize = ENDPOINTS.len() - 1;
 
 /// All counters the front end keeps.
 #[derive(Debug)]
@@ -47,8 +61,10 @@ pub struct Metrics {
     /// Label value: the name answers carry.
     model_name: String,
     started_seconds: f64,
-    received: [AtomicU64; 3],
-    outcomes: [[AtomicU64; Outcome::ALL.len()]; 3],
+    /// Every request, by what HTTP says of it.
+    pub(crate) http: HttpMetrics,
+    received: [AtomicU64; ENDPOINTS.len()],
+    outcomes: [[AtomicU64; Outcome::ALL.len()]; ENDPOINTS.len()],
     sequences: [AtomicU64; SequenceEnd::ALL.len()],
     prompt_tokens: AtomicU64,
     prompt_tokens_cached: AtomicU64,
@@ -66,6 +82,8 @@ pub struct Metrics {
     decode_time: DurationHistogram,
     sequence_prompt_tokens: CountHistogram,
     sequence_generation_tokens: CountHistogram,
+    prompt_computed_tokens: CountHistogram,
+    longest_generation_tokens: CountHistogram,
     params_max_tokens: CountHistogram,
     params_n: CountHistogram,
 }
@@ -101,6 +119,8 @@ impl SequenceEnd {
 pub(crate) struct FinishedSequence {
     pub(crate) end: SequenceEnd,
     pub(crate) prompt_tokens: u32,
+    /// Of the prompt tokens, those it found in the cache.
+    pub(crate) cached_tokens: u32,
     pub(crate) generated_tokens: u32,
     pub(crate) max_tokens: u32,
     /// The request reached the front end.
@@ -115,12 +135,18 @@ pub(crate) struct FinishedSequence {
 }
 
 impl Metrics {
+    /// What answers call the model.
+    pub(crate) fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
     /// All zero. `model_name` is what answers call the model.
     pub fn new(model_name: impl Into<String>) -> Self {
         let zero = || AtomicU64::new(0);
         Self {
             model_name: model_name.into(),
             started_seconds: process::now_seconds(),
+            http: HttpMetrics::default(),
             received: [const { AtomicU64::new(0) }; _],
             outcomes: [const { [const { AtomicU64::new(0) }; _] }; _],
             sequences: [const { AtomicU64::new(0) }; _],
@@ -140,6 +166,8 @@ impl Metrics {
             decode_time: DurationHistogram::new(REQUEST),
             sequence_prompt_tokens: CountHistogram::new(TOKENS),
             sequence_generation_tokens: CountHistogram::new(TOKENS),
+            prompt_computed_tokens: CountHistogram::new(TOKENS),
+            longest_generation_tokens: CountHistogram::new(TOKENS),
             params_max_tokens: CountHistogram::new(TOKENS),
             params_n: CountHistogram::new(ANSWERS),
         }
@@ -152,6 +180,12 @@ impl Metrics {
 
     fn request_ended(&self, endpoint: Endpoint, outcome: Outcome) {
         self.outcomes[endpoint as usize][outcome as usize].fetch_add(1, Relaxed);
+    }
+
+    /// What came was no HTTP: it is refused before anybody could see which endpoint it was meant for.
+    pub(crate) fn malformed_request(&self) {
+        self.received[UNKNOWN_ENDPOINT].fetch_add(1, Relaxed);
+        self.outcomes[UNKNOWN_ENDPOINT][Outcome::Invalid as usize].fetch_add(1, Relaxed);
     }
 
     /// A request was handed to the engine.
@@ -178,6 +212,12 @@ impl Metrics {
         self.inter_token_latency_fine.observe(since_last);
     }
 
+    /// All answers to a prompt are complete; the longest has so many tokens.
+    pub(crate) fn prompt_finished(&self, longest_generation_tokens: u32) {
+        self.longest_generation_tokens
+            .observe(u64::from(longest_generation_tokens));
+    }
+
     /// Answers ended before they were complete.
     pub(crate) fn sequences_lost(&self, end: SequenceEnd, count: usize) {
         self.sequences[end as usize].fetch_add(count as u64, Relaxed);
@@ -189,6 +229,8 @@ impl Metrics {
         self.sequence_prompt_tokens.observe(u64::from(sequence.prompt_tokens));
         self.sequence_generation_tokens
             .observe(u64::from(sequence.generated_tokens));
+        self.prompt_computed_tokens
+            .observe(u64::from(sequence.prompt_tokens - sequence.cached_tokens));
         self.params_max_tokens.observe(u64::from(sequence.max_tokens));
         let e2e = sequence.last_token.saturating_duration_since(sequence.arrival);
         self.e2e_latency.observe(e2e);

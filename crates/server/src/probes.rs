@@ -92,7 +92,10 @@ pub(crate) async fn is_sleeping() -> Response {
 /// `GET /metrics`.
 pub(crate) async fn metrics(State(state): State<AppState>) -> Response {
     let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    match state.metrics.render(&state.lifecycle, state.model.get()) {
+    match state
+        .metrics
+        .render(&state.lifecycle, state.model.get(), state.traces.get())
+    {
         Ok(text) => ([(header::CONTENT_TYPE, content_type)], text).into_response(),
         Err(error) => {
             tracing::error!(%error, "cannot encode the metrics");

@@ -5,12 +5,17 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use crate::access::KeyPermit;
-use crate::generate::Usage;
+use crate::generate::{Timings, Usage};
 use crate::metrics::Outcome;
+use crate::openai::Endpoint;
+use crate::traces::Asked;
 
 /// Filled by whoever knows, read when the request is over. Counts as it goes: a client that leaves has used tokens too.
 #[derive(Debug, Default)]
 pub(crate) struct RequestRecord {
+    endpoint: OnceLock<Endpoint>,
+    asked: OnceLock<Asked>,
+    timings: OnceLock<Timings>,
     outcome: OnceLock<Outcome>,
     prompt_tokens: AtomicU32,
     cached_tokens: AtomicU32,
@@ -29,6 +34,21 @@ impl Drop for RequestRecord {
 }
 
 impl RequestRecord {
+    /// It is for this endpoint.
+    pub(crate) fn begin(&self, endpoint: Endpoint) {
+        let _ = self.endpoint.set(endpoint);
+    }
+
+    /// It was understood, and asks for this.
+    pub(crate) fn ask(&self, asked: Asked) {
+        let _ = self.asked.set(asked);
+    }
+
+    /// Nothing more is generated for it.
+    pub(crate) fn time(&self, timings: Timings) {
+        let _ = self.timings.set(timings);
+    }
+
     /// A prompt was computed, or found in the cache.
     pub(crate) fn prompt(&self, num_tokens: u32, num_cached: u32) {
         self.prompt_tokens.fetch_add(num_tokens, Relaxed);
@@ -56,6 +76,21 @@ impl RequestRecord {
     /// How it ended; `None` where only generations are told apart.
     pub(crate) fn outcome(&self) -> Option<Outcome> {
         self.outcome.get().copied()
+    }
+
+    /// The endpoint it was for; `None` where only generations are told apart.
+    pub(crate) fn endpoint(&self) -> Option<Endpoint> {
+        self.endpoint.get().copied()
+    }
+
+    /// What it asked for, if it was understood.
+    pub(crate) fn asked(&self) -> Option<Asked> {
+        self.asked.get().copied()
+    }
+
+    /// How long its parts took, as far as it came.
+    pub(crate) fn timings(&self) -> Timings {
+        self.timings.get().copied().unwrap_or_default()
     }
 
     /// What was used so far.

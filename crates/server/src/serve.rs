@@ -27,6 +27,7 @@ use crate::lifecycle::Phase;
 use crate::load::{LoadError, load};
 use crate::metrics::Metrics;
 use crate::state::{AppState, ServedModel};
+use crate::traces::{TraceError, Tracer};
 use listener::Connections;
 pub use listener::Listener;
 use tls::Tls;
@@ -36,6 +37,8 @@ pub use tls::TlsError;
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 /// Time for answers to be written once the engine is gone: they are errors of a few hundred bytes.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for the last traces to be exported: a collector that is there takes milliseconds.
+const LAST_TRACES_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Why the process must end with a failure.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +58,9 @@ pub enum ServeError {
     /// Certificate or key cannot be used.
     #[error("cannot serve HTTPS")]
     Tls(#[source] TlsError),
+    /// No traces, though they were asked for.
+    #[error("cannot export traces")]
+    Traces(#[source] TraceError),
     /// The system refused to deliver signals.
     #[error("cannot handle signals")]
     Signals(#[source] io::Error),
@@ -80,9 +86,17 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let access = config.access.open().map_err(ServeError::Access)?;
     let metrics = Metrics::new(config.load.names[0].clone());
     let state = AppState::with_access(config.limits.clone(), metrics, access);
+    if let Some(traces) = config.traces.clone() {
+        let tracer = Tracer::start(traces).map_err(ServeError::Traces)?;
+        state.traces.get_or_init(|| tracer);
+    }
     let listener = Listener::bind(&config.http).await?;
     let http = config.http.clone();
-    serve_on(listener, &http, state, move |state| load(&config, state)).await
+    let ended = serve_on(listener, &http, state.clone(), move |state| load(&config, state)).await;
+    if let Some(tracer) = state.traces.get() {
+        tracer.flush(LAST_TRACES_TIMEOUT).await;
+    }
+    ended
 }
 
 /// [`serve`] on a socket that is bound already, with whatever `load` comes up with.
@@ -106,7 +120,7 @@ pub async fn serve_on(
     let _reloading = reload::start(&state, tls.as_ref()).map_err(ServeError::Signals)?;
     let router = crate::router(state.clone());
     let router = router.layer(map_response_with_state(state.clone(), close_while_draining));
-    let connections = listener.start(router, http, tls);
+    let connections = listener.start(&state, router, http, tls);
 
     let loading = {
         let state = state.clone();

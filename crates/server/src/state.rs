@@ -12,6 +12,7 @@ use crate::error::ApiError;
 use crate::grammar::Grammars;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
+use crate::traces::Tracer;
 
 /// Shared by all handlers.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct Shared {
     pub model: OnceLock<ServedModel>,
     /// Counters and histograms.
     pub metrics: Metrics,
+    /// Takes a span of each request; set before the first one, if traces are exported.
+    pub traces: OnceLock<Tracer>,
     /// What a client may ask for.
     pub limits: Limits,
     /// Who may ask.
@@ -53,6 +56,7 @@ impl AppState {
             lifecycle: Lifecycle::default(),
             model: OnceLock::new(),
             metrics,
+            traces: OnceLock::new(),
             limits,
             access,
             long_work: Arc::new(Semaphore::new(cores)),
@@ -160,6 +164,8 @@ pub struct ServedModel {
     pub grammars: Arc<Grammars>,
     /// All tokens that end an answer, `eos_token_id` included.
     pub stop_token_ids: Arc<[TokenId]>,
+    /// What runs it: `cpu`, or the GPU's name.
+    pub device: String,
     /// Used where a request is silent.
     pub defaults: SamplingDefaults,
     /// Identifies build, checkpoint and backend: equal fingerprints and seeds give equal answers.

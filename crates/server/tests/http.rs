@@ -4,6 +4,8 @@
 
 #[path = "http/access.rs"]
 mod access;
+#[path = "http/accounting.rs"]
+mod accounting;
 #[path = "http/answers.rs"]
 mod answers;
 #[path = "http/bodies.rs"]
@@ -20,6 +22,8 @@ mod hostile;
 mod logprobs;
 #[path = "http/openapi.rs"]
 mod openapi;
+#[path = "http/page.rs"]
+mod page;
 #[path = "http/probes.rs"]
 mod probes;
 #[path = "http/prompts.rs"]
@@ -39,5 +43,7 @@ mod support;
 mod tokenize;
 #[path = "http/tools.rs"]
 mod tools;
+#[path = "http/traces.rs"]
+mod traces;
 #[path = "http/vocabulary.rs"]
 mod vocabulary;

@@ -305,7 +305,10 @@ fn check(setup: &Setup, sequences: &[Sequence]) {
         // Decoding on Hopper loads in another way and computes in the same.
         let portable = run_with(device().as_mut(), false, setup, sequences);
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-        assert!(bits(&got) == bits(&portable), "{setup:?}, {sequences:?}: the portable kernel's bits differ");
+        assert!(
+            bits(&got) == bits(&portable),
+            "{setup:?}, {sequences:?}: the portable kernel's bits differ"
+        );
     }
     let mut rows = got.chunks(setup.heads * setup.head_dim);
     for sequence in sequences {

@@ -256,7 +256,11 @@ fn first_rows(count: usize) -> Vec<usize> {
 fn assert_close(fixture: &Fixture, tiling: &Tiling, got: &[f32], finish: impl Fn(f64) -> f64) {
     let rounding = if tiling.is_wide { 1e-6 } else { 1.0 / 256.0 };
     // A tensor core's sums of e4m3 products are off by up to 2.3e-3 of the sum of magnitudes (tests/gpu/probes.cu).
-    let summing = if on_gpu() && tiling.element == Element::E4m3 { 3e-3 } else { 1e-5 };
+    let summing = if on_gpu() && tiling.element == Element::E4m3 {
+        3e-3
+    } else {
+        1e-5
+    };
     for (index, got) in got.iter().enumerate() {
         let (row, column) = (index / COLUMNS, index % COLUMNS);
         let [sum, magnitude] = fixture.want(row, column);

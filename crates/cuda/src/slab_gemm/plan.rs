@@ -338,7 +338,10 @@ mod tests {
     fn gemma_2_occupies_the_device_and_keeps_dram_busy_beside_the_next_kernel() {
         for shape in shapes() {
             let plan = Plan::new(shape, Tuning::of(shape, 132)).expect("the standard tuning is possible");
-            assert!(plan.blocks == 132 || (plan.blocks == 128 && plan.long_slabs == 0), "{shape:?} {plan:?}");
+            assert!(
+                plan.blocks == 132 || (plan.blocks == 128 && plan.long_slabs == 0),
+                "{shape:?} {plan:?}"
+            );
             assert_eq!(plan.slab_rows * plan.blocks + plan.long_slabs, shape.n);
             let rows = plan.pass_rows.min(plan.slab_rows);
             let in_flight = plan.w_stages * plan.variant.panels * rows * PANEL_BYTES;

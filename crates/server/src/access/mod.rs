@@ -20,6 +20,7 @@ use self::keys::Key;
 use crate::error::ApiError;
 use crate::metrics::RequestOutcome;
 use crate::openai::Endpoint;
+use crate::page;
 use crate::request_id::RequestId;
 use crate::state::AppState;
 
@@ -43,6 +44,8 @@ pub struct Access {
     pub keys: Option<ApiKeys>,
     /// `/metrics` needs no key.
     pub open_metrics: bool,
+    /// The page at `/` is there, for everybody: it has no secrets, and what it asks for needs a key.
+    pub has_page: bool,
     /// Which pages may call.
     pub cors: Cors,
     /// What proxies may leave in front of paths, `/gem` for one; empty: nothing.
@@ -71,7 +74,8 @@ fn check(access: &Access, request: &Request) -> Result<(), ApiError> {
     if !is_probe_or_metrics(path) && request.extensions().get::<SpareConnection>().is_some() {
         return Err(ApiError::TooManyConnections);
     }
-    let is_open = PROBES.contains(&path) || (path == METRICS && access.open_metrics);
+    let is_open =
+        PROBES.contains(&path) || (path == METRICS && access.open_metrics) || (path == page::PATH && access.has_page);
     let Some(keys) = access.keys.as_ref().filter(|_| !is_open) else {
         return Ok(());
     };

@@ -16,6 +16,7 @@ pub struct AccessConfig {
     key_file: Option<PathBuf>,
     limits: KeyLimits,
     open_metrics: bool,
+    has_page: bool,
     cors: Cors,
     root_path: String,
 }
@@ -64,6 +65,7 @@ impl AccessConfig {
             key_file: settings.api_key_file.clone(),
             limits,
             open_metrics: given(settings.unauthenticated_metrics),
+            has_page: given(settings.ui),
             cors: cors(settings)?,
             root_path: root_path(settings)?,
         })
@@ -79,6 +81,7 @@ impl AccessConfig {
         Ok(Access {
             keys: keys.transpose().map_err(ConfigError::KeyFile)?,
             open_metrics: self.open_metrics,
+            has_page: self.has_page,
             cors: self.cors.clone(),
             root_path: self.root_path.clone(),
         })

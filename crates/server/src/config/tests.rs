@@ -116,7 +116,7 @@ fn every_setting_can_be_a_variable() {
             "device" => "cpu",
             "scheduling-policy" => "priority",
             "log-format" => "json",
-            "unauthenticated-metrics" | "allow-credentials" => "false",
+            "unauthenticated-metrics" | "allow-credentials" | "ui" => "false",
             name if ["enable-", "enforce-", "trust-"]
                 .iter()
                 .any(|verb| name.starts_with(verb)) =>

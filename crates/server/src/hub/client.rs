@@ -4,11 +4,11 @@ use std::io::Read;
 use std::time::Duration;
 
 use ureq::http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
-use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::{Checksum, HubError, RemoteFile, is_hex, is_plain_file_name};
 use crate::config::{HubConfig, Token};
+use crate::https;
 
 const USER_AGENT: &str = concat!("lapidary/", env!("CARGO_PKG_VERSION"));
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,20 +83,12 @@ pub(super) struct OpenFile {
 
 impl Client {
     pub(super) fn new(config: &HubConfig, repo: &str) -> Result<Self, HubError> {
-        let mut tls = TlsConfig::builder();
-        if let Some(path) = &config.ca_bundle {
-            let pem = std::fs::read(path).map_err(|source| HubError::Cache {
-                path: path.clone(),
-                source,
-            })?;
-            let certificates = parse_pem(&pem).filter_map(|item| match item {
-                Ok(PemItem::Certificate(certificate)) => Some(certificate),
-                _ => None,
-            });
-            tls = tls.root_certs(RootCerts::new_with_certs(&certificates.collect::<Vec<_>>()));
-        }
+        let tls = https::trusting(config.ca_bundle.as_deref()).map_err(|source| HubError::Cache {
+            path: config.ca_bundle.clone().unwrap_or_default(),
+            source,
+        })?;
         let agent = Agent::config_builder()
-            .tls_config(tls.build())
+            .tls_config(tls)
             .user_agent(USER_AGENT)
             .http_status_as_error(false)
             // Followed here, so that the token cannot travel along.

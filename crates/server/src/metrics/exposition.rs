@@ -61,11 +61,24 @@ impl Exposition {
         self.counters(name, help, [(labels.clone(), value)]);
     }
 
+    /// A family of histograms; it may not be empty.
+    pub(crate) fn histograms(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels, Histogram)>,
+    ) {
+        let metrics = samples.into_iter().map(|(labels, histogram)| {
+            let mut metric = Metric::from_label(labels.0);
+            metric.set_histogram(histogram);
+            metric
+        });
+        self.family(name, MetricType::HISTOGRAM, help, metrics.collect());
+    }
+
     /// A family of one histogram.
     pub(crate) fn histogram(&mut self, name: &str, help: &str, labels: &Labels, histogram: Histogram) {
-        let mut metric = Metric::from_label(labels.0.clone());
-        metric.set_histogram(histogram);
-        self.family(name, MetricType::HISTOGRAM, help, vec![metric]);
+        self.histograms(name, help, [(labels.clone(), histogram)]);
     }
 
     fn family(&mut self, name: &str, kind: MetricType, help: &str, metrics: Vec<Metric>) {

@@ -48,6 +48,11 @@ impl DurationHistogram {
             .fetch_add(u64::try_from(value.as_nanos()).unwrap_or(u64::MAX), Relaxed);
     }
 
+    /// Nothing was observed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.counts.iter().all(|count| count.load(Relaxed) == 0)
+    }
+
     pub(crate) fn snapshot(&self) -> Histogram {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
         let sum = number(self.sum_nanos.load(Relaxed)) / NANOS;
@@ -70,10 +75,11 @@ impl CountHistogram {
         self.sum.fetch_add(value, Relaxed);
     }
 
-    pub(crate) fn snapshot(&self) -> Histogram {
+    /// With the buckets up to `limit`, above which nothing is observed.
+    pub(crate) fn snapshot(&self, limit: u64) -> Histogram {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
-        let bounds = self.bounds.iter().copied().map(number);
-        histogram(bounds, &counts, number(self.sum.load(Relaxed)))
+        let bounds = self.bounds.iter().copied().take_while(|&bound| bound <= limit);
+        histogram(bounds.map(number), &counts, number(self.sum.load(Relaxed)))
     }
 }
 
@@ -81,6 +87,19 @@ impl CountHistogram {
 mod tests {
     use super::*;
     use crate::metrics::exposition::{Exposition, Labels};
+
+    #[test]
+    fn what_is_above_the_last_bucket_shown_is_in_the_total() {
+        let histogram = CountHistogram::new(&[1, 2, 5]);
+        for value in [1, 2, 3] {
+            histogram.observe(value);
+        }
+        let mut out = Exposition::default();
+        out.histogram("x", "Help.", &Labels::default(), histogram.snapshot(2));
+        let expected = "# HELP x Help.\n# TYPE x histogram\n\
+                        x_bucket{le=\"1\"} 1\nx_bucket{le=\"2\"} 2\nx_bucket{le=\"+Inf\"} 3\nx_sum 6\nx_count 3\n";
+        assert_eq!(out.into_text(0).unwrap(), expected);
+    }
 
     #[test]
     fn buckets_are_cumulative_and_include_their_bound() {

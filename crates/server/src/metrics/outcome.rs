@@ -110,6 +110,7 @@ impl RequestOutcome {
     /// Counts the request as received.
     pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId) -> Self {
         state.metrics.request_received(endpoint);
+        request_id.record().begin(endpoint);
         Self {
             state: state.clone(),
             endpoint,

@@ -6,10 +6,10 @@ use lapidary_engine::{EngineHandle, ITERATION_TOKENS_BUCKETS, StatsSnapshot};
 
 use super::exposition::{Exposition, Labels, histogram, number};
 use super::histogram::DurationHistogram;
-use super::{Metrics, Outcome, SequenceEnd, process};
+use super::{ENDPOINTS, Metrics, Outcome, SequenceEnd, process};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::openai::Endpoint;
 use crate::state::ServedModel;
+use crate::traces::Tracer;
 
 /// vLLM numbers the engines of a process; there is one here.
 const ENGINE: &str = "0";
@@ -17,9 +17,20 @@ const ENGINE: &str = "0";
 /// About the size of a scrape.
 const CAPACITY: usize = 48 << 10;
 
+/// The commit this was built from; whoever builds knows it (`BUILD_COMMIT`).
+const COMMIT: &str = match option_env!("BUILD_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+
 impl Metrics {
     /// One scrape.
-    pub(crate) fn render(&self, lifecycle: &Lifecycle, model: Option<&ServedModel>) -> prometheus::Result<String> {
+    pub(crate) fn render(
+        &self,
+        lifecycle: &Lifecycle,
+        model: Option<&ServedModel>,
+        traces: Option<&Tracer>,
+    ) -> prometheus::Result<String> {
         let mut out = Exposition::default();
         let labels = Labels::default()
             .with("model_name", &*self.model_name)
@@ -28,9 +39,16 @@ impl Metrics {
             write_engine(&mut out, &labels, &model.engine);
         }
         self.write_tokens(&mut out, &labels);
+        // The buckets are complete while no model says where they end.
+        let max_model_len = model.map_or(u64::MAX, |model| model.max_model_len.into());
+        self.write_lengths(&mut out, &labels, max_model_len);
         self.write_latencies(&mut out, &labels);
         self.write_requests(&mut out, &labels);
-        write_server(&mut out, lifecycle);
+        self.http.write(&mut out);
+        if let Some(traces) = traces {
+            write_traces(&mut out, traces);
+        }
+        write_server(&mut out, lifecycle, model);
         process::write(&mut out, self.started_seconds);
         out.into_text(CAPACITY)
     }
@@ -56,6 +74,24 @@ impl Metrics {
         for (name, help, counter) in counters {
             out.counter(name, help, labels, number(counter.load(Relaxed)));
         }
+        let (prompt, cached) = (
+            self.prompt_tokens.load(Relaxed),
+            self.prompt_tokens_cached.load(Relaxed),
+        );
+        out.counters(
+            "vllm:prompt_tokens_by_source_total",
+            "Prompt tokens of answered requests by where their keys and values came from.",
+            [
+                // The two are not read at one instant.
+                ("local_compute", prompt.saturating_sub(cached)),
+                ("local_cache_hit", cached),
+                ("external_kv_transfer", 0),
+            ]
+            .map(|(source, count)| (labels.with("source", source), number(count))),
+        );
+    }
+
+    fn write_lengths(&self, out: &mut Exposition, labels: &Labels, max_model_len: u64) {
         let histograms = [
             (
                 "vllm:request_prompt_tokens",
@@ -68,19 +104,26 @@ impl Metrics {
                 &self.sequence_generation_tokens,
             ),
             (
+                "vllm:request_max_num_generation_tokens",
+                "Generated tokens of the longest answer to a prompt.",
+                &self.longest_generation_tokens,
+            ),
+            (
+                "vllm:request_prefill_kv_computed_tokens",
+                "Prompt tokens of an answer that were computed, not found in the cache.",
+                &self.prompt_computed_tokens,
+            ),
+            (
                 "vllm:request_params_max_tokens",
                 "max_tokens of an answer.",
                 &self.params_max_tokens,
             ),
-            (
-                "vllm:request_params_n",
-                "Answers asked for by a request.",
-                &self.params_n,
-            ),
         ];
         for (name, help, histogram) in histograms {
-            out.histogram(name, help, labels, histogram.snapshot());
+            out.histogram(name, help, labels, histogram.snapshot(max_model_len));
         }
+        let help = "Answers asked for by a request.";
+        out.histogram("vllm:request_params_n", help, labels, self.params_n.snapshot(u64::MAX));
     }
 
     fn write_latencies(&self, out: &mut Exposition, labels: &Labels) {
@@ -160,22 +203,21 @@ impl Metrics {
                 (labels.with("finished_reason", end.as_str()), number(count))
             }),
         );
-        let endpoints = [Endpoint::Chat, Endpoint::Completions, Endpoint::Responses];
-        let endpoint_labels = |endpoint: Endpoint| Labels::default().with("endpoint", endpoint.as_str());
+        let endpoint_labels = |endpoint: usize| Labels::default().with("endpoint", ENDPOINTS[endpoint]);
         out.counters(
             "lapidary_requests_received_total",
-            "Requests on a generation endpoint, refused ones included.",
-            endpoints.map(|endpoint| {
-                let count = self.received[endpoint as usize].load(Relaxed);
-                (endpoint_labels(endpoint), number(count))
-            }),
+            "Requests on a generation endpoint, refused ones included; unknown: what was no HTTP.",
+            self.received
+                .iter()
+                .enumerate()
+                .map(|(endpoint, count)| (endpoint_labels(endpoint), number(count.load(Relaxed)))),
         );
         out.counters(
             "lapidary_requests_finished_total",
             "Requests by how they ended: each exactly once.",
-            endpoints.into_iter().flat_map(|endpoint| {
+            self.outcomes.iter().enumerate().flat_map(|(endpoint, counts)| {
                 Outcome::ALL.map(|outcome| {
-                    let count = self.outcomes[endpoint as usize][outcome as usize].load(Relaxed);
+                    let count = counts[outcome as usize].load(Relaxed);
                     (
                         endpoint_labels(endpoint).with("outcome", outcome.as_str()),
                         number(count),
@@ -238,6 +280,7 @@ fn write_engine_gauges(out: &mut Exposition, labels: &Labels, stats: &StatsSnaps
     for (name, help, value) in gauges {
         out.gauge(name, help, labels, number(value));
     }
+    write_waiting(out, labels, stats.num_waiting);
     let usage = stats.kv_cache_usage();
     out.gauge(
         "vllm:kv_cache_usage_perc",
@@ -250,6 +293,22 @@ fn write_engine_gauges(out: &mut Exposition, labels: &Labels, stats: &StatsSnaps
         "Old name of vllm:kv_cache_usage_perc.",
         labels,
         usage,
+    );
+}
+
+/// Here a sequence waits for room and for nothing else; and the engine never sleeps.
+fn write_waiting(out: &mut Exposition, labels: &Labels, num_waiting: u64) {
+    out.gauges(
+        "vllm:num_requests_waiting_by_reason",
+        "Sequences that wait, by what for.",
+        [("capacity", num_waiting), ("deferred", 0)]
+            .map(|(reason, count)| (labels.with("reason", reason), number(count))),
+    );
+    out.gauges(
+        "vllm:engine_sleep_state",
+        "1 for the state the engine is in.",
+        [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)]
+            .map(|(state, value)| (labels.with("sleep_state", state), value)),
     );
 }
 
@@ -295,6 +354,12 @@ fn write_engine_counters(out: &mut Exposition, labels: &Labels, stats: &StatsSna
     for (name, help, value) in counters {
         out.counter(name, help, labels, number(value));
     }
+    let hit_rate = match stats.prefix_cache_queried_tokens {
+        0 => 0.0,
+        queried => number(stats.prefix_cache_hit_tokens) / number(queried),
+    };
+    let help = "Share of the prompt tokens looked up that were found; the two counters say more.";
+    out.gauge("vllm:gpu_prefix_cache_hit_rate", help, labels, hit_rate);
 }
 
 fn write_iterations(out: &mut Exposition, labels: &Labels, stats: &StatsSnapshot) {
@@ -319,10 +384,24 @@ fn write_cache_config(out: &mut Exposition, engine: &EngineHandle) {
     out.gauge("vllm:cache_config_info", "The KV cache, in labels.", &labels, 1.0);
 }
 
-fn write_server(out: &mut Exposition, lifecycle: &Lifecycle) {
+fn write_traces(out: &mut Exposition, traces: &Tracer) {
+    let counts = traces.counts();
+    out.counters(
+        "lapidary_trace_spans_total",
+        "Spans of requests by what became of them.",
+        [("exported", &counts.exported), ("dropped", &counts.dropped)]
+            .map(|(fate, count)| (Labels::default().with("fate", fate), number(count.load(Relaxed)))),
+    );
+}
+
+fn write_server(out: &mut Exposition, lifecycle: &Lifecycle, model: Option<&ServedModel>) {
     let none = Labels::default();
-    let version = none.with("version", env!("CARGO_PKG_VERSION"));
-    out.gauge("lapidary_build_info", "The build, in labels.", &version, 1.0);
+    let build = none
+        .with("version", env!("CARGO_PKG_VERSION"))
+        .with("commit", COMMIT)
+        .with("device", model.map_or("", |model| &model.device));
+    let help = "The build and, once it is known, the device it runs on, in labels.";
+    out.gauge("lapidary_build_info", help, &build, 1.0);
     let current = lifecycle.phase();
     let is_ready = f64::from(current == Phase::Ready);
     out.gauge("lapidary_ready", "Whether requests are served.", &none, is_ready);

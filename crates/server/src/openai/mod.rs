@@ -47,6 +47,7 @@ use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
 use crate::sse;
 use crate::state::{AppState, ServedModel};
+use crate::traces::Asked;
 
 /// The endpoints that generate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +67,7 @@ impl Endpoint {
             _ if method != Method::POST => None,
             "/v1/chat/completions" => Some(Self::Chat),
             "/v1/completions" => Some(Self::Completions),
+            "/v1/responses" => Some(Self::Responses),
             // Either; as what it is counted when nobody has looked.
             "/invocations" => Some(Self::Chat),
             _ => None,
@@ -73,11 +75,19 @@ impl Endpoint {
     }
 
     /// Label value.
-    pub(crate) fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Chat => "chat",
             Self::Completions => "completions",
             Self::Responses => "responses",
+        }
+    }
+
+    /// OpenTelemetry's `gen_ai.operation.name`.
+    pub(crate) fn operation(self) -> &'static str {
+        match self {
+            Self::Chat | Self::Responses => "chat",
+            Self::Completions => "text_completion",
         }
     }
 
@@ -289,6 +299,7 @@ async fn submit(
         arrival,
         constraint,
     };
+    request_id.record().ask(Asked::new(&params, prompts.tokens.len()));
     let mut generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
     generation.count_for(request_id.record());
     state.metrics.request_submitted(params.n);

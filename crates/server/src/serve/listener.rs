@@ -27,7 +27,9 @@ use super::ServeError;
 use super::stall::WriteDeadline;
 use super::tls::Tls;
 use crate::access::SpareConnection;
+use crate::access_log;
 use crate::config::HttpConfig;
+use crate::state::AppState;
 
 /// Wait after an accept that failed for want of descriptors or memory: the next one would fail too.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -79,9 +81,15 @@ impl Listener {
     }
 
     /// Starts to accept.
-    pub(super) fn start(self, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Connections {
+    pub(super) fn start(
+        self,
+        state: &AppState,
+        router: Router,
+        http: &HttpConfig,
+        tls: Option<Arc<Tls>>,
+    ) -> Connections {
         let (stop, stopped) = oneshot::channel();
-        let acceptor = Acceptor::new(self.socket, router, http, tls);
+        let acceptor = Acceptor::new(self.socket, state.clone(), router, http, tls);
         let accepting = tokio::spawn(acceptor.run(stopped));
         Connections { stop, accepting }
     }
@@ -113,6 +121,7 @@ async fn end_all(stopping: watch::Sender<()>) {
 
 struct Acceptor {
     socket: TcpListener,
+    state: AppState,
     router: Router,
     /// The same for connections beyond the bound.
     spare_router: Router,
@@ -127,9 +136,10 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    fn new(socket: TcpListener, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Self {
+    fn new(socket: TcpListener, state: AppState, router: Router, http: &HttpConfig, tls: Option<Arc<Tls>>) -> Self {
         Self {
             socket,
+            state,
             spare_router: router.clone().layer(Extension(SpareConnection)),
             router,
             tls,
@@ -210,17 +220,24 @@ impl Acceptor {
             .max_buf_size(MAX_HEAD_BYTES);
         let (tls, handshake_timeout) = (self.tls.clone(), self.header_read_timeout);
         let (write_timeout, stopping) = (self.write_timeout, self.stopping.subscribe());
+        let state = self.state.clone();
         async move {
             // Not `readable`: tokio takes an accepted socket to be that from the start. An error is hyper's to handle.
             let _ = timeout(FIRST_BYTE_GRACE, stream.peek(&mut [0])).await;
             let stream = WriteDeadline::new(stream, write_timeout);
-            match tls {
+            let ended = match tls {
                 None => converse(builder, stream, router, stopping).await,
                 Some(tls) => match timeout(handshake_timeout, tls.accept(stream)).await {
                     Ok(Ok(stream)) => converse(builder, stream, router, stopping).await,
-                    Ok(Err(error)) => tracing::debug!(%error, "no TLS handshake"),
-                    Err(_) => tracing::debug!("no TLS handshake in time"),
+                    Ok(Err(error)) => return tracing::debug!(%error, "no TLS handshake"),
+                    Err(_) => return tracing::debug!("no TLS handshake in time"),
                 },
+            };
+            match ended {
+                Ok(()) => {}
+                // hyper has answered it.
+                Err(error) if error.is_parse() => access_log::malformed(&state, &error),
+                Err(error) => tracing::debug!(%error, "connection ended early"),
             }
             drop(slot);
         }
@@ -228,12 +245,17 @@ impl Acceptor {
 }
 
 /// Requests and answers, until either side has had enough.
-async fn converse<S>(builder: http1::Builder, stream: S, router: Router, mut stopping: watch::Receiver<()>)
+async fn converse<S>(
+    builder: http1::Builder,
+    stream: S,
+    router: Router,
+    mut stopping: watch::Receiver<()>,
+) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
-    let ended = tokio::select! {
+    tokio::select! {
         // What has come is read before the connection is told to end.
         biased;
         ended = &mut connection => ended,
@@ -241,9 +263,6 @@ where
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "connection ended early");
     }
 }
 
@@ -282,6 +301,8 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::metrics::Metrics;
+    use crate::state::Limits;
 
     const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -301,7 +322,8 @@ mod tests {
     async fn accepted(router: Router, http: &HttpConfig) -> (TcpStream, Acceptor) {
         let socket = TcpListener::bind(&*http.addresses).await.unwrap();
         let client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
-        let mut acceptor = Acceptor::new(socket, router, http, None);
+        let state = AppState::new(Limits::default(), Metrics::new("test"));
+        let mut acceptor = Acceptor::new(socket, state, router, http, None);
         let stream = acceptor.accept().await;
         acceptor.serve(stream);
         assert_eq!(acceptor.slots.available_permits(), 0, "the connection is open");

@@ -14,13 +14,20 @@ use crate::support::Setup;
 const FAMILIES: &[&str] = &[
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:engine_sleep_state",
     "vllm:kv_cache_usage_perc",
     "vllm:gpu_cache_usage_perc",
     "vllm:cache_config_info",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:gpu_prefix_cache_queries_total",
+    "vllm:gpu_prefix_cache_hits_total",
+    "vllm:gpu_prefix_cache_hit_rate",
     "vllm:num_preemptions_total",
     "vllm:prompt_tokens_total",
+    "vllm:prompt_tokens_cached_total",
+    "vllm:prompt_tokens_by_source_total",
     "vllm:generation_tokens_total",
     "vllm:request_success_total",
     "vllm:time_to_first_token_seconds",
@@ -34,14 +41,25 @@ const FAMILIES: &[&str] = &[
     "vllm:request_decode_time_seconds",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
+    "vllm:request_max_num_generation_tokens",
+    "vllm:request_prefill_kv_computed_tokens",
     "vllm:request_params_n",
     "vllm:request_params_max_tokens",
     "vllm:iteration_tokens_total",
+    "http_requests_total",
+    "http_request_duration_seconds",
+    "http_request_duration_highr_seconds",
+    "lapidary_requests_received_total",
     "lapidary_requests_finished_total",
+    "lapidary_inter_token_latency_seconds",
+    "lapidary_e2e_request_latency_seconds",
+    "lapidary_queue_time_seconds",
     "lapidary_build_info",
     "process_resident_memory_bytes",
+    "process_virtual_memory_bytes",
     "process_cpu_seconds_total",
     "process_open_fds",
+    "process_max_fds",
     "process_start_time_seconds",
 ];
 
@@ -168,4 +186,146 @@ async fn a_scrape_while_the_engine_is_stuck_in_a_step_does_not_wait() {
     assert!(started.elapsed() < Duration::from_secs(5));
     drop(gate);
     assert_eq!(stuck.await.unwrap().unwrap().status(), 200);
+}
+
+/// Upper bounds of a histogram's buckets, as they are written.
+fn bounds(scrape: &str, family: &str) -> Vec<String> {
+    let prefix = format!("{family}_bucket{{");
+    let of_family = scrape.lines().filter(|line| line.starts_with(&prefix));
+    of_family
+        .map(|line| {
+            line.split("le=\"")
+                .nth(1)
+                .unwrap()
+                .split('"')
+                .next()
+                .unwrap()
+                .to_owned()
+        })
+        .collect()
+}
+
+/// Dashboards that compare servers add up buckets by their bounds.
+#[tokio::test]
+async fn buckets_are_vllms_to_the_bound() {
+    const PER_TOKEN: &str = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80 +Inf";
+    const REQUEST: &str = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680 +Inf";
+    // Of a context of 256 tokens.
+    const TOKENS: &str = "1 2 5 10 20 50 100 200 +Inf";
+    let server = Setup::default().start();
+    server.chat(json!({})).await;
+    let scrape = server.get("/metrics").await.body;
+    for (family, expected) in [
+        (
+            "vllm:time_to_first_token_seconds",
+            "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560 +Inf",
+        ),
+        ("vllm:inter_token_latency_seconds", PER_TOKEN),
+        ("vllm:time_per_output_token_seconds", PER_TOKEN),
+        ("vllm:request_time_per_output_token_seconds", PER_TOKEN),
+        ("vllm:e2e_request_latency_seconds", REQUEST),
+        ("vllm:request_queue_time_seconds", REQUEST),
+        ("vllm:request_inference_time_seconds", REQUEST),
+        ("vllm:request_prefill_time_seconds", REQUEST),
+        ("vllm:request_decode_time_seconds", REQUEST),
+        ("vllm:request_prompt_tokens", TOKENS),
+        ("vllm:request_generation_tokens", TOKENS),
+        ("vllm:request_max_num_generation_tokens", TOKENS),
+        ("vllm:request_prefill_kv_computed_tokens", TOKENS),
+        ("vllm:request_params_max_tokens", TOKENS),
+        ("vllm:request_params_n", "1 2 5 10 20 +Inf"),
+        (
+            "vllm:iteration_tokens_total",
+            "1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf",
+        ),
+        (
+            "http_request_duration_highr_seconds",
+            "0.01 0.025 0.05 0.075 0.1 0.25 0.5 0.75 1 1.5 2 2.5 3 3.5 4 4.5 5 7.5 10 30 60 +Inf",
+        ),
+    ] {
+        assert_eq!(bounds(&scrape, family).join(" "), expected, "{family}");
+    }
+    // A GPU's tokens take 1 to 10 ms, all of which is vLLM's first bucket.
+    let fine = bounds(&scrape, "lapidary_inter_token_latency_seconds");
+    let between = |bound: &&String| (0.001..=0.01).contains(&bound.parse::<f64>().unwrap());
+    assert_eq!(fine.iter().filter(between).count(), 14, "{fine:?}");
+}
+
+/// What the Kubernetes Gateway API Inference Extension asks of a model server, with vLLM's labels.
+#[tokio::test]
+async fn the_inference_gateway_finds_its_gauges() {
+    let server = Setup::default().start();
+    let scrape = server.get("/metrics").await.body;
+    for gauge in [
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+    ] {
+        assert!(scrape.contains(&format!("# TYPE {gauge} gauge\n")), "{gauge}");
+        let sample = format!("\n{gauge}{{model_name=\"tiny\",engine=\"0\"}} 0\n");
+        assert!(scrape.contains(&sample), "{gauge}");
+    }
+    let config = scrape
+        .lines()
+        .find(|line| line.starts_with("vllm:cache_config_info{"))
+        .unwrap();
+    for label in ["block_size=\"16\"", "num_gpu_blocks=\"256\""] {
+        assert!(config.contains(label), "{config}");
+    }
+}
+
+#[tokio::test]
+async fn every_outcome_and_reason_is_there_before_it_happens() {
+    let server = Setup {
+        is_loaded: false,
+        ..Setup::default()
+    }
+    .start();
+    let scrape = server.get("/metrics").await.body;
+    for endpoint in ["chat", "completions", "responses", "unknown"] {
+        for outcome in [
+            "stop",
+            "length",
+            "client_abort",
+            "timeout",
+            "unauthorized",
+            "rate_limited",
+            "queue_full",
+            "invalid",
+            "not_ready",
+            "shutdown",
+            "engine_error",
+        ] {
+            let sample = format!("{{endpoint=\"{endpoint}\",outcome=\"{outcome}\"}} 0\n");
+            assert!(scrape.contains(&sample), "{endpoint} {outcome}");
+        }
+    }
+    for reason in ["stop", "length", "abort", "error"] {
+        assert!(
+            scrape.contains(&format!("finished_reason=\"{reason}\"}} 0\n")),
+            "{reason}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_longest_of_several_answers_and_the_computed_part_of_a_prompt_are_observed() {
+    let server = Setup::default().start();
+    let body = json!({ "prompt": ["a".repeat(40), "b"], "n": 2, "max_tokens": 3 });
+    assert_eq!(server.complete(body).await.status, 200);
+    let longest = "vllm:request_max_num_generation_tokens";
+    assert_eq!(
+        server.metric(&format!("{longest}_count"), "").await,
+        2.0,
+        "one for each prompt"
+    );
+    assert_eq!(server.metric(&format!("{longest}_sum"), "").await, 6.0);
+    let computed = server.metric("vllm:request_prefill_kv_computed_tokens_sum", "").await;
+    let prompts = server.metric("vllm:request_prompt_tokens_sum", "").await;
+    assert!(
+        computed > 0.0 && computed < prompts,
+        "siblings share blocks: {computed} of {prompts}"
+    );
+    let all = server.metric("vllm:prompt_tokens_by_source_total", "").await;
+    assert_eq!(all, server.metric("vllm:prompt_tokens_total", "").await);
 }

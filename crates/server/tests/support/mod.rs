@@ -142,6 +142,7 @@ pub(crate) fn served(tokenizer: Arc<Tokenizer>, engine: EngineHandle) -> ServedM
         system_role: SystemRole::Merge,
         eos_token_id: EOS,
         stop_token_ids,
+        device: "cpu".to_owned(),
         defaults: SamplingDefaults::default(),
         system_fingerprint: "fp_test".to_owned(),
         engine,
