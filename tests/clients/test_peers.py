@@ -1,4 +1,4 @@
-"""Peers that are not Python: openai-node and promtool; and the server's own accounts after both."""
+"""Peers that are not Python: openai-node, async-openai and promtool; and the server's own accounts after both."""
 
 import os
 import re
@@ -19,6 +19,10 @@ def metric(text: str, name: str, **labels: str) -> float:
 def test_openai_node_passes(server):
     command = ["node", "openai_node.mjs", server.url]
     subprocess.run(command, cwd=os.environ["NODE_CLIENTS"], check=True, timeout=120)
+
+
+def test_async_openai_passes(server):
+    subprocess.run([os.environ["ASYNC_OPENAI"], server.url], check=True, timeout=120)
 
 
 def test_promtool_finds_nothing_but_vllm_names(server, client):
