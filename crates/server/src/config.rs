@@ -669,4 +669,4 @@ mod access;
 #[cfg(test)]
 mod tests;
 
-pub use self::access::{AccessConfig, TlsConfig};
+pub use self::access::{AccessConfig, ClientCertificates, TlsConfig};
