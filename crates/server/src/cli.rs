@@ -332,6 +332,15 @@ pub struct Settings {
     #[arg(long, value_name = "FILE")]
     pub ssl_keyfile: Option<PathBuf>,
 
+    /// Certificates (PEM) that clients' certificates must come from; read again like the others [default: no client is
+    /// asked].
+    #[arg(long, value_name = "FILE")]
+    pub ssl_ca_certs: Option<PathBuf>,
+
+    /// Whether clients need a certificate; 0, 1 and 2 are Python's names [default: required with `--ssl-ca-certs`].
+    #[arg(long, value_name = "WHETHER")]
+    pub ssl_cert_reqs: Option<CertificateRequirement>,
+
     /// `text` for people, `json` for machines [default: text].
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -397,6 +406,21 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether clients need a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CertificateRequirement {
+    /// None is asked for.
+    #[value(alias = "0")]
+    None,
+    /// One that is shown must be good.
+    #[value(alias = "1")]
+    Optional,
+    /// Without a good one there is no connection.
+    #[value(alias = "2")]
+    Required,
+}
+
 impl Settings {
     /// The values in effect where nothing is typed. Settings absent here depend on the model or the machine.
     #[must_use]
@@ -454,6 +478,8 @@ impl Settings {
             root_path: None,
             ssl_certfile: None,
             ssl_keyfile: None,
+            ssl_ca_certs: None,
+            ssl_cert_reqs: None,
             log_format: Some(LogFormat::Text),
             log_level: Some("info".to_owned()),
             otlp_traces_endpoint: None,

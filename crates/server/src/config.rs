@@ -680,5 +680,5 @@ mod access;
 mod tests;
 mod traces;
 
-pub use self::access::{AccessConfig, TlsConfig};
+pub use self::access::{AccessConfig, ClientCertificates, TlsConfig};
 pub use self::traces::TraceConfig;

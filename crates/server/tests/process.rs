@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use rcgen::{CertifiedKey, KeyPair};
 use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 /// Far above what anything here takes, far below what a stuck test may cost.
@@ -730,15 +732,25 @@ fn write_certificate(folder: &Folder) -> CertificateDer<'static> {
     made.cert.der().clone()
 }
 
-/// Status of a GET of /ready over TLS by a client that trusts one certificate.
-fn get_over_tls(server: &Server, trusted: &CertificateDer<'static>) -> Result<u16, std::io::Error> {
+/// Status of a GET of /ready over TLS by a client that trusts one certificate, and may show one of its own.
+fn get_over_tls(
+    server: &Server,
+    trusted: &CertificateDer<'static>,
+    own: Option<&CertifiedKey<KeyPair>>,
+) -> Result<u16, std::io::Error> {
     let mut roots = RootCertStore::empty();
     roots.add(trusted.clone()).unwrap();
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let config = match own {
+        None => config.with_no_client_auth(),
+        Some(CertifiedKey { cert, signing_key }) => {
+            let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).unwrap();
+            config.with_client_auth_cert(vec![cert.der().clone()], key).unwrap()
+        }
+    };
     let client = ClientConnection::new(Arc::new(config), "localhost".try_into().unwrap()).unwrap();
     let mut stream = StreamOwned::new(client, server.connect());
     stream.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
@@ -754,23 +766,47 @@ fn https_is_served_with_a_certificate_that_may_change() {
     let file = |name: &str| folder.0.join(name).to_str().unwrap().to_owned();
     let (cert, key) = (file("cert.pem"), file("key.pem"));
     let server = Server::ready(&["serve", "demo", "--ssl-certfile", &cert, "--ssl-keyfile", &key]);
-    assert_eq!(get_over_tls(&server, &old).unwrap(), 200);
+    assert_eq!(get_over_tls(&server, &old, None).unwrap(), 200);
     // A client that speaks HTTP gets no answer, and disturbs nobody.
     let mut rest = Vec::new();
-    let _ = server.send("GET", "/ready", "").read_to_end(&mut rest);
+    let mut plain = server.connect();
+    // It may be closed before all is written.
+    let _ = plain.write_all(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n");
+    let _ = plain.read_to_end(&mut rest);
     assert!(!rest.starts_with(b"HTTP"));
     let new = write_certificate(&folder);
     server.signal("HUP");
     server.log_line("\"read again\"");
-    assert_eq!(get_over_tls(&server, &new).unwrap(), 200);
+    assert_eq!(get_over_tls(&server, &new, None).unwrap(), 200);
     assert!(
-        get_over_tls(&server, &old).is_err(),
+        get_over_tls(&server, &old, None).is_err(),
         "the old certificate is still in use"
     );
     std::fs::write(&cert, "no certificate").unwrap();
     server.signal("HUP");
     server.log_line("cannot be read again");
-    assert_eq!(get_over_tls(&server, &new).unwrap(), 200);
+    assert_eq!(get_over_tls(&server, &new, None).unwrap(), 200);
+}
+
+#[test]
+fn clients_show_certificates_where_a_ca_is_named() {
+    let folder = Folder::new("mtls");
+    let trusted = write_certificate(&folder);
+    let file = |name: &str| folder.0.join(name).to_str().unwrap().to_owned();
+    let (cert, key, ca) = (file("cert.pem"), file("key.pem"), file("ca.pem"));
+    let client = || rcgen::generate_simple_self_signed(vec!["client".to_owned()]).unwrap();
+    let (known, stranger) = (client(), client());
+    std::fs::write(&ca, known.cert.pem()).unwrap();
+    let files = ["--ssl-certfile", &cert, "--ssl-keyfile", &key, "--ssl-ca-certs", &ca];
+    let server = Server::ready(&[&["serve", "demo"][..], &files].concat());
+    assert_eq!(get_over_tls(&server, &trusted, Some(&known)).unwrap(), 200);
+    assert!(get_over_tls(&server, &trusted, Some(&stranger)).is_err());
+    assert!(get_over_tls(&server, &trusted, None).is_err());
+    std::fs::write(&ca, stranger.cert.pem()).unwrap();
+    server.signal("HUP");
+    server.log_line("\"read again\"");
+    assert_eq!(get_over_tls(&server, &trusted, Some(&stranger)).unwrap(), 200);
+    assert!(get_over_tls(&server, &trusted, Some(&known)).is_err());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use axum::http::HeaderValue;
 
 use super::{ConfigError, Environment, Token, given, invalid, require};
 use crate::access::{Access, ApiKeys, Cors, KeyLimits};
-use crate::cli::Settings;
+use crate::cli::{CertificateRequirement, Settings};
 use crate::units::NameList;
 
 /// Who may come in.
@@ -28,6 +28,17 @@ pub struct TlsConfig {
     pub certfile: PathBuf,
     /// PEM.
     pub keyfile: PathBuf,
+    /// What is asked of clients; absent: nothing.
+    pub clients: Option<ClientCertificates>,
+}
+
+/// Which certificates clients show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientCertificates {
+    /// Whose certificates are good, PEM.
+    pub ca_certs: PathBuf,
+    /// Without one there is no connection.
+    pub is_required: bool,
 }
 
 impl AccessConfig {
@@ -90,17 +101,38 @@ impl AccessConfig {
 
 impl TlsConfig {
     pub(super) fn new(settings: &Settings) -> Result<Option<Self>, ConfigError> {
+        let clients = client_certificates(settings)?;
         match (settings.ssl_certfile.clone(), settings.ssl_keyfile.clone()) {
+            (None, None) if clients.is_some() => Err(invalid("ssl-certfile", "is needed with ssl-ca-certs")),
             (None, None) => Ok(None),
             (Some(certfile), Some(keyfile)) => {
                 require_file(&certfile, "ssl-certfile")?;
                 require_file(&keyfile, "ssl-keyfile")?;
-                Ok(Some(Self { certfile, keyfile }))
+                Ok(Some(Self {
+                    certfile,
+                    keyfile,
+                    clients,
+                }))
             }
             (Some(_), None) => Err(invalid("ssl-keyfile", "is needed with ssl-certfile")),
             (None, Some(_)) => Err(invalid("ssl-certfile", "is needed with ssl-keyfile")),
         }
     }
+}
+
+fn client_certificates(settings: &Settings) -> Result<Option<ClientCertificates>, ConfigError> {
+    // Whoever names a CA wants it to count: unlike in Python, it does unless told otherwise.
+    let is_required = match (&settings.ssl_ca_certs, settings.ssl_cert_reqs) {
+        (Some(_), None | Some(CertificateRequirement::Required)) => true,
+        (Some(_), Some(CertificateRequirement::Optional)) => false,
+        (_, Some(CertificateRequirement::None)) | (None, None) => return Ok(None),
+        (None, Some(_)) => return Err(invalid("ssl-ca-certs", "is needed to ask for certificates of clients")),
+    };
+    let Some(ca_certs) = settings.ssl_ca_certs.clone() else {
+        return Ok(None);
+    };
+    require_file(&ca_certs, "ssl-ca-certs")?;
+    Ok(Some(ClientCertificates { ca_certs, is_required }))
 }
 
 fn require_file(path: &Path, key: &'static str) -> Result<(), ConfigError> {

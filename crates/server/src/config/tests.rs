@@ -116,6 +116,7 @@ fn every_setting_can_be_a_variable() {
             "device" => "cpu",
             "scheduling-policy" => "priority",
             "log-format" => "json",
+            "ssl-cert-reqs" => "optional",
             "unauthenticated-metrics" | "allow-credentials" | "ui" => "false",
             name if ["enable-", "enforce-", "trust-"]
                 .iter()
@@ -260,6 +261,12 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
         (&["--allowed-methods", "GE T"], "allowed-methods: \"GE T\""),
         (&["--root-path", "gem"], "root-path: must be a path"),
         (&["--ssl-keyfile", "/etc/hostname"], "ssl-certfile: is needed"),
+        (&["--ssl-ca-certs", "/no/such/file"], "ssl-ca-certs: there is no file"),
+        (
+            &["--ssl-ca-certs", "/etc/hostname"],
+            "ssl-certfile: is needed with ssl-ca-certs",
+        ),
+        (&["--ssl-cert-reqs", "2"], "ssl-ca-certs: is needed to ask"),
         (&["--log-level", "lapidary=loud"], "log-level: "),
         (&["--chat-template", "/no/such/file"], "chat-template: there is no file"),
         (&["--served-model-name", ""], "served-model-name: a name is empty"),
@@ -271,6 +278,28 @@ fn impossible_values_are_refused_with_the_setting_s_name() {
         let error = fault(flags);
         assert!(error.starts_with(beginning), "{flags:?}: {error}");
     }
+}
+
+#[test]
+fn clients_need_certificates_where_a_ca_is_named_unless_told_otherwise() {
+    let file = "/etc/hostname";
+    let clients = |flags: &[&str]| {
+        let files = ["--ssl-certfile", file, "--ssl-keyfile", file];
+        let config = resolve(&[&files[..], flags].concat(), &Environment::default()).unwrap();
+        let clients = config.http.tls.unwrap().clients;
+        clients.map(|clients| (clients.ca_certs, clients.is_required))
+    };
+    let ca = ["--ssl-ca-certs", file];
+    let with = |whether| clients(&[&ca[..], &["--ssl-cert-reqs", whether]].concat());
+    assert_eq!(clients(&[]), None);
+    assert_eq!(clients(&ca), Some((file.into(), true)));
+    for (whether, is_required) in [("required", true), ("2", true), ("optional", false), ("1", false)] {
+        assert_eq!(with(whether), Some((file.into(), is_required)), "{whether}");
+    }
+    assert_eq!(
+        (with("none"), with("0"), clients(&["--ssl-cert-reqs", "0"])),
+        (None, None, None)
+    );
 }
 
 #[test]

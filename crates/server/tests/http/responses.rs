@@ -71,13 +71,16 @@ async fn a_text_is_answered_in_openais_shape() {
         (&item["type"], &item["role"], &item["status"]),
         (&json!("message"), &json!("assistant"), &json!("completed"))
     );
+    let ignored = json!({ "input": "the fox", "text": { "format": { "type": "text", "schema": 5 } } });
+    let format = respond(&server, ignored).await.json()["text"]["format"].clone();
+    assert_eq!(format, json!({ "type": "text" }));
     let part = json!({ "type": "output_text", "text": " hello world", "annotations": [], "logprobs": [] });
     assert_eq!(item["content"], json!([part]));
     let usage = &body["usage"];
     assert_eq!(usage["output_tokens"], 3);
     let sum = usage["input_tokens"].as_u64().unwrap() + 3;
     assert_eq!(usage["total_tokens"], sum);
-    assert_eq!(server.outcomes().await, [("stop".to_owned(), 1)]);
+    assert_eq!(server.outcomes().await, [("stop".to_owned(), 2)]);
     server.assert_idle().await;
 }
 
@@ -294,6 +297,8 @@ async fn faults_are_named_in_the_requests_own_words() {
             "include[1]",
         ),
         (json!({ "input": "a", "top_logprobs": 21 }), "top_logprobs"),
+        (json!({ "input": "a", "metadata": 5 }), "metadata"),
+        (json!({ "input": "a", "metadata": { "a": "b", "c": 1 } }), "metadata"),
         (json!({ "input": "a", "top_logprobs": -1 }), "top_logprobs"),
     ];
     let num_cases = cases.len() as u64;

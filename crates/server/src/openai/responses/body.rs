@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
@@ -44,7 +44,7 @@ pub(in crate::openai) struct ResponsesBody {
     tools: Option<Vec<Object<FlatTool>>>,
     tool_choice: Option<FlatChoice>,
     parallel_tool_calls: Option<Flag>,
-    metadata: Option<Value>,
+    metadata: Option<Object<Map<String, Value>>>,
     user: Option<String>,
     previous_response_id: Extension,
     conversation: Extension,
@@ -160,6 +160,7 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
     }
     let has_logprobs = includes_logprobs(body.include.as_deref().unwrap_or_default())?;
     check_top_logprobs(body.top_logprobs)?;
+    check_metadata(body.metadata.as_ref())?;
     let settings = settings(&body);
     let mut messages: Vec<Object<ChatMessage>> = Vec::new();
     messages.extend(body.instructions.map(|text| message("system", Content::Text(text))));
@@ -220,6 +221,21 @@ fn check_top_logprobs(count: Option<Int>) -> Result<(), ApiError> {
             format!("top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {count}."),
         )),
         _ => Ok(()),
+    }
+}
+
+/// It is repeated, so it has to be what clients expect of it.
+fn check_metadata(metadata: Option<&Object<Map<String, Value>>>) -> Result<(), ApiError> {
+    let mut entries = metadata.into_iter().flat_map(|Object(metadata)| metadata);
+    match entries.find(|(_, value)| !value.is_string()) {
+        None => Ok(()),
+        Some((key, _)) => {
+            let message = format!(
+                "The values of metadata must be strings, that of '{}' is not.",
+                shorten(key)
+            );
+            Err(ApiError::invalid("metadata", message))
+        }
     }
 }
 
@@ -340,7 +356,7 @@ fn settings(body: &ResponsesBody) -> Settings {
     };
     let format = body.text.as_ref().and_then(|Object(text)| text.format.as_ref());
     let format = match format {
-        Some(Object(format)) if format.schema.is_some() => {
+        Some(Object(format)) if format.r#type.as_deref() == Some("json_schema") => {
             json!({ "type": format.r#type, "name": format.name, "schema": format.schema, "strict": true, "description": null })
         }
         Some(Object(format)) => json!({ "type": format.r#type }),
@@ -350,7 +366,7 @@ fn settings(body: &ResponsesBody) -> Settings {
     Settings(json!({
         "background": false, "instructions": body.instructions, "max_tool_calls": null,
         "max_output_tokens": body.max_output_tokens.map(|Int(count)| count),
-        "metadata": body.metadata.as_ref().unwrap_or(&json!({})),
+        "metadata": body.metadata.as_ref().map_or_else(|| json!({}), |Object(metadata)| json!(metadata)),
         "parallel_tool_calls": body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
         "previous_response_id": null, "reasoning": { "effort": null, "summary": null }, "service_tier": null,
         "store": false, "temperature": number(body.temperature), "text": { "format": format }, "tool_choice": tool_choice,
