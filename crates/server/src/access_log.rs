@@ -29,10 +29,7 @@ pub(crate) async fn log(State(state): State<AppState>, request: Request, next: N
         return next.run(request).await;
     };
     // The query is left out: clients put secrets there.
-    let trace = state
-        .traces
-        .get()
-        .and_then(|_| TraceContext::of_request(request.headers()));
+    let trace = state.traces.get().and_then(|tracer| tracer.begin(request.headers()));
     let mut line = Line {
         state,
         trace,

@@ -681,4 +681,4 @@ mod tests;
 mod traces;
 
 pub use self::access::{AccessConfig, ClientCertificates, TlsConfig};
-pub use self::traces::TraceConfig;
+pub use self::traces::{Sampler, TraceConfig};

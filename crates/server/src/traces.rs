@@ -13,13 +13,14 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 use std::{io, thread};
 
+use axum::http::HeaderMap;
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 pub(crate) use self::context::TraceContext;
 use self::exporter::Exporter;
 pub(crate) use self::span::{Asked, Span};
-use crate::config::TraceConfig;
+use crate::config::{Sampler, TraceConfig};
 
 /// Spans that wait to be sent: several seconds of a busy server, some megabytes.
 const MAX_QUEUED_SPANS: usize = 4096;
@@ -42,6 +43,7 @@ pub enum TraceError {
 #[derive(Debug)]
 pub struct Tracer {
     queue: SyncSender<Message>,
+    sampler: Sampler,
     counts: Arc<Counts>,
 }
 
@@ -70,12 +72,18 @@ impl Tracer {
     fn with_queue(config: TraceConfig, max_queued: usize) -> Result<Self, TraceError> {
         let (queue, messages) = sync_channel(max_queued);
         let counts = Arc::<Counts>::default();
+        let sampler = config.sampler;
         let exporter = Exporter::new(config, Arc::clone(&counts))?;
         thread::Builder::new()
             .name("traces".to_owned())
             .spawn(move || exporter.run(&messages))
             .map_err(TraceError::Thread)?;
-        Ok(Self { queue, counts })
+        Ok(Self { queue, sampler, counts })
+    }
+
+    /// The place of a request in a trace, if it is to be traced.
+    pub(crate) fn begin(&self, headers: &HeaderMap) -> Option<TraceContext> {
+        TraceContext::of_request(headers, self.sampler)
     }
 
     /// Hands over a span, or drops it.
@@ -120,7 +128,7 @@ mod tests {
 
     fn span() -> Span {
         Span {
-            context: TraceContext::of_request(&axum::http::HeaderMap::new()).unwrap(),
+            context: TraceContext::of_request(&HeaderMap::new(), Sampler::default()).unwrap(),
             request_id: String::new(),
             model: String::new(),
             endpoint: Endpoint::Chat,
@@ -141,6 +149,7 @@ mod tests {
             endpoint: format!("http://{}/v1/traces", collector.local_addr().unwrap()),
             headers: Vec::new(),
             resource: Vec::new(),
+            sampler: Sampler::default(),
             ca_bundle: None,
         };
         let tracer = Tracer::with_queue(config, 2).unwrap();

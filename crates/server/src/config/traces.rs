@@ -23,8 +23,55 @@ pub struct TraceConfig {
     pub headers: Vec<(String, Token)>,
     /// What is said of this process.
     pub resource: Vec<(String, String)>,
+    /// Which requests.
+    pub sampler: Sampler,
     /// PEM file of the authorities to trust in place of the built-in ones.
     pub ca_bundle: Option<PathBuf>,
+}
+
+/// Which requests are traced.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampler {
+    /// Where a client began the trace, its decision holds.
+    pub follows_parent: bool,
+    /// Of the others, this share, 0 to 1; chosen by the id, so that all who see a trace choose alike.
+    pub share: f64,
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self {
+            follows_parent: true,
+            share: 1.0,
+        }
+    }
+}
+
+impl Sampler {
+    fn new(environment: &Environment) -> Result<Self, ConfigError> {
+        let name = environment
+            .get("OTEL_TRACES_SAMPLER")
+            .unwrap_or("parentbased_always_on");
+        let (follows_parent, of_roots) = match name.strip_prefix("parentbased_") {
+            Some(of_roots) => (true, of_roots),
+            None => (false, name),
+        };
+        let argument = environment.get("OTEL_TRACES_SAMPLER_ARG").unwrap_or("1");
+        let share = match of_roots {
+            "always_on" => Some(1.0),
+            "always_off" => Some(0.0),
+            "traceidratio" => argument.parse().ok().filter(|share| (0.0..=1.0).contains(share)),
+            _ => None,
+        };
+        match share {
+            Some(share) => Ok(Self { follows_parent, share }),
+            None => {
+                let reason =
+                    format!("OTEL_TRACES_SAMPLER is {name:?} with {argument:?}, which is no sampler known here");
+                Err(invalid(KEY, reason))
+            }
+        }
+    }
 }
 
 impl TraceConfig {
@@ -42,6 +89,7 @@ impl TraceConfig {
             endpoint: endpoint(typed)?,
             headers: headers.map_or(Ok(Vec::new()), read_headers)?,
             resource: resource(environment),
+            sampler: Sampler::new(environment)?,
             ca_bundle: certificate.map(PathBuf::from).or_else(|| ca_bundle(environment)),
         }))
     }
@@ -173,6 +221,21 @@ mod tests {
                 ("service.name", "gem")
             ]
         );
+    }
+
+    #[test]
+    fn the_sampler_is_opentelemetrys() {
+        let sampler = |name, argument| {
+            let environment = Environment::from([("OTEL_TRACES_SAMPLER", name), ("OTEL_TRACES_SAMPLER_ARG", argument)]);
+            let sampler = config("http://c:4318", &environment).ok()?.sampler;
+            Some((sampler.follows_parent, sampler.share))
+        };
+        assert_eq!(sampler("", ""), Some((true, 1.0)));
+        assert_eq!(sampler("always_off", ""), Some((false, 0.0)));
+        assert_eq!(sampler("parentbased_traceidratio", "0.25"), Some((true, 0.25)));
+        assert_eq!(sampler("traceidratio", ""), Some((false, 1.0)));
+        assert_eq!(sampler("traceidratio", "2"), None);
+        assert_eq!(sampler("jaeger_remote", ""), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use axum::http::HeaderMap;
 
+use crate::config::Sampler;
 use crate::request_id::random_u64;
 
 const TRACEPARENT: &str = "traceparent";
@@ -25,23 +26,22 @@ pub(crate) struct TraceContext {
 }
 
 impl TraceContext {
-    /// Of a new span within the trace that the headers name, or within a new one. `None`: its beginner does not record
-    /// that trace.
-    pub(crate) fn of_request(headers: &HeaderMap) -> Option<Self> {
-        let span_id = random_u64().max(1);
-        let Some(parent) = parent(headers) else {
-            return Some(Self {
-                trace_id: (u128::from(random_u64()) << 64 | u128::from(random_u64())).max(1),
-                span_id,
-                parent_id: None,
-                state: String::new(),
-            });
+    /// Of a new span within the trace that the headers name, or within a new one. `None`: it is not to be recorded.
+    pub(crate) fn of_request(headers: &HeaderMap, sampler: Sampler) -> Option<Self> {
+        let parent = parent(headers);
+        let trace_id = match &parent {
+            Some(parent) => parent.trace_id,
+            None => (u128::from(random_u64()) << 64 | u128::from(random_u64())).max(1),
         };
-        (parent.flags & SAMPLED != 0).then(|| Self {
-            trace_id: parent.trace_id,
-            span_id,
-            parent_id: Some(parent.span_id),
-            state: state(headers),
+        let is_sampled = match &parent {
+            Some(parent) if sampler.follows_parent => parent.flags & SAMPLED != 0,
+            _ => is_in_share(trace_id, sampler.share),
+        };
+        is_sampled.then(|| Self {
+            trace_id,
+            span_id: random_u64().max(1),
+            parent_id: parent.as_ref().map(|parent| parent.span_id),
+            state: parent.map(|_| state(headers)).unwrap_or_default(),
         })
     }
 
@@ -55,6 +55,13 @@ struct Parent {
     trace_id: u128,
     span_id: u64,
     flags: u8,
+}
+
+/// By the lower half of the id, which is random in every version of the specification.
+#[expect(clippy::cast_precision_loss, reason = "a share needs no more than 53 bits")]
+fn is_in_share(trace_id: u128, share: f64) -> bool {
+    let low = trace_id as u64;
+    (low >> 1) as f64 <= share * (1_u64 << 63) as f64 && share > 0.0
 }
 
 /// What `traceparent` says, if it is valid: there is one, of a version whose beginning is known.
@@ -102,6 +109,8 @@ fn state(headers: &HeaderMap) -> String {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderName;
+
     use super::*;
 
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
@@ -113,7 +122,7 @@ mod tests {
         }
         headers.append(TRACESTATE, "a=1".parse().unwrap());
         headers.append(TRACESTATE, "b=2".parse().unwrap());
-        TraceContext::of_request(&headers)
+        TraceContext::of_request(&headers, Sampler::default())
     }
 
     #[test]
@@ -154,5 +163,25 @@ mod tests {
             assert_eq!(context.state, "");
         }
         assert_ne!(context(&[]).unwrap().trace_id, context(&[]).unwrap().trace_id);
+    }
+
+    #[test]
+    fn a_share_of_traces_is_chosen_by_their_ids() {
+        let sampler = |follows_parent, share| Sampler { follows_parent, share };
+        let is_sampled = |value: &str, sampler| {
+            let headers = HeaderMap::from_iter([(HeaderName::from_static(TRACEPARENT), value.parse().unwrap())]);
+            TraceContext::of_request(&headers, sampler).is_some()
+        };
+        let low = "00-4bf92f3577b34da60000000000000001-00f067aa0ba902b7-00";
+        let high = "00-4bf92f3577b34da6ffffffffffffffff-00f067aa0ba902b7-01";
+        assert!(is_sampled(low, sampler(false, 0.5)) && !is_sampled(high, sampler(false, 0.5)));
+        assert!(!is_sampled(low, sampler(true, 0.5)) && is_sampled(high, sampler(true, 0.5)));
+        assert!(is_sampled(high, sampler(false, 1.0)) && !is_sampled(low, sampler(false, 0.0)));
+        let of_roots = |share| {
+            let trace = || TraceContext::of_request(&HeaderMap::new(), sampler(true, share));
+            (0..1000).filter(|_| trace().is_some()).count()
+        };
+        assert_eq!((of_roots(0.0), of_roots(1.0)), (0, 1000));
+        assert!((100..400).contains(&of_roots(0.25)), "{}", of_roots(0.25));
     }
 }

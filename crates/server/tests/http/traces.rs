@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::Request;
-use lapidary_server::config::{Token, TraceConfig};
+use lapidary_server::config::{Sampler, Token, TraceConfig};
 use lapidary_server::traces::Tracer;
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -60,6 +60,7 @@ fn traced(setup: Setup, endpoint: &str) -> Server {
         endpoint: endpoint.to_owned(),
         headers: vec![("x-key".to_owned(), Token::new("secret"))],
         resource: vec![("service.name".to_owned(), "gem".to_owned())],
+        sampler: Sampler::default(),
         ca_bundle: None,
     });
     server.state.traces.set(tracer.unwrap()).unwrap();
