@@ -10,7 +10,7 @@ use super::histogram::DurationHistogram;
 use crate::access::is_probe_or_metrics;
 
 /// Label values. What a client made up is `none`, so that nobody can add to them.
-const HANDLERS: [&str; 14] = [
+const HANDLERS: [&str; 15] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/responses",
@@ -23,6 +23,7 @@ const HANDLERS: [&str; 14] = [
     "/detokenize",
     "/tokenizer_info",
     "/is_sleeping",
+    "/openapi.json",
     "/",
     "none",
 ];
@@ -84,7 +85,7 @@ impl Default for HttpMetrics {
 impl HttpMetrics {
     /// A request is over.
     pub(crate) fn count(&self, request: &HttpRequest<'_>) {
-        if is_probe_or_metrics(request.path) || NOT_COUNTED.contains(&request.path) {
+        if !is_counted(request.path) {
             return;
         }
         let (handler, method) = (handler(request.path), index(&METHODS, request.method.as_str()));
@@ -169,6 +170,10 @@ impl HttpMetrics {
     }
 }
 
+fn is_counted(path: &str) -> bool {
+    !is_probe_or_metrics(path) && !NOT_COUNTED.contains(&path)
+}
+
 fn handler(path: &str) -> usize {
     match path.strip_prefix("/v1/models/") {
         Some(_) => index(&HANDLERS, "/v1/models/{id}"),
@@ -184,4 +189,20 @@ fn index(names: &[&str], name: &str) -> usize {
 /// Nothing answers 1xx.
 fn class(status: u16) -> usize {
     usize::from(status / 100).saturating_sub(2).min(CLASSES.len() - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::{AppState, Limits};
+
+    #[test]
+    fn every_path_there_is_has_a_label() {
+        let state = AppState::new(Limits::default(), Metrics::new("test"));
+        let paths = crate::table(&state).map(|(path, _)| path.replace("{*", "{"));
+        for path in paths.iter().filter(|path| is_counted(path)) {
+            assert!(HANDLERS.contains(&path.as_str()), "{path}");
+        }
+    }
 }
