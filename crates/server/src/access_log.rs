@@ -7,14 +7,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::http::{Method, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
 
 use crate::access::is_probe_or_metrics;
 use crate::error::shorten;
-use crate::metrics::Outcome;
+use crate::metrics::{HttpRequest, Outcome};
 use crate::record::RequestRecord;
 use crate::request_id::RequestId;
 use crate::state::AppState;
@@ -39,6 +39,7 @@ pub(crate) async fn log(State(state): State<AppState>, request: Request, next: N
         id,
         arrival: Instant::now(),
         answered: None,
+        num_request_bytes: length_of(request.headers()),
         num_bytes: 0,
     };
     let response = next.run(request).await;
@@ -51,6 +52,14 @@ pub(crate) fn malformed(state: &AppState, error: &hyper::Error) {
     state.metrics.malformed_request();
     state.metrics.http.count_malformed();
     tracing::info!(outcome = Outcome::Invalid.as_str(), %error, "request");
+}
+
+/// What a request says of its body; 0 where it does not say.
+fn length_of(headers: &HeaderMap) -> u64 {
+    let length = headers.get(header::CONTENT_LENGTH);
+    length
+        .and_then(|length| length.to_str().ok()?.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Written when dropped.
@@ -66,6 +75,8 @@ struct Line {
     arrival: Instant,
     /// Status, and when it was known.
     answered: Option<(StatusCode, Instant)>,
+    /// Of the request's body, as far as it says.
+    num_request_bytes: u64,
     /// Of the answer's body.
     num_bytes: u64,
 }
@@ -139,7 +150,14 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         let http = &self.state.metrics.http;
-        http.count(&self.method, &self.path, self.status(), self.arrival.elapsed());
+        http.count(&HttpRequest {
+            method: &self.method,
+            path: &self.path,
+            status: self.status(),
+            duration: self.arrival.elapsed(),
+            num_bytes: self.num_request_bytes,
+            num_answer_bytes: self.num_bytes,
+        });
         // Asked every second by whoever watches the process: they would be most of the log.
         if is_probe_or_metrics(&self.path) {
             write_line!(tracing::Level::DEBUG, self);

@@ -13,10 +13,11 @@ mod render;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use self::http::HttpMetrics;
+pub(crate) use self::http::HttpRequest;
 pub(crate) use self::outcome::{Outcome, RequestOutcome};
 
 use self::histogram::{CountHistogram, DurationHistogram};
-use self::http::HttpMetrics;
 use crate::openai::Endpoint;
 
 const TTFT: &[f64] = &[

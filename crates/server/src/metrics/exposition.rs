@@ -2,7 +2,7 @@
 //! and many appear under two names.
 
 use prometheus::TextEncoder;
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType, Summary};
 
 /// What all samples of a metric carry, in this order.
 #[derive(Debug, Clone, Default)]
@@ -79,6 +79,19 @@ impl Exposition {
     /// A family of one histogram.
     pub(crate) fn histogram(&mut self, name: &str, help: &str, labels: &Labels, histogram: Histogram) {
         self.histograms(name, help, [(labels.clone(), histogram)]);
+    }
+
+    /// A family of summaries without quantiles, of count and sum each; it may not be empty.
+    pub(crate) fn summaries(&mut self, name: &str, help: &str, samples: impl IntoIterator<Item = (Labels, u64, f64)>) {
+        let metrics = samples.into_iter().map(|(labels, count, sum)| {
+            let mut summary = Summary::default();
+            summary.set_sample_count(count);
+            summary.set_sample_sum(sum);
+            let mut metric = Metric::from_label(labels.0);
+            metric.set_summary(summary);
+            metric
+        });
+        self.family(name, MetricType::SUMMARY, help, metrics.collect());
     }
 
     fn family(&mut self, name: &str, kind: MetricType, help: &str, metrics: Vec<Metric>) {

@@ -49,6 +49,8 @@ const FAMILIES: &[&str] = &[
     "http_requests_total",
     "http_request_duration_seconds",
     "http_request_duration_highr_seconds",
+    "http_request_size_bytes",
+    "http_response_size_bytes",
     "lapidary_requests_received_total",
     "lapidary_requests_finished_total",
     "lapidary_inter_token_latency_seconds",
@@ -160,6 +162,10 @@ async fn metrics_are_well_formed() {
                 }
                 "counter" => assert!(name == family && name.ends_with("_total"), "{line}"),
                 "gauge" => assert!(name == family && !name.ends_with("_total"), "{line}"),
+                "summary" => {
+                    let suffix = name.strip_prefix(&family).unwrap();
+                    assert!(["_sum", "_count"].contains(&suffix), "{line}");
+                }
                 kind => panic!("{kind}"),
             }
         }
@@ -328,4 +334,39 @@ async fn the_longest_of_several_answers_and_the_computed_part_of_a_prompt_are_ob
     );
     let all = server.metric("vllm:prompt_tokens_by_source_total", "").await;
     assert_eq!(all, server.metric("vllm:prompt_tokens_total", "").await);
+}
+
+#[tokio::test]
+async fn http_requests_are_counted_by_where_they_went_and_how_large_they_were() {
+    let server = Setup::default().start();
+    let body = json!({ "prompt": "a" }).to_string();
+    let mut request = crate::support::post_request("/v1/completions", &body);
+    request.headers_mut().insert("content-length", body.len().into());
+    let answer = server.send(request).await;
+    server.get("/v1/models/tiny").await;
+    server.get("/v1/models/no-such-model").await;
+    server.get("/made/up/by/a/client").await;
+    server.get("/health").await;
+    let text = server.get("/metrics").await.body;
+    let mut counted: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("http_requests_total"))
+        .collect();
+    counted.sort_unstable();
+    assert_eq!(
+        counted,
+        [
+            "{handler=\"/v1/completions\",method=\"POST\",status=\"2xx\"} 1",
+            "{handler=\"/v1/models/{id}\",method=\"GET\",status=\"2xx\"} 1",
+            "{handler=\"/v1/models/{id}\",method=\"GET\",status=\"4xx\"} 1",
+            "{handler=\"none\",method=\"GET\",status=\"4xx\"} 1",
+        ]
+    );
+    let completions = "handler=\"/v1/completions\"";
+    let sizes = [
+        server.metric("http_request_size_bytes_sum", completions).await,
+        server.metric("http_response_size_bytes_sum", completions).await,
+        server.metric("http_request_size_bytes_count", completions).await,
+    ];
+    assert_eq!(sizes, [body.len() as f64, answer.body.len() as f64, 1.0]);
 }
