@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `KERNEL_BUILD` | `auto` (default: without nvcc, warn and build without kernels), `require`, `off` |
 //! | `KERNEL_ARCHS` | what to build for; default `89,90a,120` and PTX of 89 for what comes later |
+//! | `KERNEL_FLAGS` | more flags for nvcc: with `-lineinfo` the sanitizer and the profiler name lines |
 //! | `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `VIRTUAL_ENV`, `/usr/local/cuda` | where nvcc is looked for, in this order |
 //! | `EMULATOR_SANITIZE` | `1`: AddressSanitizer and UndefinedBehaviorSanitizer in the emulated kernels |
 
@@ -35,6 +36,7 @@ fn main() {
     for variable in [
         "KERNEL_BUILD",
         "KERNEL_ARCHS",
+        "KERNEL_FLAGS",
         "NVCC",
         "CUDA_HOME",
         "CUDA_PATH",
@@ -195,16 +197,17 @@ fn output(command: &mut Command) -> Result<String, String> {
 fn compile(nvcc: &Path, job: &Job, cache: &Path) -> Result<PathBuf, String> {
     let Job { source, arch, is_ptx } = job;
     let (code, extension) = if *is_ptx { ("compute", "ptx") } else { ("sm", "cubin") };
-    let flags = [
+    let mut flags = vec![
         "-std=c++17".to_owned(),
         "-O3".to_owned(),
         "-DNDEBUG".to_owned(),
-        "-lineinfo".to_owned(),
         "-Xptxas=-v,-warn-spills".to_owned(),
         format!("-I{KERNELS}"),
         format!("-gencode=arch=compute_{arch},code={code}_{arch}"),
         format!("-{extension}"),
     ];
+    let more = env::var("KERNEL_FLAGS").unwrap_or_default();
+    flags.extend(more.split_whitespace().map(str::to_owned));
     let mut hash = Fnv::new();
     flags.iter().for_each(|flag| hash.add(flag.as_bytes()));
     hash.add(output(Command::new(nvcc).arg("--version"))?.as_bytes());
@@ -306,6 +309,8 @@ fn build_emulator(out: &Path) -> Result<(), String> {
         if sanitize {
             command.args([
                 "-fsanitize=address,undefined",
+                // A kernel's threads are fibers, on stacks that the sanitizer would take for one another's.
+                "--param=asan-stack=0",
                 "-fno-sanitize-recover=undefined",
                 "-fno-sanitize=alignment",
             ]);
