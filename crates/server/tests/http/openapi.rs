@@ -1,36 +1,52 @@
 //! Answers, held against the document that the server gives out.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
 use axum::body::Body;
 use axum::http::Request;
 use lapidary_engine::Script;
 use lapidary_server::access::{Access, ApiKeys, KeyLimits};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::support::{Answer, Server, Setup};
 
-struct Document(Value);
+/// The document of a server, and which of the fields that it describes were seen in answers.
+struct Document {
+    text: Value,
+    seen: RefCell<BTreeSet<String>>,
+}
+
+/// A place in the document: a component, and fields below it, `Usage.prompt_tokens` for one.
+type Place<'a> = (&'a str, &'a Value);
 
 impl Document {
     async fn of(server: &Server) -> Self {
         let answer = server.get("/openapi.json").await;
         assert_eq!(answer.header("content-type"), Some("application/json"));
-        Self(answer.json())
+        Self {
+            text: answer.json(),
+            seen: RefCell::default(),
+        }
     }
 
     fn component<'a>(&'a self, reference: &str) -> &'a Value {
         let pointer = reference.strip_prefix('#').expect("references are local");
-        self.0.pointer(pointer).unwrap_or_else(|| panic!("no {reference}"))
+        self.text.pointer(pointer).unwrap_or_else(|| panic!("no {reference}"))
     }
 
-    /// Why `value` is not what `schema` says; a key that the schema does not name is a fault, too.
-    fn fault(&self, value: &Value, schema: &Value) -> Option<String> {
+    /// Why `value` is not what the schema says; a key that the schema does not name is a fault, too.
+    fn fault(&self, value: &Value, (place, schema): Place<'_>) -> Option<String> {
         if let Some(reference) = schema.get("$ref").and_then(Value::as_str) {
-            let fault = self.fault(value, self.component(reference))?;
+            let fault = self.fault(value, (name_of(reference), self.component(reference)))?;
             return Some(format!("{reference}: {fault}"));
         }
         if let Some(alternatives) = schema.get("anyOf").and_then(Value::as_array) {
-            let faults = alternatives.iter().map(|schema| self.fault(value, schema));
-            return faults.collect::<Option<Vec<_>>>().map(|faults| faults.join(" | "));
+            let mut faults = Vec::new();
+            for alternative in alternatives {
+                faults.push(self.fault(value, (place, alternative))?);
+            }
+            return Some(faults.join(" | "));
         }
         if let Some(constant) = schema.get("const") {
             return (constant != value).then(|| format!("{value} is not {constant}"));
@@ -48,37 +64,58 @@ impl Document {
         }
         if let (Some(content), Some(text)) = (schema.get("contentSchema"), value.as_str()) {
             return match serde_json::from_str(text) {
-                Ok(value) => self.fault(&value, content),
+                Ok(value) => self.fault(&value, (place, content)),
                 Err(error) => Some(format!("{text}: {error}")),
             };
         }
         match value {
-            Value::Array(items) => items.iter().find_map(|item| self.fault(item, &schema["items"])),
-            Value::Object(map)
-                if schema.get("properties").is_some() || schema.get("additionalProperties").is_some() =>
-            {
-                let required = schema.get("required").and_then(Value::as_array);
-                let missing = required
-                    .into_iter()
-                    .flatten()
-                    .find(|name| !map.contains_key(name.as_str().unwrap()));
-                missing.map(|name| format!("{name} is missing in {value}")).or_else(|| {
-                    map.iter().find_map(|(key, value)| {
-                        let named = schema.get("properties").and_then(|properties| properties.get(key));
-                        match named.or_else(|| schema.get("additionalProperties")) {
-                            Some(schema) => self.fault(value, schema).map(|fault| format!("{key}: {fault}")),
-                            None => Some(format!("{key} is not documented")),
-                        }
-                    })
-                })
-            }
+            Value::Array(items) => items
+                .iter()
+                .find_map(|item| self.fault(item, (place, &schema["items"]))),
+            Value::Object(map) => self.object_fault(map, (place, schema)),
             _ => None,
         }
     }
 
+    fn object_fault(&self, map: &Map<String, Value>, (place, schema): Place<'_>) -> Option<String> {
+        let (properties, others) = (schema.get("properties"), schema.get("additionalProperties"));
+        if properties.is_none() && others.is_none() {
+            return None;
+        }
+        let mut required = schema["required"].as_array().into_iter().flatten();
+        if let Some(missing) = required.find(|name| !map.contains_key(name.as_str().unwrap())) {
+            return Some(format!("{missing} is missing"));
+        }
+        for (key, value) in map {
+            let field = format!("{place}.{key}");
+            let named = properties.and_then(|properties| properties.get(key));
+            let fault = match named.or(others) {
+                Some(schema) => self.fault(value, (&field, schema)),
+                None => Some("is not documented".to_owned()),
+            };
+            if let Some(fault) = fault {
+                return Some(format!("{field}: {fault}"));
+            }
+            if named.is_some() {
+                self.seen.borrow_mut().insert(field);
+            }
+        }
+        None
+    }
+
+    /// All fields of answers.
+    fn fields(&self) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        let answers: Map<String, Value> = serde_json::from_str(include_str!("../../src/openapi/answers.json")).unwrap();
+        for name in answers.keys() {
+            add_fields(&mut found, name, &self.text["components"]["schemas"][name]);
+        }
+        found
+    }
+
     /// Asserts that the answer to this operation is one that it documents.
     fn check(&self, method: &str, path: &str, answer: &Answer) {
-        let responses = &self.0["paths"][path][method]["responses"];
+        let responses = &self.text["paths"][path][method]["responses"];
         let mut response = &responses[answer.status.as_str()];
         assert!(
             response.is_object(),
@@ -125,8 +162,25 @@ impl Document {
     }
 
     fn check_value(&self, path: &str, value: &Value, schema: &Value) {
-        let fault = self.fault(value, schema);
+        let fault = self.fault(value, (path, schema));
         assert!(fault.is_none(), "{path}: {}\n{value}", fault.unwrap());
+    }
+}
+
+fn name_of(reference: &str) -> &str {
+    reference.rsplit('/').next().unwrap_or_default()
+}
+
+/// Names the fields that a schema has itself.
+fn add_fields(found: &mut BTreeSet<String>, place: &str, schema: &Value) {
+    let alternatives = schema.get("anyOf").and_then(Value::as_array);
+    for alternative in alternatives.into_iter().flatten().chain(schema.get("items")) {
+        add_fields(found, place, alternative);
+    }
+    for (key, schema) in schema["properties"].as_object().into_iter().flatten() {
+        let field = format!("{place}.{key}");
+        add_fields(found, &field, schema);
+        found.insert(field);
     }
 }
 
@@ -221,10 +275,11 @@ fn generating() -> Vec<(&'static str, Value)> {
     all
 }
 
-#[tokio::test]
-async fn every_answer_is_as_documented() {
+/// Every way to generate.
+async fn check_generation() -> BTreeSet<String> {
     let mut drawing = talkative();
     drawing.scripted.script = Some(Script::new(|_| None));
+    let mut seen = BTreeSet::new();
     for (server, keeps_forms) in [(talkative().start(), false), (drawing.start(), true)] {
         let document = Document::of(&server).await;
         let is_held = |body: &Value| body.get("tools").is_some() || body.get("text").is_some();
@@ -235,11 +290,14 @@ async fn every_answer_is_as_documented() {
                 document.check("post", path, &answer);
             }
         }
+        seen.append(&mut document.seen.take());
     }
+    seen
 }
 
-#[tokio::test]
-async fn small_endpoints_answer_as_documented() {
+/// Everything else, while there is no model, too.
+async fn check_small_endpoints() -> BTreeSet<String> {
+    let mut seen = BTreeSet::new();
     for is_loaded in [true, false] {
         let server = Setup {
             is_loaded,
@@ -247,43 +305,49 @@ async fn small_endpoints_answer_as_documented() {
         }
         .start();
         let document = Document::of(&server).await;
-        for (path, item) in document.0["paths"].as_object().unwrap() {
-            for method in item.as_object().unwrap().keys() {
-                if method == "get" {
-                    let answer = server.get(&path.replace("{id}", "org/tiny")).await;
-                    document.check(method, path, &answer);
-                }
+        for (path, item) in document.text["paths"].as_object().unwrap() {
+            if item.get("get").is_some() {
+                let answer = server.get(&path.replace("{id}", "org/tiny")).await;
+                document.check("get", path, &answer);
             }
         }
+        let message = json!([{ "role": "user", "content": "a" }]);
         let posts = [
             ("/ping", json!({})),
             ("/tokenize", json!({ "prompt": "hello", "return_token_strs": true })),
-            ("/tokenize", json!({ "messages": [{ "role": "user", "content": "a" }] })),
+            ("/tokenize", json!({ "messages": message })),
             ("/detokenize", json!({ "tokens": [5, 6] })),
             (
                 "/v1/completions/render",
-                json!({ "prompt": ["a", "b"], "bad_words": ["x"], "logprobs": 1 }),
+                json!({ "prompt": ["a", "b"], "bad_words": ["x"] }),
             ),
-            (
-                "/v1/chat/completions/render",
-                json!({ "messages": [{ "role": "user", "content": "a" }] }),
-            ),
+            ("/v1/chat/completions/render", json!({ "messages": message })),
         ];
         for (path, body) in posts {
             let answer = server.post(path, body).await;
             assert_eq!(answer.status == 200, is_loaded, "{path}: {}", answer.body);
             document.check("post", path, &answer);
         }
+        seen.append(&mut document.seen.take());
     }
+    seen
 }
 
-#[tokio::test]
-async fn errors_are_as_documented() {
-    let server = Setup::answering(&["a"; 50]).failing_at([3]).start();
+/// Faults of clients, and of the server before and after an answer began.
+async fn check_errors() -> BTreeSet<String> {
+    let server = Setup::answering(&["a"; 50]).failing_at([3, 8, 13]).start();
     let document = Document::of(&server).await;
-    let failed = server.complete(json!({ "prompt": "a", "max_tokens": 9 })).await;
-    document.check("post", "/v1/completions", &failed);
-    for (path, item) in document.0["paths"].as_object().unwrap() {
+    for (path, body, status) in [
+        ("/v1/completions", json!({ "prompt": "a" }), 500),
+        ("/v1/completions", json!({ "prompt": "a", "stream": true }), 200),
+        ("/v1/responses", json!({ "input": "a", "stream": true }), 200),
+    ] {
+        let answer = server.post(path, body).await;
+        assert_eq!(answer.status, status);
+        assert!(answer.body.contains("internal_error"), "{}", answer.body);
+        document.check("post", path, &answer);
+    }
+    for (path, item) in document.text["paths"].as_object().unwrap() {
         if item
             .get("post")
             .is_some_and(|operation| operation.get("requestBody").is_some())
@@ -303,6 +367,17 @@ async fn errors_are_as_documented() {
     let nobody = server.get("/v1/models/nobody").await;
     document.check("get", "/v1/models/{id}", &nobody);
     assert_eq!(nobody.status, 404);
+    document.seen.take()
+}
+
+#[tokio::test]
+async fn answers_have_the_fields_that_are_documented_and_no_others() {
+    let mut seen = check_generation().await;
+    seen.append(&mut check_small_endpoints().await);
+    seen.append(&mut check_errors().await);
+    let fields = Document::of(&Setup::default().start()).await.fields();
+    let unseen: Vec<_> = fields.difference(&seen).collect();
+    assert!(unseen.is_empty(), "documented, and in no answer: {unseen:?}");
 }
 
 #[tokio::test]
