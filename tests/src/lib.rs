@@ -2,5 +2,6 @@
 
 pub mod churn;
 pub mod http;
+pub mod load;
 pub mod metrics;
 pub mod process;
