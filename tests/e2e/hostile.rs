@@ -4,8 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use lapidary_tests::hostile::{converse, drip, flood};
 use lapidary_tests::process::ServerProcess;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -17,31 +18,6 @@ const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_secs(120);
 /// How often memory is looked at while something goes on.
 const WATCH_INTERVAL: Duration = Duration::from_millis(5);
-
-/// Sends `head`, then `unit` again and again, and gives the start of the answer; empty where the server just closed.
-async fn flood(address: SocketAddr, head: String, unit: Vec<u8>) -> String {
-    let Ok(stream) = TcpStream::connect(address).await else {
-        return String::new();
-    };
-    let (mut read, mut write) = stream.into_split();
-    let writing = async {
-        write.write_all(head.as_bytes()).await?;
-        loop {
-            write.write_all(&unit).await?;
-        }
-    };
-    let mut answer = vec![0; 4096];
-    let ended: Result<usize, io::Error> = tokio::select! {
-        num_bytes = read.read(&mut answer) => num_bytes,
-        failed = writing => failed,
-    };
-    let num_bytes = match ended {
-        Ok(num_bytes) => num_bytes,
-        // The server has closed the connection; it may have said why.
-        Err(_) => read.read(&mut answer).await.unwrap_or(0),
-    };
-    String::from_utf8_lossy(&answer[..num_bytes]).into_owned()
-}
 
 /// [`flood`] by several clients at the same time.
 async fn floods(address: SocketAddr, num_clients: usize, head: &str, unit: &[u8]) -> io::Result<Vec<String>> {
@@ -168,4 +144,158 @@ async fn clients_that_never_read_hold_up_nobody() -> io::Result<()> {
     assert_serves(&server).await?;
     drop(clients);
     Ok(())
+}
+
+fn post_head(framing: &str) -> String {
+    format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{framing}\r\n\r\n")
+}
+
+#[tokio::test]
+async fn json_without_sense_is_a_bad_request() -> io::Result<()> {
+    const DEPTH: usize = 100_000;
+    let server = started().await?;
+    let nested = |open: &str, close: &str| format!("{}1{}", open.repeat(DEPTH), close.repeat(DEPTH)).into_bytes();
+    let bodies = [
+        nested("[", "]"),
+        nested("{\"a\":", "}"),
+        [
+            b"{\"prompt\":\"a\",\"structured_outputs\":{\"json\":".to_vec(),
+            nested("{\"anyOf\":[", "]}"),
+            b"}}".to_vec(),
+        ]
+        .concat(),
+        [b"{\"prompt\":".to_vec(), b"[".repeat(DEPTH)].concat(),
+        b"{\"prompt\":\"\xff\xfe\"}".to_vec(),
+        b"{\"prompt\":\"\xed\xa0\x80\"}".to_vec(),
+        b"{\"prompt\":\"\\ud800\"}".to_vec(),
+        b"\x00\x01\x02".to_vec(),
+    ];
+    for body in bodies {
+        let head = post_head(&format!("content-length: {}", body.len()));
+        let answer = converse(server.address, &[head.as_bytes(), &body].concat()).await?;
+        assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+        assert!(answer.contains("\"type\":\"invalid_request_error\""), "{answer}");
+    }
+    // Fields that are nobody's are passed over, however deep.
+    let body = [
+        b"{\"prompt\":\"a\",\"max_tokens\":1,\"nobody\":".to_vec(),
+        nested("[", "]"),
+        b"}".to_vec(),
+    ]
+    .concat();
+    let head = post_head(&format!("content-length: {}", body.len()));
+    let answer = converse(server.address, &[head.as_bytes(), &body].concat()).await?;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_serves(&server).await
+}
+
+#[tokio::test]
+async fn pipelined_requests_are_answered_in_order() -> io::Result<()> {
+    const NUM_REQUESTS: usize = 200;
+    let server = started().await?;
+    let mut requests = String::new();
+    for index in 0..NUM_REQUESTS {
+        let close = if index + 1 == NUM_REQUESTS {
+            "connection: close\r\n"
+        } else {
+            ""
+        };
+        requests += &format!("GET /nowhere/{index} HTTP/1.1\r\nhost: x\r\nx-request-id: id-{index}\r\n{close}\r\n");
+    }
+    let answer = converse(server.address, requests.as_bytes()).await?;
+    let ids: Vec<&str> = answer
+        .lines()
+        .filter_map(|line| line.strip_prefix("x-request-id: "))
+        .collect();
+    let expected: Vec<String> = (0..NUM_REQUESTS).map(|index| format!("id-{index}")).collect();
+    assert_eq!(ids, expected);
+    assert_serves(&server).await
+}
+
+/// A body that one server takes for a body and another for a second request.
+const SMUGGLED: &str = "0\r\n\r\nGET /version HTTP/1.1\r\nhost: x\r\nx-request-id: smuggled\r\n\r\n";
+
+#[tokio::test]
+async fn what_a_proxy_could_read_otherwise_is_not_a_second_request() -> io::Result<()> {
+    let server = started().await?;
+    let length = SMUGGLED.len();
+    let framings = [
+        format!("content-length: {length}\r\ntransfer-encoding: chunked"),
+        format!("transfer-encoding: chunked\r\ncontent-length: {length}"),
+        format!("content-length: {length}\r\ncontent-length: 5"),
+        format!("content-length: 5\r\ncontent-length: {length}"),
+        format!("content-length: 5, {length}"),
+        format!("content-length: +{length}"),
+        "content-length: -1".to_owned(),
+        format!("content-length: {length}\r\ntransfer-encoding : chunked"),
+        format!("content-length: {length}\r\ntransfer-encoding: xchunked"),
+        format!("content-length: {length}\r\ntransfer-encoding: chunked, identity"),
+        format!("content-length: {length}\r\ntransfer-encoding:\r\n chunked"),
+        format!("content-length: {length}\r\ntransfer-encoding: identity, chunked"),
+        "content-length: 99999999999999999999999".to_owned(),
+    ];
+    for framing in framings {
+        let request = post_head(&framing) + SMUGGLED;
+        let answer = converse(server.address, request.as_bytes()).await?;
+        assert!(
+            !answer.contains("smuggled"),
+            "{framing:?} let a second request in: {answer}"
+        );
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{framing:?}: {answer}"
+        );
+    }
+    assert_serves(&server).await
+}
+
+#[tokio::test]
+async fn broken_chunks_and_other_protocols_end_the_connection() -> io::Result<()> {
+    let server = started().await?;
+    let chunked = post_head("transfer-encoding: chunked");
+    let sizes = [
+        "zz",
+        "-1",
+        "+5",
+        "0x5",
+        "fffffffffffffffff",
+        "10000000000000000",
+        "",
+        " 5",
+        "5;",
+    ];
+    let mut messages: Vec<Vec<u8>> = sizes
+        .iter()
+        .map(|size| format!("{chunked}{size}\r\nhello\r\n0\r\n\r\n").into_bytes())
+        .collect();
+    messages.push(format!("{chunked}5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(1 << 20)).into_bytes());
+    messages.push(format!("{chunked}0\r\n{}\r\n", "t: x\r\n".repeat(100_000)).into_bytes());
+    messages.push(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec());
+    messages.push(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".repeat(50));
+    messages.push(b"GET /live HTTP/9.9\r\nhost: x\r\nconnection: close\r\n\r\n".to_vec());
+    messages.push([b"GET /".to_vec(), b"a".repeat(1 << 20), b" HTTP/1.1\r\n\r\n".to_vec()].concat());
+    for message in messages {
+        let answer = converse(server.address, &message).await?;
+        let start = String::from_utf8_lossy(&message[..message.len().min(120)]).into_owned();
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{start:?}: {answer}"
+        );
+    }
+    assert_serves(&server).await
+}
+
+#[tokio::test]
+async fn clients_that_send_their_head_by_the_byte_are_cut_off() -> io::Result<()> {
+    const PACE: Duration = Duration::from_millis(50);
+    let server = ServerProcess::demo(&["--header-read-timeout", "500ms"]).await?;
+    let mut clients = JoinSet::new();
+    for _ in 0..100 {
+        clients.spawn(drip(server.address, "GET /live HTTP/1.1\r\nx: ", PACE));
+    }
+    for answer in timeout(DEADLINE, clients.join_all()).await? {
+        let answer = answer?;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
+    }
+    assert_serves(&server).await
 }

@@ -3,6 +3,7 @@
 mod accounting;
 mod chat;
 mod hostile;
+mod overload;
 
 use std::io;
 

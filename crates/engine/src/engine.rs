@@ -14,7 +14,7 @@ use crate::constraint::MaskPool;
 use crate::error::{EngineError, SpawnError};
 use crate::handle::{EventResult, Mailbox, Shared, Submission};
 use crate::scheduler::{Scheduler, SchedulerConfig, SequenceOutput};
-use crate::stats::{Outcome, RateMeter, StepCounts};
+use crate::stats::{ENOUGH_ENDS, FullMeter, Outcome, RateMeter, StepCounts};
 use crate::{EngineConfig, EngineHandle, Executor, ExecutorError, Request, RequestId, SampledToken, TokenEvent};
 
 /// The most steps the scheduler can keep in flight, whatever an executor says.
@@ -214,8 +214,9 @@ impl<E: Executor> Engine<E> {
         let collected = self.executor.collect().and_then(|sampled| self.check_length(sampled));
         match collected {
             Ok(sampled) => {
+                let num_running = self.scheduler.gauges().num_running;
                 let counts = self.scheduler.update(sampled, &mut self.outputs);
-                self.callers.count(counts);
+                self.callers.count(counts, num_running);
                 self.callers.publish(&self.scheduler);
                 for output in self.outputs.drain(..) {
                     let id = output.id;
@@ -254,7 +255,7 @@ impl<E: Executor> Engine<E> {
             requests = self.failed.len(),
             "step failed"
         );
-        self.callers.count(counts);
+        self.callers.count(counts, self.scheduler.gauges().num_running);
         if is_lost {
             // Streams end with `EngineDead` when their senders are dropped.
             return Err(DeviceLost);
@@ -302,6 +303,12 @@ struct Callers {
     /// When the last step was collected, or work came in after a pause.
     last_step_at: Instant,
     rates: RateMeter,
+    /// Of ends of requests, when all slots are taken.
+    ends: FullMeter,
+    /// Since the last step.
+    num_ended: u64,
+    /// Of prompt tokens, when steps are full.
+    prompts: FullMeter,
 }
 
 #[derive(Debug)]
@@ -331,6 +338,9 @@ impl Callers {
             deadlines: BTreeSet::new(),
             last_step_at: Instant::now(),
             rates: RateMeter::default(),
+            ends: FullMeter::default(),
+            num_ended: 0,
+            prompts: FullMeter::default(),
         }
     }
 
@@ -440,8 +450,9 @@ impl Callers {
         for deadline in caller.deadlines() {
             self.deadlines.remove(&(deadline, id));
         }
-        if caller.queue_time.is_none() {
-            self.shared.dequeued(caller.num_prompt_tokens);
+        match caller.queue_time {
+            None => self.shared.dequeued(caller.num_prompt_tokens),
+            Some(_) => self.num_ended += 1,
         }
         self.shared.stats.count_outcome(outcome);
         Some(caller)
@@ -460,7 +471,8 @@ impl Callers {
         self.shared.stats.progressed(self.last_step_at);
     }
 
-    fn count(&mut self, counts: StepCounts) {
+    /// Counts a step in which `num_running` sequences could take part.
+    fn count(&mut self, counts: StepCounts, num_running: u64) {
         let now = Instant::now();
         let elapsed = now - self.last_step_at;
         self.last_step_at = now;
@@ -468,6 +480,13 @@ impl Callers {
         self.shared.stats.count_step(&counts);
         let amounts = [counts.prompt_tokens, counts.generated_tokens, counts.starts];
         self.shared.stats.set_rates(self.rates.record(elapsed, amounts));
+        let config = &self.shared.config;
+        let num_ended = std::mem::take(&mut self.num_ended);
+        let has_no_slot = num_running >= u64::from(config.max_num_seqs);
+        let ends = self.ends.step(elapsed, num_ended, has_no_slot, ENOUGH_ENDS);
+        let is_full = counts.tokens >= u64::from(config.max_num_batched_tokens);
+        let prompts = self.prompts.step(elapsed, counts.prompt_tokens, is_full, 1.0);
+        self.shared.stats.set_full_rates(ends, prompts);
     }
 
     fn publish(&self, scheduler: &Scheduler) {

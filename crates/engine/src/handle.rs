@@ -76,7 +76,7 @@ pub(crate) struct Shared {
     idle: Notify,
     dead: AtomicBool,
     next_id: AtomicU64,
-    config: EngineConfig,
+    pub(crate) config: EngineConfig,
     kv_cache: KvCacheConfig,
     pub(crate) stats: Stats,
 }

@@ -11,6 +11,9 @@ pub const ITERATION_TOKENS_BUCKETS: [u64; 13] = [1, 8, 16, 32, 64, 128, 256, 512
 /// a `Retry-After` follows a change of load.
 const RATE_WINDOW_SECONDS: f64 = 10.0;
 
+/// Ends of requests that a rate can be told from.
+pub(crate) const ENOUGH_ENDS: f64 = 4.0;
+
 /// The engine's numbers at one moment. Each is exact; they are not read at one instant.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct StatsSnapshot {
@@ -60,6 +63,10 @@ pub struct StatsSnapshot {
     pub generated_tokens_per_second: f64,
     /// Requests that left the queue for their first step, a second of recent busy time.
     pub starts_per_second: f64,
+    /// Requests that ended, a second of recent time in which as many ran as may; 0 while there was no such time lately.
+    pub ends_per_second_when_full: f64,
+    /// Prompt tokens computed, a second of recent time in which steps had as many tokens as they may; 0 likewise.
+    pub prompt_tokens_per_second_when_full: f64,
 }
 
 impl StatsSnapshot {
@@ -78,6 +85,27 @@ impl StatsSnapshot {
         let by_tokens = self.queued_tokens as f64 / self.prompt_tokens_per_second;
         let by_requests = self.num_queued as f64 / self.starts_per_second;
         Duration::try_from_secs_f64(by_tokens.max(by_requests)).ok()
+    }
+
+    /// How long a request that came now would wait for its first step where `max_num_seqs` may run: not at all if it finds
+    /// a slot; else until enough others have ended, and until the prompts before it are computed. `None` while no full
+    /// engine was seen.
+    #[must_use]
+    pub fn queue_wait(&self, max_num_seqs: u32) -> Option<Duration> {
+        let num_others = self.num_running + self.num_queued;
+        let Some(num_ahead) = num_others
+            .checked_sub(u64::from(max_num_seqs))
+            .filter(|_| self.num_queued > 0)
+        else {
+            return Some(Duration::ZERO);
+        };
+        let by_ends = (num_ahead + 1) as f64 / self.ends_per_second_when_full;
+        // Where steps were never full, nothing had to wait for one.
+        let by_tokens = match self.prompt_tokens_per_second_when_full {
+            0.0 => 0.0,
+            rate => self.queued_tokens as f64 / rate,
+        };
+        Duration::try_from_secs_f64(by_ends.max(by_tokens)).ok()
     }
 }
 
@@ -154,6 +182,8 @@ pub(crate) struct Stats {
     requests: [AtomicU64; 4],
     /// `f64` bits: prompt tokens, generated tokens, starts a second.
     rates: [AtomicU64; 3],
+    /// `f64` bits: ends a second with all slots taken, prompt tokens a second of full steps.
+    full_rates: [AtomicU64; 2],
 }
 
 impl Stats {
@@ -181,6 +211,7 @@ impl Stats {
             iteration_tokens_sum: zero(),
             requests: [const { AtomicU64::new(0) }; _],
             rates: [const { AtomicU64::new(0) }; _],
+            full_rates: [const { AtomicU64::new(0) }; _],
         }
     }
 
@@ -218,6 +249,12 @@ impl Stats {
 
     pub(crate) fn set_rates(&self, rates: [f64; 3]) {
         for (slot, rate) in self.rates.iter().zip(rates) {
+            slot.store(rate.to_bits(), Relaxed);
+        }
+    }
+
+    pub(crate) fn set_full_rates(&self, ends_per_second: f64, prompt_tokens_per_second: f64) {
+        for (slot, rate) in self.full_rates.iter().zip([ends_per_second, prompt_tokens_per_second]) {
             slot.store(rate.to_bits(), Relaxed);
         }
     }
@@ -263,6 +300,8 @@ impl Stats {
             prompt_tokens_per_second: rate(0),
             generated_tokens_per_second: rate(1),
             starts_per_second: rate(2),
+            ends_per_second_when_full: f64::from_bits(get(&self.full_rates[0])),
+            prompt_tokens_per_second_when_full: f64::from_bits(get(&self.full_rates[1])),
         }
     }
 }
@@ -288,8 +327,41 @@ impl RateMeter {
         for (sum, amount) in self.amounts.iter_mut().zip(amounts) {
             *sum = *sum * keep + amount as f64;
         }
+        self.rates()
+    }
+
+    fn rates(&self) -> [f64; 3] {
         let seconds = self.seconds.max(1e-9);
         self.amounts.map(|sum| sum / seconds)
+    }
+}
+
+/// How much of something happens when it is all there is room for: how fast a queue for it moves.
+///
+/// Other times do not count: what happens then depends on how much is asked for.
+#[derive(Debug, Default)]
+pub(crate) struct FullMeter {
+    meter: RateMeter,
+    since_full: Duration,
+}
+
+impl FullMeter {
+    /// A step took `elapsed`. Gives the rate a second, 0 as long as less than `enough` was seen.
+    pub(crate) fn step(&mut self, elapsed: Duration, amount: u64, is_full: bool, enough: f64) -> f64 {
+        if is_full {
+            self.since_full = Duration::ZERO;
+            self.meter.record(elapsed, [amount, 0, 0]);
+        } else {
+            self.since_full += elapsed;
+            if self.since_full.as_secs_f64() > RATE_WINDOW_SECONDS {
+                self.meter = RateMeter::default();
+            }
+        }
+        if self.meter.amounts[0] < enough {
+            0.0
+        } else {
+            self.meter.rates()[0]
+        }
     }
 }
 
@@ -320,6 +392,48 @@ mod tests {
             (counts[0], counts[1], counts[2], counts[12], counts[13]),
             (1, 1, 1, 1, 1)
         );
+    }
+
+    #[test]
+    fn a_queue_moves_as_fast_as_a_full_engine() {
+        let mut meter = FullMeter::default();
+        let step = Duration::from_millis(100);
+        let mut run = |num_steps: u32, amount: u64, is_full: bool| {
+            let rates = (0..num_steps).map(|_| meter.step(step, amount, is_full, ENOUGH_ENDS));
+            rates.last().unwrap_or_default()
+        };
+        assert_eq!(run(50, 1, false), 0.0, "there was room");
+        assert_eq!(run(3, 1, true), 0.0, "too few to tell");
+        assert!((run(50, 1, true) - 10.0).abs() < 1e-6);
+        assert!(
+            (run(50, 7, false) - 10.0).abs() < 1e-6,
+            "with room to spare nothing is measured"
+        );
+        assert_eq!(run(60, 1, false), 0.0, "long ago");
+    }
+
+    #[test]
+    fn who_comes_waits_for_slots_and_for_the_prompts_before_it() {
+        let snapshot = StatsSnapshot {
+            num_running: 4,
+            num_queued: 3,
+            queued_tokens: 300,
+            ..StatsSnapshot::default()
+        };
+        assert_eq!(snapshot.queue_wait(8), Some(Duration::ZERO), "there is a slot for it");
+        assert_eq!(snapshot.queue_wait(4), None, "nobody knows when there is");
+        let snapshot = StatsSnapshot {
+            ends_per_second_when_full: 2.0,
+            ..snapshot
+        };
+        assert_eq!(snapshot.queue_wait(4), Some(Duration::from_secs(2)), "four must end");
+        let snapshot = StatsSnapshot {
+            prompt_tokens_per_second_when_full: 100.0,
+            ..snapshot
+        };
+        assert_eq!(snapshot.queue_wait(4), Some(Duration::from_secs(3)));
+        assert_eq!(snapshot.queue_wait(8), Some(Duration::ZERO));
+        assert_eq!(StatsSnapshot::default().queue_wait(1), Some(Duration::ZERO));
     }
 
     #[test]

@@ -155,6 +155,12 @@ pub struct Settings {
     #[arg(long, value_name = "TOKENS")]
     pub max_num_queued_tokens: Option<u64>,
 
+    /// Wait in the queue, foreseen from how fast it moves, above which a request is answered 429 at once, so that those
+    /// that are taken are answered soon; 0 sets no limit. Only while as many run as may, and not with `--scheduling-policy
+    /// priority` [default: 10s].
+    #[arg(long, value_name = "TIME")]
+    pub max_queue_wait: Option<Span>,
+
     /// `fcfs` serves requests in order of arrival and refuses `priority`; `priority` serves lower ones first, for clients
     /// that are trusted with it [default: fcfs].
     #[arg(long, value_name = "POLICY")]
@@ -436,6 +442,7 @@ impl Settings {
             max_num_batched_tokens: None,
             max_num_queued_reqs: Some(512),
             max_num_queued_tokens: Some(1_000_000),
+            max_queue_wait: Some(Span(std::time::Duration::from_secs(10))),
             scheduling_policy: Some(SchedulingPolicy::Fcfs),
             enable_prefix_caching: Some(true),
             block_size: Some(16),

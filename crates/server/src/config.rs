@@ -320,6 +320,7 @@ impl Config {
                 force_include_usage: given(settings.enable_force_include_usage),
                 per_request_metrics: given(settings.enable_per_request_metrics),
                 sse_keep_alive: given(settings.sse_keep_alive_interval).0,
+                max_queue_wait: unless_zero(settings.max_queue_wait),
                 request_timeout: unless_zero(settings.request_timeout),
                 queue_timeout: unless_zero(settings.queue_timeout),
                 ..Limits::default()

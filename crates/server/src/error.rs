@@ -186,6 +186,21 @@ impl ApiError {
         }
     }
 
+    /// A request would wait in the queue for longer than `limit`.
+    pub(crate) fn overloaded(num_queued: u64, wait: Option<Duration>, limit: Duration) -> Self {
+        let length = match wait {
+            Some(wait) => format!("a wait of about {:.1} seconds", wait.as_secs_f64()),
+            None => "no telling how long that takes".to_owned(),
+        };
+        Self::QueueFull {
+            message: format!(
+                "The server is overloaded: {num_queued} requests are queued, {length}, and the limit is {} seconds.",
+                limit.as_secs_f64()
+            ),
+            retry_after: clamp_retry_after(wait.unwrap_or_default()),
+        }
+    }
+
     /// What it means for the client that the engine gave up on its request.
     pub(crate) fn failed(error: &EngineError, stats: &StatsSnapshot) -> Self {
         match error {

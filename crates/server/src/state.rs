@@ -230,6 +230,8 @@ pub struct Limits {
     pub sse_keep_alive: Duration,
     /// Server-wide bound on a request's life; none by default.
     pub request_timeout: Option<Duration>,
+    /// Foreseen wait for the first step above which a request is refused at once; none by default.
+    pub max_queue_wait: Option<Duration>,
     /// Server-wide bound on the wait for the first step; none by default.
     pub queue_timeout: Option<Duration>,
     /// Time for a request's body to arrive.
@@ -254,6 +256,7 @@ impl Default for Limits {
             force_include_usage: false,
             per_request_metrics: false,
             sse_keep_alive: Duration::from_secs(15),
+            max_queue_wait: None,
             request_timeout: None,
             queue_timeout: None,
             body_timeout: Duration::from_secs(60),

@@ -7,7 +7,7 @@ use axum::http::HeaderMap;
 use super::types::GenerationBody;
 use crate::error::ApiError;
 use crate::lenient::Number;
-use crate::state::Limits;
+use crate::state::{Limits, ServedModel};
 
 /// A client's own limits, in seconds; the fields of the body mean the same.
 const X_REQUEST_TIMEOUT: &str = "x-request-timeout";
@@ -45,6 +45,31 @@ impl Patience {
                 limits.queue_timeout,
             )?,
         })
+    }
+
+    /// Refuses a request whose wait in the queue would be longer than its client or the operator wants: better now than
+    /// when it has waited.
+    pub(super) fn check_queue(self, model: &ServedModel, limits: &Limits) -> Result<(), ApiError> {
+        if limits.allows_priority {
+            // It may go before all that wait.
+            return Ok(());
+        }
+        let max_wait = limits.max_queue_wait;
+        let Some(limit) = self.queue.into_iter().chain(max_wait).min() else {
+            return Ok(());
+        };
+        let stats = model.engine.stats();
+        let max_num_seqs = model.engine.config().max_num_seqs;
+        let wait = stats.queue_wait(max_num_seqs);
+        let is_too_long = match wait {
+            Some(wait) => wait > limit,
+            // Nobody knows. A queue as long as the batch is wide waits about as long as an answer takes.
+            None => max_wait.is_some() && stats.num_queued >= u64::from(max_num_seqs),
+        };
+        if is_too_long {
+            return Err(ApiError::overloaded(stats.num_queued, wait, limit));
+        }
+        Ok(())
     }
 
     /// Of a request that came then.

@@ -274,7 +274,12 @@ async fn submit(
         prompts,
         patience,
         constraint,
-    } = prepare(endpoint, state, &headers, body).await?;
+    } = {
+        let checked = check(endpoint, state, &headers, &body)?;
+        // Before the dear part: refusing must stay cheap when most are refused.
+        checked.patience.check_queue(checked.model, &state.limits)?;
+        checked.prepare(endpoint, state, body).await?
+    };
     let shape = match settings {
         None => Shape::Choices(Head::new(
             endpoint,
@@ -319,31 +324,56 @@ struct Prepared<'a> {
     patience: Patience,
 }
 
-/// Checks all of a request that needs no engine.
-async fn prepare<'a>(
+/// What is cheap to check: a request that will be refused should not cost its tokenisation.
+fn check<'a>(
     endpoint: Endpoint,
     state: &'a AppState,
     headers: &HeaderMap,
-    body: GenerationBody,
-) -> Result<Prepared<'a>, ApiError> {
+    body: &GenerationBody,
+) -> Result<Checked<'a>, ApiError> {
     let model = state.served_model(body.model.as_deref())?;
-    // Cheap checks first: a request that will be refused should not cost its tokenisation.
-    let params = Params::new(endpoint, &body, model, &state.limits)?;
-    let patience = Patience::new(headers, &body, &state.limits)?;
-    let grammar = tools::compile(model, &params).await?;
-    let rules = Vocabulary::rules(&params, state, model).await?;
-    let prompts = match endpoint {
-        Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
-        Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
-    };
-    check_lengths(endpoint, &prompts.tokens, model, &params)?;
-    Ok(Prepared {
+    Ok(Checked {
         model,
-        params,
-        prompts,
-        constraint: AnswerConstraint::new(grammar, rules),
-        patience,
+        params: Params::new(endpoint, body, model, &state.limits)?,
+        patience: Patience::new(headers, body, &state.limits)?,
     })
+}
+
+/// A request whose fields are in order.
+struct Checked<'a> {
+    model: &'a ServedModel,
+    params: Params,
+    patience: Patience,
+}
+
+impl<'a> Checked<'a> {
+    /// Does the rest that needs no engine.
+    async fn prepare(
+        self,
+        endpoint: Endpoint,
+        state: &AppState,
+        body: GenerationBody,
+    ) -> Result<Prepared<'a>, ApiError> {
+        let Self {
+            model,
+            params,
+            patience,
+        } = self;
+        let grammar = tools::compile(model, &params).await?;
+        let rules = Vocabulary::rules(&params, state, model).await?;
+        let prompts = match endpoint {
+            Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
+            Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
+        };
+        check_lengths(endpoint, &prompts.tokens, model, &params)?;
+        Ok(Prepared {
+            model,
+            params,
+            prompts,
+            constraint: AnswerConstraint::new(grammar, rules),
+            patience,
+        })
+    }
 }
 
 fn check_lengths(

@@ -7,7 +7,7 @@ use lapidary_engine::TokenId;
 use serde::Serialize;
 
 use super::types::GenerationBody;
-use super::{Endpoint, Params, Prepared, prepare};
+use super::{Endpoint, Params, Prepared, check};
 use crate::error::ApiError;
 use crate::extract::read_json;
 use crate::request_id::RequestId;
@@ -60,7 +60,9 @@ async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Requ
     let body: GenerationBody = read_json(&state, &parts.headers, body).await?;
     let Prepared {
         model, params, prompts, ..
-    } = prepare(endpoint, &state, &parts.headers, body).await?;
+    } = check(endpoint, &state, &parts.headers, &body)?
+        .prepare(endpoint, &state, body)
+        .await?;
     let request_id = parts.extensions.get::<RequestId>().cloned();
     let request_id = request_id.unwrap_or_else(RequestId::random);
     let request_id = format!("{}-{}", endpoint.id_prefix(), request_id.as_str());

@@ -1,11 +1,16 @@
 //! Full queues, failed steps, deadlines, a dead engine: what clients are told, and that it is counted once.
 
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use axum::response::Response;
 use http_body_util::BodyExt;
 use lapidary_engine::EngineConfig;
 use lapidary_server::Limits;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use tower::ServiceExt;
 
 use crate::support::{Server, Setup, post_request, with_messages};
@@ -14,7 +19,7 @@ use crate::support::{Server, Setup, post_request, with_messages};
 const PATIENCE: Duration = Duration::from_millis(50);
 
 /// Starts a request and waits until the engine has it.
-async fn start_one(server: &Server) -> tokio::task::JoinHandle<axum::response::Response> {
+async fn start_one(server: &Server) -> JoinHandle<Response> {
     let before = server.engine.stats();
     let router = server.router.clone();
     let request = post_request("/v1/chat/completions", with_messages(json!({ "max_tokens": 2 })));
@@ -24,6 +29,25 @@ async fn start_one(server: &Server) -> tokio::task::JoinHandle<axum::response::R
         tokio::task::yield_now().await;
     }
     task
+}
+
+type Pending = Pin<Box<dyn Future<Output = Result<Response, Infallible>>>>;
+
+/// Sends requests until one is refused at once.
+async fn first_refused(server: &Server) -> (Response, Vec<Pending>) {
+    // One counts as queued until its first step passes the gate: the next one is already one too many, or the one after.
+    let mut waiting: Vec<Pending> = Vec::new();
+    loop {
+        let router = server.router.clone();
+        let body = with_messages(json!({ "max_tokens": 2 }));
+        let mut answer: Pending = Box::pin(router.oneshot(post_request("/v1/chat/completions", body)));
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(answer.as_mut().poll(context))).await;
+        match polled {
+            std::task::Poll::Ready(response) => return (response.unwrap(), waiting),
+            std::task::Poll::Pending => waiting.push(answer),
+        }
+        assert!(waiting.len() < 4, "the queue never fills");
+    }
 }
 
 #[tokio::test]
@@ -36,19 +60,7 @@ async fn a_full_queue_is_429_with_retry_after() {
     };
     let server = setup.start();
     let first = start_one(&server).await;
-    // It counts as queued until its first step passes the gate: the next one is already one too many, or the one after.
-    let mut waiting = Vec::new();
-    let refused = loop {
-        let router = server.router.clone();
-        let body = with_messages(json!({ "max_tokens": 2 }));
-        let mut answer = Box::pin(router.oneshot(post_request("/v1/chat/completions", body)));
-        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(answer.as_mut().poll(context))).await;
-        match polled {
-            std::task::Poll::Ready(response) => break response.unwrap(),
-            std::task::Poll::Pending => waiting.push(answer),
-        }
-        assert!(waiting.len() < 4, "the queue never fills");
-    };
+    let (refused, waiting) = first_refused(&server).await;
     assert_eq!(refused.status(), 429);
     let seconds: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
     assert!((1..=60).contains(&seconds));
@@ -171,6 +183,90 @@ async fn who_waits_in_the_queue_for_too_long_is_told_when_to_come_back() {
     let mut outcomes = server.outcomes().await;
     outcomes.sort();
     assert_eq!(outcomes, [("length".to_owned(), 1), ("timeout".to_owned(), 3)]);
+    server.assert_idle().await;
+}
+
+/// A server of one sequence at a time, and as many requests that wait.
+async fn busy(limits: Limits, num_queued: u64) -> (Server, Sender<()>, Vec<JoinHandle<Response>>) {
+    let (mut setup, gate) = Setup::answering(&["a"; 200]).gated();
+    setup.engine.max_num_seqs = 1;
+    let server = Setup { limits, ..setup }.start();
+    let mut asked = vec![send(&server, json!({ "max_tokens": 1 }))];
+    gate.send(()).unwrap();
+    while server.engine.stats().requests_finished == 0 {
+        tokio::task::yield_now().await;
+    }
+    for expected in 0..=num_queued {
+        asked.push(send(&server, json!({ "max_tokens": 1 })));
+        let stats = || server.engine.stats();
+        while stats().num_running + stats().num_queued <= expected {
+            tokio::task::yield_now().await;
+        }
+    }
+    (server, gate, asked)
+}
+
+fn send(server: &Server, body: Value) -> JoinHandle<Response> {
+    let request = post_request("/v1/chat/completions", with_messages(body));
+    let router = server.router.clone();
+    tokio::spawn(async move { router.oneshot(request).await.unwrap() })
+}
+
+async fn assert_is_refused(server: &Server, body: Value) {
+    let refused = server.chat(body).await;
+    assert_eq!(refused.status, 429);
+    assert_eq!(refused.json()["error"]["code"], "queue_full");
+    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((1..=60).contains(&wait));
+}
+
+#[tokio::test]
+async fn who_would_wait_for_too_long_is_refused_at_once() {
+    let limits = Limits {
+        max_queue_wait: Some(PATIENCE),
+        ..Limits::default()
+    };
+    let (mut setup, gate) = Setup::default().gated();
+    setup.engine.max_num_seqs = 1;
+    let server = Setup { limits, ..setup }.start();
+    let first = start_one(&server).await;
+    // Nobody knows yet how fast the queue moves: it may be as long as the batch is wide.
+    let (refused, waiting) = first_refused(&server).await;
+    assert_eq!(refused.status(), 429);
+    assert_eq!(refused.headers()["retry-after"], "1");
+    // What does not wait is answered all the same.
+    let rendered = server
+        .post("/v1/chat/completions/render", with_messages(json!({})))
+        .await;
+    assert_eq!(rendered.status, 200);
+    drop(gate);
+    assert_eq!(first.await.unwrap().status(), 200);
+    drop(waiting);
+    server.assert_idle().await;
+}
+
+#[tokio::test]
+async fn who_would_wait_for_longer_than_it_can_is_refused_at_once() {
+    let (server, gate, mut asked) = busy(Limits::default(), 9).await;
+    while server.engine.stats().ends_per_second_when_full == 0.0 {
+        // One step at a time: the queue must not be empty before the rate is known.
+        let steps = server.engine.stats().steps;
+        gate.send(()).unwrap();
+        while server.engine.stats().steps == steps {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(server.engine.stats().num_queued > 0);
+    assert_is_refused(&server, json!({ "queue_timeout": 1e-9 })).await;
+    let num_queued = server.engine.stats().num_queued;
+    asked.push(send(&server, json!({ "max_tokens": 1, "queue_timeout": 3600 })));
+    while server.engine.stats().num_queued == num_queued {
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    for answer in asked {
+        assert_eq!(answer.await.unwrap().status(), 200);
+    }
     server.assert_idle().await;
 }
 

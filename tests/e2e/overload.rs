@@ -1,0 +1,31 @@
+//! More than the server can do: what it takes it answers, what it does not take it says so, and it counts both.
+
+use std::io;
+use std::time::Duration;
+
+use lapidary_tests::churn::settled;
+use lapidary_tests::load::{Clients, Shape, check_outcomes, statuses};
+use lapidary_tests::process::ServerProcess;
+
+/// Far more than four sequences at a time can answer.
+const RATE: f64 = 400.0;
+const DURATION: Duration = Duration::from_secs(2);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn under_overload_every_request_is_answered_or_refused_and_counted() -> io::Result<()> {
+    let server = ServerProcess::demo(&["--max-num-seqs", "4", "--max-num-queued-reqs", "8"]).await?;
+    let shape = Shape {
+        prompt_tokens: 24,
+        answer_tokens: 64,
+        leave_one_in: 7,
+    };
+    let before = settled(&server).await?;
+    let all = Clients::new(server.address).offer(shape, RATE, DURATION, 0).await?;
+    check_outcomes(&before, &settled(&server).await?, &all)?;
+    assert_eq!(
+        statuses(&all).into_keys().collect::<Vec<_>>(),
+        [200, 429],
+        "both happened"
+    );
+    Ok(())
+}
