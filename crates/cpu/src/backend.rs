@@ -78,7 +78,7 @@ impl Cpu {
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
         let dispatch = Dispatch::new(config.isa)
             .ok_or_else(|| BackendError::Unsupported(format!("this CPU has no {:?}", config.isa)))?;
-        let pool = Pool::new(config.threads).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let pool = Pool::new(config.threads).map_err(|error| BackendError::Refused(Box::new(error)))?;
         let num_threads = pool.num_threads();
         Ok(Self {
             pool,
@@ -112,7 +112,7 @@ impl Cpu {
         } else {
             Err(BackendError::OutOfMemory {
                 what,
-                needed_bytes,
+                needed_bytes: Some(needed_bytes),
                 free_bytes,
             })
         }

@@ -128,8 +128,8 @@ pub enum RunnerError {
         /// At most, or below.
         limit: usize,
     },
-    /// The device failed.
-    #[error("the device failed")]
+    /// The backend failed.
+    #[error(transparent)]
     Backend(#[from] BackendError),
 }
 
@@ -456,7 +456,7 @@ impl MemoryPlan {
         let (what, free_bytes) = ("the model without its KV cache", self.device_free_bytes);
         Err(self.name_in(BackendError::OutOfMemory {
             what,
-            needed_bytes,
+            needed_bytes: Some(needed_bytes),
             free_bytes,
         }))
     }
@@ -494,7 +494,7 @@ impl MemoryPlan {
         }
         Err(self.name_in(BackendError::OutOfMemory {
             what: "the KV cache",
-            needed_bytes: self.kv_cache_bytes,
+            needed_bytes: Some(self.kv_cache_bytes),
             free_bytes,
         }))
     }
@@ -561,10 +561,10 @@ fn check_limit(what: &'static str, found: usize, limit: usize) -> Result<(), Run
     }
 }
 
-/// A device error leaves nothing to run on; everything else concerns one step.
+/// A lost device leaves nothing to run on; everything else concerns one step.
 fn executor_error(error: RunnerError) -> ExecutorError {
     match error {
-        RunnerError::Backend(BackendError::Device(_)) => ExecutorError::DeviceLost(Box::new(error)),
+        RunnerError::Backend(BackendError::Lost(cause)) => ExecutorError::DeviceLost(cause),
         error => ExecutorError::Step(Box::new(error)),
     }
 }
@@ -671,9 +671,11 @@ mod tests {
     }
 
     #[test]
-    fn only_a_device_error_ends_the_executor() {
-        let device = RunnerError::Backend(BackendError::Device("gone".into()));
-        assert!(matches!(executor_error(device), ExecutorError::DeviceLost(_)));
+    fn only_a_lost_device_ends_the_executor() {
+        let lost = RunnerError::Backend(BackendError::Lost("gone".into()));
+        assert!(matches!(executor_error(lost), ExecutorError::DeviceLost(_)));
+        let refused = RunnerError::Backend(BackendError::Refused("a grid".into()));
+        assert!(matches!(executor_error(refused), ExecutorError::Step(_)));
         let unsupported = RunnerError::Backend(BackendError::Unsupported("a shape".to_owned()));
         assert!(matches!(executor_error(unsupported), ExecutorError::Step(_)));
         let batch = RunnerError::BatchLimit {

@@ -11,6 +11,7 @@ use lapidary_model::{BackendError, MemoryInfo};
 mod driver;
 #[cfg(feature = "emulator")]
 mod emulator;
+mod fault;
 mod images;
 
 pub(crate) use driver::Driver;
