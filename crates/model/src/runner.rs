@@ -270,14 +270,20 @@ impl<B: Backend> ModelRunner<B> {
             plan,
             warnings,
         };
-        runner.warm_up()?;
+        runner.warm_up(progress)?;
         Ok(runner)
     }
 
     /// Runs the steps that the backend wants to have seen before the first request.
-    fn warm_up(&mut self) -> Result<(), RunnerError> {
-        for num_seqs in self.backend.operations_repeat() {
-            let num_seqs = num_seqs.min(self.limits.max_seqs).min(self.limits.max_tokens);
+    fn warm_up(&mut self, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), RunnerError> {
+        let sizes = self.backend.operations_repeat();
+        for (done, num_seqs) in sizes.iter().enumerate() {
+            progress(LoadProgress {
+                phase: LoadPhase::WarmUp,
+                done_bytes: done as u64,
+                total_bytes: sizes.len() as u64,
+            });
+            let num_seqs = (*num_seqs).min(self.limits.max_seqs).min(self.limits.max_tokens);
             self.run(&warm_up_batch(num_seqs, &self.plan), |_, _| Ok(()))?;
             self.backend.collect()?;
         }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use lapidary_engine::{EngineConfig, EngineHandle, SpawnError, TokenId};
 use lapidary_model::{
@@ -263,6 +263,8 @@ fn start_engine(
     let model_len = checkpoint.config().max_position_embeddings as u32;
     let max_model_len = config.load.max_model_len.unwrap_or(model_len);
     let (max_num_seqs, max_num_batched_tokens) = scheduling.batch_limits(device.default_batch());
+    let step_timeout = scheduling.step_timeout.or(device.default_step_timeout());
+    let step_timeout = step_timeout.filter(|limit| !limit.is_zero());
     let engine_config = EngineConfig {
         max_num_batched_tokens,
         max_num_seqs,
@@ -270,6 +272,7 @@ fn start_engine(
         max_queued_requests: scheduling.max_num_queued_reqs,
         max_queued_tokens: scheduling.max_num_queued_tokens,
         enable_prefix_caching: scheduling.enable_prefix_caching,
+        step_timeout,
     };
     let runner = RunnerConfig {
         max_num_batched_tokens: max_num_batched_tokens as usize,
@@ -287,6 +290,7 @@ fn start_engine(
         checkpoint,
         runner,
         warm_up,
+        step_timeout,
         state,
     };
     device.spawn(engine_config, start).map_err(|error| match error {
@@ -300,16 +304,28 @@ pub(crate) struct StartRunner {
     checkpoint: Checkpoint,
     runner: RunnerConfig,
     warm_up: Vec<TokenId>,
+    step_timeout: Option<Duration>,
     state: AppState,
 }
 
 impl StartRunner {
     /// Loads the weights and proves that the model computes.
     pub(crate) fn run<B: Backend>(self, backend: B) -> Result<ModelRunner<B>, StartError> {
-        let progress = Progress::start(&self.state, Phase::LoadingWeights);
-        let mut runner = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| {
-            if step.phase == LoadPhase::Weights {
-                progress.set(step.done_bytes, step.total_bytes);
+        let lifecycle = &self.state.lifecycle;
+        let mut progress = Some(Progress::start(&self.state, Phase::LoadingWeights));
+        let mut runner = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| match step.phase {
+            LoadPhase::Weights => {
+                if let Some(progress) = &progress {
+                    progress.set(step.done_bytes, step.total_bytes);
+                }
+            }
+            LoadPhase::KvCache => {}
+            LoadPhase::WarmUp => {
+                if progress.take().is_some() {
+                    lifecycle.enter(Phase::WarmingUp);
+                }
+                lifecycle.set_progress(step.done_bytes, step.total_bytes);
+                lifecycle.expect_progress_within(self.step_timeout);
             }
         })?;
         drop(progress);
@@ -317,8 +333,10 @@ impl StartRunner {
             tracing::warn!("{warning}");
         }
         log_memory_plan(runner.memory_plan());
-        self.state.lifecycle.enter(Phase::WarmingUp);
+        lifecycle.enter(Phase::WarmingUp);
+        lifecycle.expect_progress_within(self.step_timeout);
         check_logits(&mut runner, &self.warm_up)?;
+        lifecycle.expect_progress_within(None);
         Ok(runner)
     }
 }
@@ -468,6 +486,7 @@ mod tests {
             kv_cache_memory_bytes,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
+            step_timeout: None,
         };
         let wanted = |wanted| KvCacheSize::Tokens {
             wanted,
