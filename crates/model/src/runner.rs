@@ -57,6 +57,11 @@ pub struct MemoryPlan {
     pub scratch_bytes: u64,
     /// KV cache of all layers.
     pub kv_cache_bytes: u64,
+    /// What else the backend reserved: its own buffers, padding. Known once the scratch is in place, on a device that
+    /// nobody else uses.
+    pub backend_bytes: u64,
+    /// What recorded steps took. Known once they are recorded.
+    pub graph_bytes: u64,
     /// KV blocks.
     pub num_blocks: u32,
     /// Tokens of a block.
@@ -151,9 +156,11 @@ impl fmt::Display for MemoryPlan {
         let gib = |bytes: u64| bytes as f64 / GIB;
         write!(
             f,
-            "weights {:.2} GiB, scratch {:.2} GiB, KV cache {:.2} GiB in {} blocks of {} tokens; {:.2} of {:.2} GiB free",
+            "weights {:.2} GiB, scratch {:.2} GiB, backend {:.2} GiB, KV cache {:.2} GiB in {} blocks of {} tokens; {:.2} of {:.2} \
+             GiB free",
             gib(self.weight_bytes),
             gib(self.scratch_bytes),
+            gib(self.backend_bytes),
             gib(self.kv_cache_bytes),
             self.num_blocks,
             self.block_size,
@@ -200,6 +207,8 @@ impl MemoryPlan {
             weight_bytes,
             scratch_bytes,
             kv_cache_bytes: blocks * block_bytes,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: blocks as u32,
             block_size,
             kv_bytes_per_token,
@@ -211,7 +220,7 @@ impl MemoryPlan {
     /// All that is reserved.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.weight_bytes + self.scratch_bytes + self.kv_cache_bytes
+        self.weight_bytes + self.scratch_bytes + self.backend_bytes + self.kv_cache_bytes + self.graph_bytes
     }
 }
 
@@ -248,6 +257,7 @@ impl<B: Backend> ModelRunner<B> {
             error => RunnerError::Load(error),
         })?;
         let scratch = Scratch::alloc(&mut backend, model, limits).map_err(|error| plan.name_in(error))?;
+        plan.count_backend(&backend, config.kv_cache);
         plan.size_kv_cache(&backend, model, config.kv_cache);
         if plan.capacity_tokens() < limits.max_model_len as u64 && !matches!(config.kv_cache, KvCacheSize::Blocks(1..))
         {
@@ -270,13 +280,17 @@ impl<B: Backend> ModelRunner<B> {
             plan,
             warnings,
         };
-        runner.warm_up(progress)?;
+        runner.warm_up(progress).map_err(|error| match error {
+            RunnerError::Backend(error) => runner.plan.name_in(error),
+            error => error,
+        })?;
         Ok(runner)
     }
 
     /// Runs the steps that the backend wants to have seen before the first request.
     fn warm_up(&mut self, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), RunnerError> {
         let sizes = self.backend.operations_repeat();
+        let free_bytes = self.backend.memory().free_bytes;
         for (done, num_seqs) in sizes.iter().enumerate() {
             progress(LoadProgress {
                 phase: LoadPhase::WarmUp,
@@ -286,6 +300,9 @@ impl<B: Backend> ModelRunner<B> {
             let num_seqs = (*num_seqs).min(self.limits.max_seqs).min(self.limits.max_tokens);
             self.run(&warm_up_batch(num_seqs, &self.plan), |_, _| Ok(()))?;
             self.backend.collect()?;
+        }
+        if !sizes.is_empty() {
+            self.plan.graph_bytes = free_bytes.saturating_sub(self.backend.memory().free_bytes);
         }
         Ok(())
     }
@@ -445,6 +462,8 @@ impl MemoryPlan {
             weight_bytes,
             scratch_bytes: Scratch::bytes(backend, model, limits),
             kv_cache_bytes: 0,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: 0,
             block_size,
             kv_bytes_per_token: 0,
@@ -465,6 +484,14 @@ impl MemoryPlan {
             needed_bytes: Some(needed_bytes),
             free_bytes,
         }))
+    }
+
+    /// After weights and scratch are in place: what more is gone. Where others use the memory too, nobody can tell.
+    fn count_backend<B: Backend>(&mut self, backend: &B, size: KvCacheSize) {
+        if matches!(size, KvCacheSize::DeviceShare(_)) {
+            let taken = self.device_free_bytes.saturating_sub(backend.memory().free_bytes);
+            self.backend_bytes = taken.saturating_sub(self.weight_bytes + self.scratch_bytes);
+        }
     }
 
     /// After weights and scratch are in place, so that a share of the device counts what they really took.
@@ -654,6 +681,8 @@ mod tests {
             weight_bytes: 9 * GIB,
             scratch_bytes: GIB,
             kv_cache_bytes: 0,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: 0,
             block_size: 16,
             kv_bytes_per_token: 0,

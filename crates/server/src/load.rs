@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use lapidary_engine::{EngineConfig, EngineHandle, SpawnError, TokenId};
 use lapidary_model::{
-    Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, MemoryPlan, ModelRunner,
-    RunnerConfig, RunnerError,
+    Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, ModelRunner, RunnerConfig,
+    RunnerError,
 };
 use lapidary_text::{ChatTemplate, SystemRole, TemplateError, Tokenizer, TokenizerError};
 
@@ -19,9 +19,9 @@ use crate::fingerprint::fingerprint;
 use crate::grammar::Grammars;
 use crate::hub::{self, HubError};
 use crate::lifecycle::Phase;
+use crate::memory_plan::{self, Shortage};
 use crate::progress::Progress;
 use crate::state::{AppState, SamplingDefaults, ServedModel};
-use crate::units::ByteSize;
 
 /// Length of an answer with its prompt that the KV cache is sized for when nothing else is said: chats are rarely longer.
 const TYPICAL_SEQUENCE_TOKENS: u64 = 2048;
@@ -93,7 +93,10 @@ pub enum LoadError {
 /// Why the engine's executor cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Weights or memory.
+    /// Too little memory.
+    #[error("{0}")]
+    Memory(Box<Shortage>),
+    /// Weights or the device.
     #[error(transparent)]
     Runner(#[from] RunnerError),
     /// The model is loaded and computes nonsense.
@@ -313,7 +316,7 @@ impl StartRunner {
     pub(crate) fn run<B: Backend>(self, backend: B) -> Result<ModelRunner<B>, StartError> {
         let lifecycle = &self.state.lifecycle;
         let mut progress = Some(Progress::start(&self.state, Phase::LoadingWeights));
-        let mut runner = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| match step.phase {
+        let loaded = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| match step.phase {
             LoadPhase::Weights => {
                 if let Some(progress) = &progress {
                     progress.set(step.done_bytes, step.total_bytes);
@@ -327,12 +330,16 @@ impl StartRunner {
                 lifecycle.set_progress(step.done_bytes, step.total_bytes);
                 lifecycle.expect_progress_within(self.step_timeout);
             }
-        })?;
+        });
         drop(progress);
+        let mut runner = loaded.map_err(|error| match Shortage::of(&error, self.runner) {
+            Some(shortage) => StartError::Memory(Box::new(shortage)),
+            None => StartError::Runner(error),
+        })?;
         for warning in runner.warnings() {
             tracing::warn!("{warning}");
         }
-        log_memory_plan(runner.memory_plan());
+        memory_plan::log(runner.memory_plan());
         lifecycle.enter(Phase::WarmingUp);
         lifecycle.expect_progress_within(self.step_timeout);
         check_logits(&mut runner, &self.warm_up)?;
@@ -362,22 +369,6 @@ fn shared_kv_cache_size(
         wanted: longest.max(u64::from(max_num_seqs) * typical),
         free_share: 0.5,
     }
-}
-
-fn log_memory_plan(plan: &MemoryPlan) {
-    let rows = [
-        ("weights", plan.weight_bytes),
-        ("scratch", plan.scratch_bytes),
-        ("kv cache", plan.kv_cache_bytes),
-        ("total", plan.total_bytes()),
-        ("free before loading", plan.device_free_bytes),
-        ("device", plan.device_total_bytes),
-    ];
-    for (what, bytes) in rows {
-        tracing::info!("memory plan: {what:<20}{:>12}", ByteSize(bytes));
-    }
-    let (tokens, per_token) = (plan.capacity_tokens(), ByteSize(plan.kv_bytes_per_token));
-    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, "kv cache");
 }
 
 /// A checkpoint with wrong scales loads without complaint and answers garbage: better found before the first client.
