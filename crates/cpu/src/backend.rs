@@ -27,6 +27,21 @@ pub struct CpuConfig {
     pub threads: usize,
     /// Instructions to compute with.
     pub isa: Isa,
+    /// What is kept between operations.
+    pub storage: Storage,
+}
+
+/// The precision of what operations leave for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Storage {
+    /// Everything as computed.
+    #[default]
+    F32,
+    /// Rounded to bf16 wherever a backend that stores bf16 rounds: tensors of [`Width::Native`], rotated queries and keys,
+    /// the KV cache, unquantised weights and inputs of linear layers (the output projection's too), the weights that
+    /// attention gives values, and its result where a scale for each token is found afterwards. For comparing such a
+    /// backend with this one: it is no faster and takes no less memory.
+    Bf16,
 }
 
 impl Default for CpuConfig {
@@ -35,6 +50,7 @@ impl Default for CpuConfig {
         Self {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
+            storage: Storage::F32,
         }
     }
 }
@@ -47,6 +63,7 @@ const FLOATS_PER_TOUCH: usize = 1 << 20;
 pub struct Cpu {
     pool: Pool,
     dispatch: Dispatch,
+    storage: Storage,
     /// Set by `prepare`.
     prepared: Option<Prepared>,
     linear_scratch: Vec<Mutex<LinearScratch>>,
@@ -78,11 +95,12 @@ impl Cpu {
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
         let dispatch = Dispatch::new(config.isa)
             .ok_or_else(|| BackendError::Unsupported(format!("this CPU has no {:?}", config.isa)))?;
-        let pool = Pool::new(config.threads).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let pool = Pool::new(config.threads).map_err(|error| BackendError::Refused(Box::new(error)))?;
         let num_threads = pool.num_threads();
         Ok(Self {
             pool,
             dispatch,
+            storage: config.storage,
             prepared: None,
             linear_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
             sample_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
@@ -96,6 +114,7 @@ impl Cpu {
         On {
             pool: &self.pool,
             dispatch: self.dispatch,
+            storage: self.storage,
         }
     }
 
@@ -112,7 +131,7 @@ impl Cpu {
         } else {
             Err(BackendError::OutOfMemory {
                 what,
-                needed_bytes,
+                needed_bytes: Some(needed_bytes),
                 free_bytes,
             })
         }
@@ -162,7 +181,7 @@ impl Backend for Cpu {
             "a linear layer",
             weights.parts.iter().map(|part| part.data.len() as u64).sum(),
         )?;
-        Linear::upload(weights, self.dispatch.isa())
+        Linear::upload(weights, self.dispatch.isa(), self.storage)
     }
 
     fn upload_norm(&mut self, weight: HostTensor<'_>) -> Result<Norm, BackendError> {
@@ -171,7 +190,7 @@ impl Backend for Cpu {
 
     fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Embedding, BackendError> {
         self.reserve("the embedding table", table.data.len() as u64)?;
-        let table = Matrix::upload_unquantized(table)?;
+        let table = Matrix::upload_unquantized(table)?.stored_as(self.storage);
         if self.hidden.as_ref().is_none_or(|hidden| hidden.cols != table.cols) {
             self.hidden = Some(Activation::zeroed(self.prepared().limits.max_seqs, table.cols, false));
         }
@@ -271,7 +290,9 @@ impl Backend for Cpu {
     }
 
     fn linear(&mut self, plan: &Plan, x: &Activation, weights: &Linear, out: &mut Tensor) -> Result<(), BackendError> {
-        linear::linear(self.on(), &self.linear_scratch, plan.num_tokens(), x, weights, out)
+        linear::linear(self.on(), &self.linear_scratch, plan.num_tokens(), x, weights, out)?;
+        self.on().store_rows(out, plan.num_tokens());
+        Ok(())
     }
 
     fn rope_append(&mut self, plan: &Plan, qkv: &mut Tensor, kv: &mut KvLayer) -> Result<(), BackendError> {
@@ -292,6 +313,7 @@ impl Backend for Cpu {
         let on = On {
             pool: &self.pool,
             dispatch: self.dispatch,
+            storage: self.storage,
         };
         let prepared = self
             .prepared

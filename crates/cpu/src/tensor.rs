@@ -4,6 +4,7 @@
 use half::{bf16, f16};
 use lapidary_model::{ActivationScheme, BackendError, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, LinearWeights};
 
+use crate::backend::Storage;
 use crate::e4m3;
 use crate::simd::{Buffer, Isa};
 
@@ -12,6 +13,19 @@ pub(crate) const K_BLOCK: usize = 64;
 
 /// Output rows of weights are padded to multiples of this: a kernel's tile never reads past the end.
 pub(crate) const ROW_BLOCK: usize = 8;
+
+impl Storage {
+    /// Leaves values as they are stored.
+    #[inline(always)]
+    pub(crate) fn round(self, values: &mut [f32]) {
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => values
+                .iter_mut()
+                .for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+        }
+    }
+}
 
 /// `[rows, cols]` floats, row-major.
 #[derive(Debug)]
@@ -210,6 +224,26 @@ impl Matrix {
         Self::upload(&[tensor], Isa::Portable, false)
     }
 
+    /// The same weights with no more precision than `storage` keeps.
+    pub(crate) fn stored_as(self, storage: Storage) -> Self {
+        let narrow = |values: &[f32]| {
+            let mut narrow = Buffer::zeroed(values.len());
+            for (to, from) in narrow.iter_mut().zip(values) {
+                *to = bf16::from_f32(*from).to_bits();
+            }
+            Elements::Bf16(narrow)
+        };
+        let elements = match (storage, self.elements) {
+            (Storage::Bf16, Elements::F32(values)) => narrow(&values),
+            (Storage::Bf16, Elements::F16(values)) => {
+                let wide: Vec<f32> = values.iter().map(|bits| f16::from_bits(*bits).to_f32()).collect();
+                narrow(&wide)
+            }
+            (_, elements) => elements,
+        };
+        Self { elements, ..self }
+    }
+
     /// Widens a row into `out`, which may be longer.
     pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
         let range = row * self.stride()..row * self.stride() + self.cols;
@@ -262,9 +296,9 @@ pub struct Linear {
 }
 
 impl Linear {
-    pub(crate) fn upload(weights: &LinearWeights<'_>, isa: Isa) -> Result<Self, BackendError> {
+    pub(crate) fn upload(weights: &LinearWeights<'_>, isa: Isa, storage: Storage) -> Result<Self, BackendError> {
         let quantized = weights.input != ActivationScheme::None;
-        let matrix = Matrix::upload(&weights.parts, isa, quantized && isa == Isa::Avx512Bf16)?;
+        let matrix = Matrix::upload(&weights.parts, isa, quantized && isa == Isa::Avx512Bf16)?.stored_as(storage);
         let is_fp8 = matches!(matrix.elements, Elements::E4m3(_) | Elements::E4m3Pairs(_));
         if quantized && !is_fp8 {
             return Err(BackendError::Unsupported(

@@ -1,27 +1,46 @@
 //! The model crate's suite, on every instruction set this machine has.
 #![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
-use lapidary_cpu::{Cpu, CpuConfig, Isa};
+use lapidary_cpu::{Cpu, CpuConfig, Isa, Storage};
 use lapidary_model::conformance::Bounds;
 
-fn cpu(isa: Isa) -> Cpu {
+fn cpu(isa: Isa, storage: Storage) -> Cpu {
     // An instruction set this machine lacks is tested as the best it has: the same code as another module's.
     let isa = if isa.is_available() { isa } else { Isa::detect() };
-    Cpu::new(CpuConfig { threads: 2, isa }).unwrap()
+    Cpu::new(CpuConfig {
+        threads: 2,
+        isa,
+        storage,
+    })
+    .unwrap()
 }
 
 mod portable {
-    lapidary_model::conformance_tests!(super::cpu(super::Isa::Portable), super::Bounds::F32);
+    lapidary_model::conformance_tests!(
+        super::cpu(super::Isa::Portable, super::Storage::F32),
+        super::Bounds::F32
+    );
 }
 
 mod avx2 {
-    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx2), super::Bounds::F32);
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx2, super::Storage::F32), super::Bounds::F32);
 }
 
 mod avx512 {
-    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx512), super::Bounds::F32);
+    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx512, super::Storage::F32), super::Bounds::F32);
 }
 
 mod avx512_bf16 {
-    lapidary_model::conformance_tests!(super::cpu(super::Isa::Avx512Bf16), super::Bounds::F32);
+    lapidary_model::conformance_tests!(
+        super::cpu(super::Isa::Avx512Bf16, super::Storage::F32),
+        super::Bounds::F32
+    );
+}
+
+/// The oracle of backends that store bf16, whose bounds it must keep.
+mod bf16_storage {
+    lapidary_model::conformance_tests!(
+        super::cpu(super::Isa::detect(), super::Storage::Bf16),
+        super::Bounds::BF16
+    );
 }

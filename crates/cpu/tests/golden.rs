@@ -102,7 +102,12 @@ fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f32> {
 }
 
 fn runner(case: &Path, isa: Isa) -> ModelRunner<Cpu> {
-    let backend = Cpu::new(CpuConfig { threads: 2, isa }).unwrap();
+    let backend = Cpu::new(CpuConfig {
+        threads: 2,
+        isa,
+        ..CpuConfig::default()
+    })
+    .unwrap();
     let checkpoint = Checkpoint::open_dir(case, ConfigOverrides::default()).unwrap();
     let config = RunnerConfig {
         max_num_batched_tokens: 32,

@@ -85,7 +85,12 @@ fn requests(random: &mut Random) -> Vec<Request> {
 }
 
 fn runner(weights: TinyWeights, isa: Isa, threads: usize) -> ModelRunner<Cpu> {
-    let backend = Cpu::new(CpuConfig { threads, isa }).unwrap();
+    let backend = Cpu::new(CpuConfig {
+        threads,
+        isa,
+        ..CpuConfig::default()
+    })
+    .unwrap();
     let config = RunnerConfig {
         max_num_batched_tokens: 256,
         max_num_seqs: NUM_SEQUENCES,

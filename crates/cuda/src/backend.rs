@@ -95,7 +95,8 @@ impl Cuda {
         Self::on(Box::new(crate::device::Emulator::new(compute_capability)), config)
     }
 
-    fn on(mut device: Box<dyn Device>, config: CudaConfig) -> Result<Self, BackendError> {
+    /// On an opened device.
+    pub(crate) fn on(mut device: Box<dyn Device>, config: CudaConfig) -> Result<Self, BackendError> {
         Ok(Self {
             rows: RowKernels::load(&mut *device)?,
             matmul: Matmul::load(&mut *device)?,

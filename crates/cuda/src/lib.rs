@@ -18,6 +18,8 @@
 mod attention;
 mod backend;
 mod device;
+#[cfg(all(test, feature = "emulator"))]
+mod faults;
 mod gemm;
 mod graphs;
 mod matmul;

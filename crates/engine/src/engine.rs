@@ -3,9 +3,10 @@
 #[cfg(test)]
 mod tests;
 
+use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, mpsc as sync_mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as sync_mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -15,6 +16,7 @@ use crate::error::{EngineError, SpawnError};
 use crate::handle::{EventResult, Mailbox, Shared, Submission};
 use crate::scheduler::{Scheduler, SchedulerConfig, SequenceOutput};
 use crate::stats::{ENOUGH_ENDS, FullMeter, Outcome, RateMeter, StepCounts};
+use crate::watchdog::{self, Call, StepClock};
 use crate::{EngineConfig, EngineHandle, Executor, ExecutorError, Request, RequestId, SampledToken, TokenEvent};
 
 /// The most steps the scheduler can keep in flight, whatever an executor says.
@@ -25,7 +27,10 @@ const MAX_STEPS_IN_FLIGHT: usize = 2;
 pub struct Engine<E> {
     executor: E,
     scheduler: Scheduler,
-    callers: Callers,
+    shared: Arc<Shared>,
+    /// Locked by the engine thread, but never while it is inside the executor; and by the watchdog that gives it up.
+    callers: Arc<Mutex<Callers>>,
+    clock: Arc<StepClock>,
     mailbox: Mailbox,
     masks: MaskPool,
     max_steps_in_flight: usize,
@@ -42,9 +47,13 @@ enum Launched {
     Nothing,
 }
 
-/// The device is gone: the thread ends.
+/// Nothing will run any more: the thread ends.
 #[derive(Debug)]
-struct DeviceLost;
+enum Death {
+    DeviceLost(String),
+    /// The watchdog has told everyone already.
+    GivenUp,
+}
 
 impl<E: Executor> Engine<E> {
     /// Starts the engine thread, has it build its executor, and returns once that is ready.
@@ -75,7 +84,7 @@ impl<E: Executor> Engine<E> {
                     let shared = Arc::new(Shared::new(config, executor.kv_cache_config()));
                     // A caller that is gone drops the handle it never got, which ends the engine.
                     if ready.send(Ok(Arc::clone(&shared))).is_ok() {
-                        run_to_the_end(Self::new(executor, shared, &config));
+                        run_to_the_end(Self::new(executor, shared, &config), config.step_timeout);
                     }
                 }
                 Err(error) => {
@@ -105,7 +114,9 @@ impl<E: Executor> Engine<E> {
         Self {
             executor,
             scheduler,
-            callers: Callers::new(shared),
+            callers: Arc::new(Mutex::new(Callers::new(Arc::clone(&shared)))),
+            shared,
+            clock: Arc::new(StepClock::new()),
             mailbox: Mailbox::default(),
             masks: MaskPool::new(),
             max_steps_in_flight,
@@ -115,27 +126,31 @@ impl<E: Executor> Engine<E> {
     }
 
     /// Works until told to stop, or until nobody is left to work for.
-    fn run(&mut self) -> Result<(), DeviceLost> {
+    fn run(&mut self) -> Result<(), Death> {
         loop {
             let is_idle = self.scheduler.is_empty() && self.scheduler.num_steps_in_flight() == 0;
-            self.callers.publish(&self.scheduler);
+            lock(&self.callers).publish(&self.scheduler);
             if is_idle && self.mailbox.abandoned {
                 return Ok(());
             }
-            self.callers.shared.receive(&mut self.mailbox, is_idle);
+            self.shared.receive(&mut self.mailbox, is_idle);
+            if self.mailbox.closed {
+                return Err(Death::GivenUp);
+            }
             if is_idle {
-                self.callers.wake_up();
+                lock(&self.callers).wake_up();
             }
             if self.mailbox.shutdown {
                 return Ok(());
             }
             self.take_in_mail();
-            self.callers.expire(&mut self.scheduler);
+            lock(&self.callers).expire(&mut self.scheduler);
             self.step()?;
         }
     }
 
     fn take_in_mail(&mut self) {
+        let mut callers = lock(&self.callers);
         for Submission {
             id,
             request,
@@ -143,18 +158,18 @@ impl<E: Executor> Engine<E> {
             submitted_at,
         } in self.mailbox.submissions.drain(..)
         {
-            self.callers.insert(id, &request, events, submitted_at);
+            callers.insert(id, &request, events, submitted_at);
             self.scheduler.add(id, request);
         }
         for id in self.mailbox.aborts.drain(..) {
             if self.scheduler.abort(id) {
-                self.callers.end(id, Outcome::Aborted);
+                callers.end(id, Outcome::Aborted);
             }
         }
     }
 
     /// Launches a step if one can be, and collects the oldest unless another could be launched on top.
-    fn step(&mut self) -> Result<(), DeviceLost> {
+    fn step(&mut self) -> Result<(), Death> {
         self.take_in_masks();
         let launched = self.launch()?;
         let num_in_flight = self.scheduler.num_steps_in_flight();
@@ -171,7 +186,7 @@ impl<E: Executor> Engine<E> {
         for job in self.scheduler.take_mask_jobs() {
             self.masks.submit(job);
         }
-        let (scheduler, callers) = (&mut self.scheduler, &mut self.callers);
+        let (scheduler, callers) = (&mut self.scheduler, &self.callers);
         self.masks.take(|id, outcome| match outcome {
             Ok((constraint, allowed)) => scheduler.set_mask(id, constraint, allowed),
             Err(error) => {
@@ -182,13 +197,13 @@ impl<E: Executor> Engine<E> {
                 );
                 if scheduler.abort(id) {
                     let source = Arc::new(error);
-                    callers.end_with(id, Err(EngineError::ConstraintFailed { source }), Outcome::Failed);
+                    lock(callers).end_with(id, Err(EngineError::ConstraintFailed { source }), Outcome::Failed);
                 }
             }
         });
     }
 
-    fn launch(&mut self) -> Result<Launched, DeviceLost> {
+    fn launch(&mut self) -> Result<Launched, Death> {
         let Some(batch) = self.scheduler.schedule() else {
             return Ok(Launched::Nothing);
         };
@@ -199,8 +214,8 @@ impl<E: Executor> Engine<E> {
             "launch"
         );
         let step = batch.step;
-        let launched = self.executor.launch(batch);
-        self.callers.started(self.scheduler.newly_started());
+        let launched = self.clock.time(Call::Launch, || self.executor.launch(batch));
+        lock(&self.callers).started(self.scheduler.newly_started());
         let Err(error) = launched else {
             return Ok(Launched::Step);
         };
@@ -209,18 +224,20 @@ impl<E: Executor> Engine<E> {
         Ok(Launched::Failure)
     }
 
-    fn collect(&mut self) -> Result<(), DeviceLost> {
+    fn collect(&mut self) -> Result<(), Death> {
         let step = self.scheduler.oldest_step();
-        let collected = self.executor.collect().and_then(|sampled| self.check_length(sampled));
+        let collected = self.clock.time(Call::Collect, || self.executor.collect());
+        let collected = collected.and_then(|sampled| self.check_length(sampled));
         match collected {
             Ok(sampled) => {
                 let num_running = self.scheduler.gauges().num_running;
                 let counts = self.scheduler.update(sampled, &mut self.outputs);
-                self.callers.count(counts, num_running);
-                self.callers.publish(&self.scheduler);
+                let mut callers = lock(&self.callers);
+                callers.count(counts, num_running);
+                callers.publish(&self.scheduler);
                 for output in self.outputs.drain(..) {
                     let id = output.id;
-                    if !self.callers.emit(output) {
+                    if !callers.emit(output) {
                         self.scheduler.abort(id);
                     }
                 }
@@ -246,8 +263,15 @@ impl<E: Executor> Engine<E> {
     }
 
     /// Tells the callers of a failed step, whose sequences are in `failed` and out of the scheduler.
-    fn fail(&mut self, step: u64, error: ExecutorError, counts: StepCounts) -> Result<(), DeviceLost> {
-        let is_lost = matches!(error, ExecutorError::DeviceLost(_));
+    fn fail(&mut self, step: u64, error: ExecutorError, counts: StepCounts) -> Result<(), Death> {
+        let mut callers = lock(&self.callers);
+        callers.count(counts, self.scheduler.gauges().num_running);
+        if matches!(error, ExecutorError::DeviceLost(_)) {
+            // Streams end with the reason when their senders are dropped.
+            let num_requests = self.failed.len();
+            let reason = format!("step {step} of {num_requests} requests: {}", chain(&error));
+            return Err(Death::DeviceLost(reason));
+        }
         let source = Arc::new(error);
         tracing::error!(
             step,
@@ -255,43 +279,90 @@ impl<E: Executor> Engine<E> {
             requests = self.failed.len(),
             "step failed"
         );
-        self.callers.count(counts, self.scheduler.gauges().num_running);
-        if is_lost {
-            // Streams end with `EngineDead` when their senders are dropped.
-            return Err(DeviceLost);
-        }
-        self.callers.publish(&self.scheduler);
+        callers.publish(&self.scheduler);
         for id in self.failed.drain(..) {
             let error = EngineError::StepFailed {
                 step,
                 source: Arc::clone(&source),
             };
-            self.callers.end_with(id, Err(error), Outcome::Failed);
+            callers.end_with(id, Err(error), Outcome::Failed);
         }
         Ok(())
     }
 }
 
 /// Runs an engine and, however it ends, tells everyone that it did.
-fn run_to_the_end<E: Executor>(mut engine: Engine<E>) {
-    let ended = catch_unwind(AssertUnwindSafe(|| engine.run()));
-    let is_dead = !matches!(ended, Ok(Ok(())));
-    if is_dead {
-        tracing::error!(panicked = ended.is_err(), "engine thread is dead");
-    }
-    // Marked dead before the streams end, so that whoever sees one end sees the mark too.
-    let outcome = if is_dead { Outcome::Failed } else { Outcome::Aborted };
-    let unread = engine.callers.shared.close(is_dead);
+fn run_to_the_end<E: Executor>(mut engine: Engine<E>, step_timeout: Option<Duration>) {
+    let watchdog = step_timeout.map(|limit| {
+        let (shared, callers) = (Arc::clone(&engine.shared), Arc::clone(&engine.callers));
+        watchdog::start(Arc::clone(&engine.clock), limit, move |overdue| {
+            end(&shared, &mut lock(&callers), Some(overdue.to_string()));
+        })
+    });
+    let death = match watchdog {
+        // Better none than one that may wait for ever.
+        Some(Err(error)) => Some(format!("no thread for the watchdog: {error}")),
+        Some(Ok(_)) | None => match catch_unwind(AssertUnwindSafe(|| engine.run())) {
+            Ok(Ok(())) => None,
+            Ok(Err(Death::DeviceLost(reason))) => Some(reason),
+            Ok(Err(Death::GivenUp)) => {
+                tracing::warn!("the executor returned after it was given up");
+                return;
+            }
+            Err(panic) => Some(format!("the engine thread panicked: {}", panic_message(&*panic))),
+        },
+    };
+    let mut callers = lock(&engine.callers);
     for Submission {
         id,
         request,
         events,
         submitted_at,
-    } in engine.mailbox.submissions.drain(..).chain(unread)
+    } in engine.mailbox.submissions.drain(..)
     {
-        engine.callers.insert(id, &request, events, submitted_at);
+        callers.insert(id, &request, events, submitted_at);
     }
-    engine.callers.end_all(outcome);
+    end(&engine.shared, &mut callers, death);
+}
+
+/// Ends every stream. Marked dead before that, so that whoever sees one end sees the mark too.
+fn end(shared: &Shared, callers: &mut Callers, death: Option<String>) {
+    let outcome = match death {
+        Some(_) => Outcome::Failed,
+        None => Outcome::Aborted,
+    };
+    for Submission {
+        id,
+        request,
+        events,
+        submitted_at,
+    } in shared.close(death)
+    {
+        callers.insert(id, &request, events, submitted_at);
+    }
+    callers.end_all(outcome);
+}
+
+/// The engine thread may have panicked anywhere; what it left is still right to end streams by.
+fn lock(callers: &Mutex<Callers>) -> MutexGuard<'_, Callers> {
+    callers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
 }
 
 /// Everyone who waits for tokens, and the clock they are served by.

@@ -46,7 +46,7 @@ pub enum SubmitError {
     /// The engine drains or has shut down.
     #[error("the engine is shutting down")]
     ShuttingDown,
-    /// The engine thread has died.
+    /// The engine has died; [`crate::EngineHandle::death`] tells why.
     #[error("the engine is dead")]
     Dead,
 }
@@ -79,9 +79,12 @@ pub enum EngineError {
     /// [`crate::EngineHandle::shutdown`] cut the request off.
     #[error("the engine was shut down")]
     ShutDown,
-    /// The engine thread panicked or lost its device; nothing will run any more.
-    #[error("the engine is dead")]
-    EngineDead,
+    /// The engine panicked, lost its device, or had a step that did not end; nothing will run any more.
+    #[error("the engine is dead: {reason}")]
+    EngineDead {
+        /// Which of them, and what is known about it.
+        reason: Arc<str>,
+    },
 }
 
 /// Why [`crate::Engine::spawn`] has no engine to give; `E` is the error of the caller's `build`.

@@ -1,10 +1,10 @@
 //! The callers' side of the engine: handles, streams, and the mailbox through which both reach the engine thread.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
 
@@ -29,6 +29,8 @@ pub struct EngineConfig {
     pub max_queued_tokens: u64,
     /// Reuse the KV of equal prefixes.
     pub enable_prefix_caching: bool,
+    /// An executor that takes longer over one call is given up, and with it the engine. `None` waits for ever.
+    pub step_timeout: Option<Duration>,
 }
 
 impl Default for EngineConfig {
@@ -40,6 +42,7 @@ impl Default for EngineConfig {
             max_queued_requests: 1024,
             max_queued_tokens: 1 << 20,
             enable_prefix_caching: true,
+            step_timeout: None,
         }
     }
 }
@@ -62,8 +65,8 @@ pub(crate) struct Mailbox {
     /// Every handle is gone: nobody can submit, so the thread ends once idle.
     pub(crate) abandoned: bool,
     draining: bool,
-    /// The engine thread has ended, or is about to: nobody will read the mailbox.
-    closed: bool,
+    /// The engine has ended, or is about to: nobody will read the mailbox.
+    pub(crate) closed: bool,
     /// The engine thread waits on the condition variable.
     asleep: bool,
 }
@@ -73,8 +76,11 @@ pub(crate) struct Mailbox {
 pub(crate) struct Shared {
     mailbox: Mutex<Mailbox>,
     wake: Condvar,
+    /// The mailbox was closed.
+    closed: Condvar,
     idle: Notify,
-    dead: AtomicBool,
+    /// Why nothing will run any more.
+    death: OnceLock<Arc<str>>,
     next_id: AtomicU64,
     pub(crate) config: EngineConfig,
     kv_cache: KvCacheConfig,
@@ -86,8 +92,9 @@ impl Shared {
         Self {
             mailbox: Mutex::default(),
             wake: Condvar::new(),
+            closed: Condvar::new(),
             idle: Notify::new(),
-            dead: AtomicBool::new(false),
+            death: OnceLock::new(),
             next_id: AtomicU64::new(0),
             config,
             kv_cache,
@@ -110,10 +117,10 @@ impl Shared {
         }
     }
 
-    /// Moves everything in the mailbox to `into`; with `wait`, sleeps until there is anything.
+    /// Moves everything in the mailbox to `into`; with `wait`, sleeps until there is anything or it is closed.
     pub(crate) fn receive(&self, into: &mut Mailbox, wait: bool) {
         let mut mailbox = self.lock();
-        while wait && mailbox.is_empty() {
+        while wait && mailbox.is_empty() && !mailbox.closed {
             mailbox.asleep = true;
             mailbox = self.wake.wait(mailbox).unwrap_or_else(PoisonError::into_inner);
         }
@@ -122,17 +129,31 @@ impl Shared {
         into.aborts.append(&mut mailbox.aborts);
         into.shutdown = mailbox.shutdown;
         into.abandoned = mailbox.abandoned;
+        into.closed = mailbox.closed;
     }
 
-    /// The engine thread ends: `dead` if not because it was asked to. Returns what nobody will read any more.
-    pub(crate) fn close(&self, dead: bool) -> Vec<Submission> {
+    /// The engine ends, by a death if not because it was asked to; the first death counts. Returns what nobody will read
+    /// any more.
+    pub(crate) fn close(&self, death: Option<String>) -> Vec<Submission> {
         let mut mailbox = self.lock();
         mailbox.closed = true;
-        if dead {
-            self.dead.store(true, Ordering::Release);
+        if let Some(reason) = death {
+            tracing::error!(reason, "the engine is dead");
+            // Nobody else sets it: who ends the engine holds the lock, and comes once but for a panic in the last moment.
+            let _ = self.death.set(reason.into());
         }
+        mailbox.asleep = false;
+        self.wake.notify_one();
+        self.closed.notify_all();
         self.idle.notify_waiters();
         std::mem::take(&mut mailbox.submissions)
+    }
+
+    fn wait_until_closed(&self) {
+        let mut mailbox = self.lock();
+        while !mailbox.closed {
+            mailbox = self.closed.wait(mailbox).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// A request left the queue: its first step was launched, or it ended before.
@@ -148,16 +169,17 @@ impl Shared {
         }
     }
 
-    pub(crate) fn is_dead(&self) -> bool {
-        self.dead.load(Ordering::Acquire)
+    pub(crate) fn death(&self) -> Option<&Arc<str>> {
+        self.death.get()
     }
 
     /// What a stream reports whose sender is gone without a last word.
     fn parting_error(&self) -> EngineError {
-        if self.is_dead() {
-            EngineError::EngineDead
-        } else {
-            EngineError::ShutDown
+        match self.death() {
+            Some(reason) => EngineError::EngineDead {
+                reason: Arc::clone(reason),
+            },
+            None => EngineError::ShutDown,
         }
     }
 
@@ -255,10 +277,9 @@ impl EngineHandle {
         let (sender, events) = mpsc::channel(request.num_scores() + request.stop.max_tokens as usize + 2);
         let mut mailbox = shared.lock();
         if mailbox.closed || mailbox.draining {
-            return Err(if shared.is_dead() {
-                SubmitError::Dead
-            } else {
-                SubmitError::ShuttingDown
+            return Err(match shared.death() {
+                Some(_) => SubmitError::Dead,
+                None => SubmitError::ShuttingDown,
             });
         }
         let submitted_at = Instant::now();
@@ -287,10 +308,16 @@ impl EngineHandle {
         })
     }
 
-    /// Whether the engine thread runs, or ended because it was asked to.
+    /// Whether the engine runs, or ended because it was asked to.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        !self.owner.shared.is_dead()
+        self.death().is_none()
+    }
+
+    /// Why nothing will run any more.
+    #[must_use]
+    pub fn death(&self) -> Option<&str> {
+        self.owner.shared.death().map(|reason| &**reason)
     }
 
     /// Whether new requests are refused because of [`drain`](Self::drain) or [`shutdown`](Self::shutdown).
@@ -311,7 +338,7 @@ impl EngineHandle {
             let mut notified = std::pin::pin!(shared.idle.notified());
             // Registered before the check, so that no notification falls between the two.
             notified.as_mut().enable();
-            if shared.stats.num_live.load(Ordering::Acquire) == 0 || shared.is_dead() {
+            if shared.stats.num_live.load(Ordering::Acquire) == 0 || shared.death().is_some() {
                 return;
             }
             notified.await;
@@ -319,18 +346,29 @@ impl EngineHandle {
     }
 
     /// Cuts every request off with [`EngineError::ShutDown`] and waits for the engine thread to end. Blocks: for the
-    /// step in flight, and for the executor to be dropped.
+    /// step in flight, and for the executor to be dropped. Does not wait for the thread of a dead engine, which may never
+    /// end.
     pub fn shutdown(&self) {
-        self.owner.shared.post(|mailbox| {
+        let shared = &self.owner.shared;
+        shared.post(|mailbox| {
             mailbox.draining = true;
             mailbox.shutdown = true;
         });
+        shared.wait_until_closed();
+        if shared.death().is_some() {
+            return;
+        }
         let thread = self.owner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread
             && thread.join().is_err()
         {
             tracing::error!("engine thread panicked while it ended");
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn take_thread(&self) -> Option<JoinHandle<()>> {
+        self.owner.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Present numbers, read without a message to the engine thread.

@@ -75,6 +75,7 @@ mod request;
 mod scheduler;
 mod sequence;
 mod stats;
+mod watchdog;
 
 pub use batch::{Batch, BlockId, FedToken, SampleRow, TokenHistory};
 pub use constraint::{Allowed, ConstraintError, MaskJob, MaskOutcome, TokenConstraint, TokenMask};

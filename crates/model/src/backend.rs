@@ -371,19 +371,22 @@ pub struct LastHidden<'a, B: Backend> {
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// Allocation failed.
-    #[error("out of device memory: {what} needs {needed_bytes} bytes, {free_bytes} are free")]
+    #[error("out of device memory: {what} needs {}, {free_bytes} are free", .needed_bytes.map_or_else(|| "more bytes than there are".to_owned(), |bytes| format!("{bytes} bytes")))]
     OutOfMemory {
         /// What was being allocated.
         what: &'static str,
-        /// Asked.
-        needed_bytes: u64,
+        /// Asked; `None` where the device does not say.
+        needed_bytes: Option<u64>,
         /// Available.
         free_bytes: u64,
     },
     /// The backend has no kernel for this shape or type.
     #[error("unsupported: {0}")]
     Unsupported(String),
-    /// The device reported an error.
-    #[error("device error")]
-    Device(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The device refused one call and goes on working.
+    #[error("the device refused a call")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The device failed: every later call fails too.
+    #[error("the device is lost")]
+    Lost(#[source] Box<dyn std::error::Error + Send + Sync>),
 }

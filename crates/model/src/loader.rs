@@ -17,9 +17,9 @@ const SCAN_AHEAD: usize = 2;
 pub struct LoadProgress {
     /// What is being done.
     pub phase: LoadPhase,
-    /// Bytes of this phase that are done.
+    /// Bytes of this phase that are done; of a warm-up, steps.
     pub done_bytes: u64,
-    /// Bytes of this phase in all.
+    /// The same of the whole phase.
     pub total_bytes: u64,
 }
 
@@ -30,6 +30,8 @@ pub enum LoadPhase {
     Weights,
     /// Scratch and KV cache are reserved.
     KvCache,
+    /// Steps run for the first time. Told before each.
+    WarmUp,
 }
 
 /// Why a checkpoint cannot be loaded.

@@ -57,6 +57,11 @@ pub struct MemoryPlan {
     pub scratch_bytes: u64,
     /// KV cache of all layers.
     pub kv_cache_bytes: u64,
+    /// What else the backend reserved: its own buffers, padding. Known once the scratch is in place, on a device that
+    /// nobody else uses.
+    pub backend_bytes: u64,
+    /// What recorded steps took. Known once they are recorded.
+    pub graph_bytes: u64,
     /// KV blocks.
     pub num_blocks: u32,
     /// Tokens of a block.
@@ -128,8 +133,8 @@ pub enum RunnerError {
         /// At most, or below.
         limit: usize,
     },
-    /// The device failed.
-    #[error("the device failed")]
+    /// The backend failed.
+    #[error(transparent)]
     Backend(#[from] BackendError),
 }
 
@@ -151,9 +156,11 @@ impl fmt::Display for MemoryPlan {
         let gib = |bytes: u64| bytes as f64 / GIB;
         write!(
             f,
-            "weights {:.2} GiB, scratch {:.2} GiB, KV cache {:.2} GiB in {} blocks of {} tokens; {:.2} of {:.2} GiB free",
+            "weights {:.2} GiB, scratch {:.2} GiB, backend {:.2} GiB, KV cache {:.2} GiB in {} blocks of {} tokens; {:.2} of {:.2} \
+             GiB free",
             gib(self.weight_bytes),
             gib(self.scratch_bytes),
+            gib(self.backend_bytes),
             gib(self.kv_cache_bytes),
             self.num_blocks,
             self.block_size,
@@ -200,6 +207,8 @@ impl MemoryPlan {
             weight_bytes,
             scratch_bytes,
             kv_cache_bytes: blocks * block_bytes,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: blocks as u32,
             block_size,
             kv_bytes_per_token,
@@ -211,7 +220,7 @@ impl MemoryPlan {
     /// All that is reserved.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.weight_bytes + self.scratch_bytes + self.kv_cache_bytes
+        self.weight_bytes + self.scratch_bytes + self.backend_bytes + self.kv_cache_bytes + self.graph_bytes
     }
 }
 
@@ -248,6 +257,7 @@ impl<B: Backend> ModelRunner<B> {
             error => RunnerError::Load(error),
         })?;
         let scratch = Scratch::alloc(&mut backend, model, limits).map_err(|error| plan.name_in(error))?;
+        plan.count_backend(&backend, config.kv_cache);
         plan.size_kv_cache(&backend, model, config.kv_cache);
         if plan.capacity_tokens() < limits.max_model_len as u64 && !matches!(config.kv_cache, KvCacheSize::Blocks(1..))
         {
@@ -270,16 +280,29 @@ impl<B: Backend> ModelRunner<B> {
             plan,
             warnings,
         };
-        runner.warm_up()?;
+        runner.warm_up(progress).map_err(|error| match error {
+            RunnerError::Backend(error) => runner.plan.name_in(error),
+            error => error,
+        })?;
         Ok(runner)
     }
 
     /// Runs the steps that the backend wants to have seen before the first request.
-    fn warm_up(&mut self) -> Result<(), RunnerError> {
-        for num_seqs in self.backend.operations_repeat() {
-            let num_seqs = num_seqs.min(self.limits.max_seqs).min(self.limits.max_tokens);
+    fn warm_up(&mut self, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), RunnerError> {
+        let sizes = self.backend.operations_repeat();
+        let free_bytes = self.backend.memory().free_bytes;
+        for (done, num_seqs) in sizes.iter().enumerate() {
+            progress(LoadProgress {
+                phase: LoadPhase::WarmUp,
+                done_bytes: done as u64,
+                total_bytes: sizes.len() as u64,
+            });
+            let num_seqs = (*num_seqs).min(self.limits.max_seqs).min(self.limits.max_tokens);
             self.run(&warm_up_batch(num_seqs, &self.plan), |_, _| Ok(()))?;
             self.backend.collect()?;
+        }
+        if !sizes.is_empty() {
+            self.plan.graph_bytes = free_bytes.saturating_sub(self.backend.memory().free_bytes);
         }
         Ok(())
     }
@@ -439,6 +462,8 @@ impl MemoryPlan {
             weight_bytes,
             scratch_bytes: Scratch::bytes(backend, model, limits),
             kv_cache_bytes: 0,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: 0,
             block_size,
             kv_bytes_per_token: 0,
@@ -456,9 +481,17 @@ impl MemoryPlan {
         let (what, free_bytes) = ("the model without its KV cache", self.device_free_bytes);
         Err(self.name_in(BackendError::OutOfMemory {
             what,
-            needed_bytes,
+            needed_bytes: Some(needed_bytes),
             free_bytes,
         }))
+    }
+
+    /// After weights and scratch are in place: what more is gone. Where others use the memory too, nobody can tell.
+    fn count_backend<B: Backend>(&mut self, backend: &B, size: KvCacheSize) {
+        if matches!(size, KvCacheSize::DeviceShare(_)) {
+            let taken = self.device_free_bytes.saturating_sub(backend.memory().free_bytes);
+            self.backend_bytes = taken.saturating_sub(self.weight_bytes + self.scratch_bytes);
+        }
     }
 
     /// After weights and scratch are in place, so that a share of the device counts what they really took.
@@ -494,7 +527,7 @@ impl MemoryPlan {
         }
         Err(self.name_in(BackendError::OutOfMemory {
             what: "the KV cache",
-            needed_bytes: self.kv_cache_bytes,
+            needed_bytes: Some(self.kv_cache_bytes),
             free_bytes,
         }))
     }
@@ -561,10 +594,10 @@ fn check_limit(what: &'static str, found: usize, limit: usize) -> Result<(), Run
     }
 }
 
-/// A device error leaves nothing to run on; everything else concerns one step.
+/// A lost device leaves nothing to run on; everything else concerns one step.
 fn executor_error(error: RunnerError) -> ExecutorError {
     match error {
-        RunnerError::Backend(BackendError::Device(_)) => ExecutorError::DeviceLost(Box::new(error)),
+        RunnerError::Backend(BackendError::Lost(cause)) => ExecutorError::DeviceLost(cause),
         error => ExecutorError::Step(Box::new(error)),
     }
 }
@@ -648,6 +681,8 @@ mod tests {
             weight_bytes: 9 * GIB,
             scratch_bytes: GIB,
             kv_cache_bytes: 0,
+            backend_bytes: 0,
+            graph_bytes: 0,
             num_blocks: 0,
             block_size: 16,
             kv_bytes_per_token: 0,
@@ -671,9 +706,11 @@ mod tests {
     }
 
     #[test]
-    fn only_a_device_error_ends_the_executor() {
-        let device = RunnerError::Backend(BackendError::Device("gone".into()));
-        assert!(matches!(executor_error(device), ExecutorError::DeviceLost(_)));
+    fn only_a_lost_device_ends_the_executor() {
+        let lost = RunnerError::Backend(BackendError::Lost("gone".into()));
+        assert!(matches!(executor_error(lost), ExecutorError::DeviceLost(_)));
+        let refused = RunnerError::Backend(BackendError::Refused("a grid".into()));
+        assert!(matches!(executor_error(refused), ExecutorError::Step(_)));
         let unsupported = RunnerError::Backend(BackendError::Unsupported("a shape".to_owned()));
         assert!(matches!(executor_error(unsupported), ExecutorError::Step(_)));
         let batch = RunnerError::BatchLimit {

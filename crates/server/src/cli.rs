@@ -189,6 +189,11 @@ pub struct Settings {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub enforce_eager: Option<bool>,
 
+    /// A step that takes longer, in the warm-up too, ends the process with exit code 3; 0 waits for ever
+    /// [default: 60s on a GPU, 0 on a CPU].
+    #[arg(long, value_name = "TIME")]
+    pub step_timeout: Option<Span>,
+
     /// Alternatives a request may ask for at each token [default: 20].
     #[arg(long, value_name = "N")]
     pub max_logprobs: Option<u32>,
@@ -449,6 +454,7 @@ impl Settings {
             kv_cache_memory_bytes: None,
             gpu_memory_utilization: Some(0.9),
             enforce_eager: Some(false),
+            step_timeout: None,
             max_logprobs: Some(20),
             trust_request_chat_template: Some(false),
             enable_prompt_tokens_details: Some(true),

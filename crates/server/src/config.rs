@@ -103,6 +103,8 @@ pub struct SchedulingConfig {
     pub gpu_memory_utilization: f64,
     /// Whether a GPU launches every kernel anew.
     pub enforce_eager: bool,
+    /// A step that takes longer is given up, and with it the process; zero waits for ever, absent: the device decides.
+    pub step_timeout: Option<Duration>,
 }
 
 /// The listener and its end.
@@ -542,6 +544,7 @@ impl SchedulingConfig {
             kv_cache_memory_bytes: settings.kv_cache_memory_bytes.map(|size| size.0),
             gpu_memory_utilization: given(settings.gpu_memory_utilization),
             enforce_eager: given(settings.enforce_eager),
+            step_timeout: settings.step_timeout.map(|span| span.0),
         };
         require(config.max_num_seqs != Some(0), "max-num-seqs", "must be at least 1")?;
         require(

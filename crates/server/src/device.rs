@@ -1,5 +1,7 @@
 //! Which device the model runs on. The only place that knows which backends this program was built with.
 
+use std::time::Duration;
+
 use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{Engine, EngineConfig, EngineHandle, SpawnError};
 use lapidary_model::RunnerError;
@@ -118,6 +120,16 @@ impl Device {
             Self::Cpu(_) => (64, 512),
             #[cfg(feature = "cuda")]
             Self::Cuda(..) => (256, 4096),
+        }
+    }
+
+    /// After which a step is taken for one that hangs, where nothing else is said. The largest step of a GPU takes a few
+    /// seconds; nobody knows what that of a CPU takes.
+    pub(crate) fn default_step_timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(..) => Some(Duration::from_secs(60)),
         }
     }
 

@@ -114,7 +114,7 @@ pub(crate) enum ApiError {
     #[error("The server is shutting down.")]
     ShuttingDown,
     /// The engine is gone; only a restart helps.
-    #[error("The engine is not running.")]
+    #[error("The engine has failed and runs no requests until the server is restarted.")]
     EngineDead,
     /// Our fault. The cause is in the log, under the request's id.
     #[error("The server had an error while processing the request.")]
@@ -220,7 +220,7 @@ impl ApiError {
                 retry_after: after_queue(stats),
             },
             EngineError::ShutDown => Self::ShuttingDown,
-            EngineError::EngineDead => Self::EngineDead,
+            EngineError::EngineDead { .. } => Self::EngineDead,
         }
     }
 

@@ -39,6 +39,7 @@ mod lenient;
 pub mod lifecycle;
 pub mod load;
 pub mod logging;
+pub mod memory_plan;
 pub mod metrics;
 mod openai;
 mod openapi;

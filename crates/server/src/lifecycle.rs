@@ -1,6 +1,7 @@
 //! Where the process stands between exec and exit, readable from any probe without a lock that work could hold.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// What `/ready` answers with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +52,12 @@ pub struct Lifecycle {
     phase: AtomicU8,
     done: AtomicU64,
     total: AtomicU64,
+    epoch: Instant,
+    /// Milliseconds after `epoch` by which the phase must go on; [`NEVER`].
+    overdue_at: AtomicU64,
 }
+
+const NEVER: u64 = u64::MAX;
 
 impl Default for Lifecycle {
     fn default() -> Self {
@@ -59,6 +65,8 @@ impl Default for Lifecycle {
             phase: AtomicU8::new(Phase::LoadingWeights as u8),
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
+            epoch: Instant::now(),
+            overdue_at: AtomicU64::new(NEVER),
         }
     }
 }
@@ -70,11 +78,25 @@ impl Lifecycle {
         Phase::ALL[usize::from(self.phase.load(Ordering::Acquire))]
     }
 
-    /// Enters a phase; its progress starts at 0.
+    /// Enters a phase; its progress starts at 0, and it may take its time.
     pub fn enter(&self, phase: Phase) {
+        self.expect_progress_within(None);
         self.done.store(0, Ordering::Relaxed);
         self.total.store(0, Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    /// From now on the phase must go on, or expect something else, within this time; `None`: it may take its time.
+    pub fn expect_progress_within(&self, limit: Option<Duration>) {
+        let at = limit.and_then(|limit| u64::try_from((self.epoch.elapsed() + limit).as_millis()).ok());
+        self.overdue_at.store(at.unwrap_or(NEVER), Ordering::Release);
+    }
+
+    /// Whether the progress that was expected did not come in time.
+    #[must_use]
+    pub fn is_overdue(&self) -> bool {
+        let at = self.overdue_at.load(Ordering::Acquire);
+        at != NEVER && self.epoch.elapsed() > Duration::from_millis(at)
     }
 
     /// Bytes done of the phase's total.

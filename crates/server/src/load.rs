@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use lapidary_engine::{EngineConfig, EngineHandle, SpawnError, TokenId};
 use lapidary_model::{
-    Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, MemoryPlan, ModelRunner,
-    RunnerConfig, RunnerError,
+    Backend, Checkpoint, CheckpointError, ConfigOverrides, KvCacheSize, LoadPhase, ModelRunner, RunnerConfig,
+    RunnerError,
 };
 use lapidary_text::{ChatTemplate, SystemRole, TemplateError, Tokenizer, TokenizerError};
 
@@ -19,9 +19,9 @@ use crate::fingerprint::fingerprint;
 use crate::grammar::Grammars;
 use crate::hub::{self, HubError};
 use crate::lifecycle::Phase;
+use crate::memory_plan::{self, Shortage};
 use crate::progress::Progress;
 use crate::state::{AppState, SamplingDefaults, ServedModel};
-use crate::units::ByteSize;
 
 /// Length of an answer with its prompt that the KV cache is sized for when nothing else is said: chats are rarely longer.
 const TYPICAL_SEQUENCE_TOKENS: u64 = 2048;
@@ -93,7 +93,10 @@ pub enum LoadError {
 /// Why the engine's executor cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Weights or memory.
+    /// Too little memory.
+    #[error("{0}")]
+    Memory(Box<Shortage>),
+    /// Weights or the device.
     #[error(transparent)]
     Runner(#[from] RunnerError),
     /// The model is loaded and computes nonsense.
@@ -263,6 +266,8 @@ fn start_engine(
     let model_len = checkpoint.config().max_position_embeddings as u32;
     let max_model_len = config.load.max_model_len.unwrap_or(model_len);
     let (max_num_seqs, max_num_batched_tokens) = scheduling.batch_limits(device.default_batch());
+    let step_timeout = scheduling.step_timeout.or(device.default_step_timeout());
+    let step_timeout = step_timeout.filter(|limit| !limit.is_zero());
     let engine_config = EngineConfig {
         max_num_batched_tokens,
         max_num_seqs,
@@ -270,6 +275,7 @@ fn start_engine(
         max_queued_requests: scheduling.max_num_queued_reqs,
         max_queued_tokens: scheduling.max_num_queued_tokens,
         enable_prefix_caching: scheduling.enable_prefix_caching,
+        step_timeout,
     };
     let runner = RunnerConfig {
         max_num_batched_tokens: max_num_batched_tokens as usize,
@@ -287,6 +293,7 @@ fn start_engine(
         checkpoint,
         runner,
         warm_up,
+        step_timeout,
         state,
     };
     device.spawn(engine_config, start).map_err(|error| match error {
@@ -300,25 +307,43 @@ pub(crate) struct StartRunner {
     checkpoint: Checkpoint,
     runner: RunnerConfig,
     warm_up: Vec<TokenId>,
+    step_timeout: Option<Duration>,
     state: AppState,
 }
 
 impl StartRunner {
     /// Loads the weights and proves that the model computes.
     pub(crate) fn run<B: Backend>(self, backend: B) -> Result<ModelRunner<B>, StartError> {
-        let progress = Progress::start(&self.state, Phase::LoadingWeights);
-        let mut runner = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| {
-            if step.phase == LoadPhase::Weights {
-                progress.set(step.done_bytes, step.total_bytes);
+        let lifecycle = &self.state.lifecycle;
+        let mut progress = Some(Progress::start(&self.state, Phase::LoadingWeights));
+        let loaded = ModelRunner::load(backend, &self.checkpoint, self.runner, &mut |step| match step.phase {
+            LoadPhase::Weights => {
+                if let Some(progress) = &progress {
+                    progress.set(step.done_bytes, step.total_bytes);
+                }
             }
-        })?;
+            LoadPhase::KvCache => {}
+            LoadPhase::WarmUp => {
+                if progress.take().is_some() {
+                    lifecycle.enter(Phase::WarmingUp);
+                }
+                lifecycle.set_progress(step.done_bytes, step.total_bytes);
+                lifecycle.expect_progress_within(self.step_timeout);
+            }
+        });
         drop(progress);
+        let mut runner = loaded.map_err(|error| match Shortage::of(&error, self.runner) {
+            Some(shortage) => StartError::Memory(Box::new(shortage)),
+            None => StartError::Runner(error),
+        })?;
         for warning in runner.warnings() {
             tracing::warn!("{warning}");
         }
-        log_memory_plan(runner.memory_plan());
-        self.state.lifecycle.enter(Phase::WarmingUp);
+        memory_plan::log(runner.memory_plan());
+        lifecycle.enter(Phase::WarmingUp);
+        lifecycle.expect_progress_within(self.step_timeout);
         check_logits(&mut runner, &self.warm_up)?;
+        lifecycle.expect_progress_within(None);
         Ok(runner)
     }
 }
@@ -344,22 +369,6 @@ fn shared_kv_cache_size(
         wanted: longest.max(u64::from(max_num_seqs) * typical),
         free_share: 0.5,
     }
-}
-
-fn log_memory_plan(plan: &MemoryPlan) {
-    let rows = [
-        ("weights", plan.weight_bytes),
-        ("scratch", plan.scratch_bytes),
-        ("kv cache", plan.kv_cache_bytes),
-        ("total", plan.total_bytes()),
-        ("free before loading", plan.device_free_bytes),
-        ("device", plan.device_total_bytes),
-    ];
-    for (what, bytes) in rows {
-        tracing::info!("memory plan: {what:<20}{:>12}", ByteSize(bytes));
-    }
-    let (tokens, per_token) = (plan.capacity_tokens(), ByteSize(plan.kv_bytes_per_token));
-    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, "kv cache");
 }
 
 /// A checkpoint with wrong scales loads without complaint and answers garbage: better found before the first client.
@@ -468,6 +477,7 @@ mod tests {
             kv_cache_memory_bytes,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,
+            step_timeout: None,
         };
         let wanted = |wanted| KvCacheSize::Tokens {
             wanted,

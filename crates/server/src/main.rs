@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use lapidary_server::bench::{self, BenchArgs};
@@ -13,6 +14,8 @@ use lapidary_server::serve;
 
 /// The command line or a setting is at fault, as clap has it.
 const USAGE_ERROR: u8 = 2;
+/// Time for an exit after a failure.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     match Cli::parse().command {
@@ -56,11 +59,26 @@ fn run_serve(args: &ServeArgs) -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if log_format == LogFormat::Json => {
-            tracing::error!(error = format!("{:#}", CauseChain(&error)), "failed");
-            ExitCode::FAILURE
+        Err(error) => {
+            abort_if_exit_hangs();
+            let code = error.exit_code();
+            if log_format == LogFormat::Json {
+                tracing::error!(error = format!("{:#}", CauseChain(&error)), "failed");
+                return ExitCode::from(code);
+            }
+            fail(&error, code)
         }
-        Err(error) => fail(&error, 1),
+    }
+}
+
+/// The driver of a device that hangs may wait for it as the process exits.
+fn abort_if_exit_hangs() {
+    let spawned = std::thread::Builder::new().spawn(|| {
+        std::thread::sleep(EXIT_TIMEOUT);
+        std::process::abort();
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "nobody watches over the exit");
     }
 }
 

@@ -69,6 +69,7 @@ mod tests {
     use crate::error::ApiError;
     use crate::lifecycle::Phase;
     use crate::metrics::Metrics;
+    use crate::probes::STALLED;
     use crate::state::Limits;
 
     /// Without `options`, which browsers may ask of every path.
@@ -155,9 +156,10 @@ mod tests {
         for sample in ApiError::samples() {
             assert!(kinds.contains(&json!(sample.kind())), "{sample}");
         }
-        let phases: Vec<_> = Phase::ALL.iter().map(|phase| phase.as_str()).collect();
+        let phases = Phase::ALL.iter().map(|phase| phase.as_str());
+        let statuses: Vec<_> = phases.chain([STALLED]).collect();
         let status = &document["components"]["schemas"]["Readiness"]["properties"]["status"]["enum"];
-        assert_eq!(*status, json!(phases));
+        assert_eq!(*status, json!(statuses));
     }
 
     #[test]

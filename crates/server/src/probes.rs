@@ -9,49 +9,74 @@ use serde::Serialize;
 use crate::lifecycle::Phase;
 use crate::state::AppState;
 
-/// What `/ready` says.
+/// The status of a server whose engine has not ended a step for long.
+pub(crate) const STALLED: &str = "stalled";
+
+/// What `/ready` says, and the others when they fail.
 #[derive(Serialize)]
 struct Readiness {
     status: &'static str,
     progress: Option<f64>,
+    /// What is wrong with the engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
 }
 
-/// `GET /live`: would a restart help? Loading and draining are alive.
-pub(crate) async fn live(State(state): State<AppState>) -> StatusCode {
-    if state.lifecycle.phase() == Phase::Failed || state.is_engine_dead() {
-        StatusCode::SERVICE_UNAVAILABLE
-    } else {
-        StatusCode::OK
+impl Readiness {
+    fn of(state: &AppState) -> Self {
+        let phase = state.lifecycle.phase();
+        let (status, error) = if let Some(reason) = state.engine_death() {
+            (Phase::Failed.as_str(), Some(reason.to_owned()))
+        } else if let Some(since) = state.engine_stall().filter(|_| phase == Phase::Ready) {
+            (STALLED, Some(format!("no step has ended for {since:.0?}")))
+        } else {
+            (phase.as_str(), None)
+        };
+        let progress = match phase {
+            _ if error.is_some() => None,
+            Phase::Ready => Some(1.0),
+            _ => state.lifecycle.progress(),
+        };
+        Self {
+            status,
+            progress,
+            error,
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.status == Phase::Ready.as_str()
+    }
+
+    fn refuse(self) -> Response {
+        (StatusCode::SERVICE_UNAVAILABLE, Json(self)).into_response()
+    }
+}
+
+/// `GET /live`: would a restart help? Loading and draining are alive, and a stall may end by itself.
+pub(crate) async fn live(State(state): State<AppState>) -> Response {
+    let readiness = Readiness::of(&state);
+    match readiness.status == Phase::Failed.as_str() {
+        true => readiness.refuse(),
+        false => StatusCode::OK.into_response(),
     }
 }
 
 /// `GET /ready`: should traffic come here?
 pub(crate) async fn ready(State(state): State<AppState>) -> Response {
-    let phase = if state.is_engine_dead() {
-        Phase::Failed
-    } else {
-        state.lifecycle.phase()
-    };
-    let progress = match phase {
-        Phase::Ready => Some(1.0),
-        _ => state.lifecycle.progress(),
-    };
-    (
-        health(State(state)).await,
-        Json(Readiness {
-            status: phase.as_str(),
-            progress,
-        }),
-    )
-        .into_response()
+    let readiness = Readiness::of(&state);
+    match readiness.is_ready() {
+        true => Json(readiness).into_response(),
+        false => readiness.refuse(),
+    }
 }
 
 /// `GET /health`: 200 only if requests are served and the engine makes progress. The one probe that peers have.
-pub(crate) async fn health(State(state): State<AppState>) -> StatusCode {
-    if state.lifecycle.phase() == Phase::Ready && state.is_engine_well() {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
+pub(crate) async fn health(State(state): State<AppState>) -> Response {
+    let readiness = Readiness::of(&state);
+    match readiness.is_ready() {
+        true => StatusCode::OK.into_response(),
+        false => readiness.refuse(),
     }
 }
 

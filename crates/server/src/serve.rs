@@ -3,7 +3,7 @@
 //! The listener is up before the model is loaded, so that probes are answered from the first second. The end comes in
 //! one of four ways: a signal and a drain (exit 0), a drain that ran out of time or was cut short by a second signal,
 //! a model that cannot be loaded, or an engine that died; the last three exit non-zero, so that an orchestrator
-//! restarts the process.
+//! restarts the process. [`ServeError::exit_code`] tells an engine's death from the others.
 
 mod listener;
 mod reload;
@@ -70,12 +70,32 @@ pub enum ServeError {
     /// A bug in loading.
     #[error("loading the model panicked")]
     LoadPanicked,
+    /// A step of the warm-up does not end.
+    #[error("a step of the warm-up took longer than the step timeout: the device hangs")]
+    WarmUpHangs,
     /// Nothing will run any more.
-    #[error("the engine died; the log above says why")]
-    EngineDied,
+    #[error("the engine died: {reason}")]
+    EngineDied {
+        /// Device error, panic or step that did not end.
+        reason: String,
+    },
     /// Requests were still running when the time was up, or a second signal came.
     #[error("the drain was cut short: requests in flight were ended with an error")]
     CutShort,
+}
+
+/// The device or the engine failed, which another process may have better luck with.
+const ENGINE_DIED: u8 = 3;
+
+impl ServeError {
+    /// What the process should exit with: 3 where the engine died or hangs, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::EngineDied { .. } | Self::WarmUpHangs => ENGINE_DIED,
+            _ => 1,
+        }
+    }
 }
 
 /// Serves until a signal ends it.
@@ -132,6 +152,10 @@ pub async fn serve_on(
             tracing::info!("stopped before the model was loaded");
             return Ok(());
         }
+        () = overdue(&state) => {
+            state.lifecycle.enter(Phase::Failed);
+            return Err(ServeError::WarmUpHangs);
+        }
     };
     match loaded {
         Ok(Ok(model)) => run(&state, publish(&state, model, started), connections, &mut signals, http).await,
@@ -177,18 +201,28 @@ async fn run(
 ) -> Result<(), ServeError> {
     tokio::select! {
         signal = signals.next() => drain(state, model, connections, signals, Grace::after(signal, http)).await,
-        () = engine_death(model) => {
+        reason = engine_death(model) => {
             state.lifecycle.enter(Phase::Failed);
-            tracing::error!("the engine died; exiting so that the process is restarted");
+            tracing::info!(code = ENGINE_DIED, "exiting, so that the process is restarted");
             // Clients whose streams just failed get to read so.
             let _ = timeout(LAST_WORDS_TIMEOUT, connections.close()).await;
-            Err(ServeError::EngineDied)
+            Err(ServeError::EngineDied { reason })
         }
     }
 }
 
-async fn engine_death(model: &ServedModel) {
-    while model.engine.is_alive() {
+async fn engine_death(model: &ServedModel) -> String {
+    loop {
+        if let Some(reason) = model.engine.death() {
+            return reason.to_owned();
+        }
+        sleep(WATCH_INTERVAL).await;
+    }
+}
+
+/// Waits for a step of the warm-up that does not end.
+async fn overdue(state: &AppState) {
+    while !state.lifecycle.is_overdue() {
         sleep(WATCH_INTERVAL).await;
     }
 }
@@ -251,10 +285,10 @@ async fn drain(
 
 /// All connections are closed. Where the engine died, that is because their requests failed.
 fn drained(state: &AppState, model: &ServedModel) -> Result<(), ServeError> {
-    if !model.engine.is_alive() {
+    if let Some(reason) = model.engine.death() {
         state.lifecycle.enter(Phase::Failed);
-        tracing::error!("the engine died during the drain");
-        return Err(ServeError::EngineDied);
+        let reason = reason.to_owned();
+        return Err(ServeError::EngineDied { reason });
     }
     tracing::info!("drained");
     Ok(())

@@ -113,17 +113,16 @@ impl AppState {
         acquired.expect("the semaphore is never closed")
     }
 
-    pub(crate) fn is_engine_dead(&self) -> bool {
-        self.model.get().is_some_and(|model| !model.engine.is_alive())
+    /// Why nothing will run any more.
+    pub(crate) fn engine_death(&self) -> Option<&str> {
+        self.model.get()?.engine.death()
     }
 
-    /// Alive, and not stuck in a step.
-    pub(crate) fn is_engine_well(&self) -> bool {
-        self.model.get().is_some_and(|model| {
-            let heartbeat = model.engine.heartbeat();
-            let is_stuck = heartbeat.busy && heartbeat.since_progress > self.limits.engine_stall;
-            model.engine.is_alive() && !is_stuck
-        })
+    /// Since when the engine is stuck in a step.
+    pub(crate) fn engine_stall(&self) -> Option<Duration> {
+        let heartbeat = self.model.get()?.engine.heartbeat();
+        let is_stuck = heartbeat.busy && heartbeat.since_progress > self.limits.engine_stall;
+        is_stuck.then_some(heartbeat.since_progress)
     }
 }
 

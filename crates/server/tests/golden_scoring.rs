@@ -59,7 +59,12 @@ fn serve(case: &Path) -> Server {
     };
     let build = move || {
         let isa = Isa::detect();
-        let backend = Cpu::new(CpuConfig { threads: 1, isa }).unwrap();
+        let backend = Cpu::new(CpuConfig {
+            threads: 1,
+            isa,
+            ..CpuConfig::default()
+        })
+        .unwrap();
         ModelRunner::load(backend, &checkpoint, config, &mut |_| ())
     };
     let engine = Engine::spawn(limits, build).unwrap();

@@ -19,6 +19,8 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+/// For steps that do not end.
+const PATIENCE: Duration = Duration::from_millis(50);
 /// A streamed answer.
 const REQUEST: &str = r#"{"model":"tiny","prompt":"hello","stream":true,"ignore_eos":true,"max_tokens":100}"#;
 
@@ -67,7 +69,14 @@ async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
     };
     assert!(answer.contains("data: {\"error\":{"), "{answer}");
     let ended = timeout(DEADLINE, serving).await.unwrap().unwrap();
-    assert!(matches!(ended, Err(ServeError::EngineDied)), "{ended:?}");
+    let error = ended.unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("the engine died: step 3 of 1 requests: device lost"),
+        "{error}"
+    );
+    assert_eq!(error.exit_code(), 3);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }
 
@@ -95,7 +104,7 @@ async fn an_engine_that_dies_during_a_drain_is_no_clean_end() {
     let answer = read_answer(&mut client).await;
     assert!(answer.contains("data: {\"error\":{"), "{answer}");
     let ended = timeout(DEADLINE, serving).await.unwrap().unwrap();
-    assert!(matches!(ended, Err(ServeError::EngineDied)), "{ended:?}");
+    assert!(matches!(ended, Err(ServeError::EngineDied { .. })), "{ended:?}");
 }
 
 #[tokio::test]
@@ -111,6 +120,58 @@ async fn a_model_that_cannot_be_loaded_ends_the_process() {
     let serving = serve_on(listener, &http, server.state.clone(), |_| Err(LoadError::NoTokenizer));
     let ended = timeout(DEADLINE, serving).await.unwrap();
     assert!(matches!(ended, Err(ServeError::Load(_))), "{ended:?}");
+    assert_eq!(ended.unwrap_err().exit_code(), 1);
+}
+
+#[tokio::test]
+async fn a_step_that_does_not_end_ends_the_process_after_its_clients_were_told() {
+    let _alone = PROCESS.lock().await;
+    let (mut setup, gate) = Setup::default().gated();
+    setup.engine.step_timeout = Some(PATIENCE);
+    setup.is_loaded = false;
+    let server = setup.start();
+    let listener = Listener::bind(&http()).await.unwrap();
+    let address = listener.local_address();
+    let model = served(tokenizer().into(), server.engine.clone());
+    let (state, http) = (server.state.clone(), http());
+    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    wait_for(&server.state, Phase::Ready).await;
+
+    let mut client = TcpStream::connect(address).await.unwrap();
+    for _ in 0..3 {
+        gate.send(()).unwrap();
+    }
+    send_request(&mut client).await;
+    let answer = read_answer(&mut client).await;
+    assert!(answer.contains("\"code\":\"engine_dead\""), "{answer}");
+    let error = timeout(DEADLINE, serving).await.unwrap().unwrap().unwrap_err();
+    assert!(error.to_string().contains("step timeout"), "{error}");
+    assert_eq!(error.exit_code(), 3);
+}
+
+#[tokio::test]
+async fn a_warm_up_that_does_not_end_ends_the_process() {
+    let _alone = PROCESS.lock().await;
+    let server = Setup {
+        is_loaded: false,
+        ..Setup::default()
+    }
+    .start();
+    let listener = Listener::bind(&http()).await.unwrap();
+    let http = http();
+    let (started, hangs) = std::sync::mpsc::channel::<()>();
+    let serving = serve_on(listener, &http, server.state.clone(), move |state| {
+        state.lifecycle.enter(Phase::WarmingUp);
+        state.lifecycle.expect_progress_within(Some(PATIENCE));
+        assert!(hangs.recv().is_err(), "nothing comes");
+        Err(LoadError::NoTokenizer)
+    });
+    let ended = timeout(DEADLINE, serving).await.unwrap();
+    drop(started);
+    let error = ended.unwrap_err();
+    assert!(matches!(error, ServeError::WarmUpHangs), "{error:?}");
+    assert_eq!(error.exit_code(), 3);
+    assert_eq!(server.state.lifecycle.phase(), Phase::Failed);
 }
 
 async fn wait_for(state: &AppState, phase: Phase) {

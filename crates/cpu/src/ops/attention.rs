@@ -11,10 +11,14 @@ use lapidary_model::{ActivationScheme, AttentionConfig};
 
 use super::elementwise::On;
 use super::linear::dot_rows;
+use crate::backend::Storage;
 use crate::math;
 use crate::plan::{Plan, Tile};
 use crate::simd::{Buffer, F32, Fma, Kernel, LANES, Simd};
 use crate::tensor::{Activation, KvLayer, Tensor};
+
+/// Exponents up to this, and sums of their powers, are far from the end of f32.
+const MAX_EXPONENT: f32 = 64.0;
 
 /// Tokens of a sequence that one task attends for.
 pub(crate) const TILE_TOKENS: usize = 8;
@@ -103,6 +107,7 @@ pub(crate) fn attention(
             inputs,
             kv_head,
             tile,
+            storage: on.storage,
             scratch: &mut scratch,
             out,
         });
@@ -111,6 +116,9 @@ pub(crate) fn attention(
     on.fill_rows(out, num_tokens, scheme, |token: usize, row: &mut [f32]| {
         for (kv_head, row) in row.chunks_exact_mut(width).enumerate() {
             row.copy_from_slice(&heads[(kv_head * num_tokens + token) * width..][..width]);
+        }
+        if scheme == ActivationScheme::Fp8Token {
+            on.storage.round(row);
         }
     });
 }
@@ -127,6 +135,7 @@ struct AttendTile<'a> {
     inputs: Inputs<'a>,
     kv_head: usize,
     tile: Tile,
+    storage: Storage,
     scratch: &'a mut AttentionScratch,
     /// `[tile tokens, group * head_dim]`
     out: &'a mut [f32],
@@ -238,7 +247,7 @@ impl AttendTile<'_> {
         for query in 0..num_queries {
             let (from, to) = self.visible(query);
             let scores = &mut self.scratch.scores[query * span..][from - begin..to - begin];
-            self.scratch.totals[query] = softmax_weights(scores, config.scale, config.softcap);
+            self.scratch.totals[query] = softmax_weights(scores, config.scale, config.softcap, self.storage);
         }
     }
 
@@ -278,15 +287,20 @@ impl AttendTile<'_> {
 
 /// Turns products into unnormalised softmax weights, and returns their sum.
 #[inline(always)]
-fn softmax_weights(scores: &mut [f32], scale: f32, softcap: Option<f32>) -> f32 {
+fn softmax_weights(scores: &mut [f32], scale: f32, softcap: Option<f32>, storage: Storage) -> f32 {
     match softcap {
         Some(cap) => scores
             .iter_mut()
             .for_each(|score| *score = math::softcap(*score * scale, cap)),
         None => scores.iter_mut().for_each(|score| *score *= scale),
     }
-    let max = math::max_of(scores);
+    let max = match (storage, softcap) {
+        // Where weights are rounded it matters what to; kernels leave capped scores as they are.
+        (Storage::Bf16, Some(cap)) if cap <= MAX_EXPONENT => 0.0,
+        _ => math::max_of(scores),
+    };
     scores.iter_mut().for_each(|score| *score = math::exp(*score - max));
+    storage.round(scores);
     math::sum_of(scores, |weight| weight)
 }
 

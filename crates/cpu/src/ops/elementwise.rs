@@ -3,6 +3,7 @@
 use lapidary_model::ActivationScheme;
 
 use super::rows_per_task;
+use crate::backend::Storage;
 use crate::math;
 use crate::parallel::Pool;
 use crate::simd::{Dispatch, Kernel, Simd};
@@ -13,6 +14,7 @@ use crate::tensor::{Activation, ActivationRow, Norm, Tensor};
 pub(crate) struct On<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) dispatch: Dispatch,
+    pub(crate) storage: Storage,
 }
 
 impl On<'_> {
@@ -29,9 +31,17 @@ impl On<'_> {
                     cols,
                     scheme,
                     to_pairs,
+                    storage: self.storage,
                     fill,
                 });
             });
+    }
+
+    /// Leaves the first `num_rows` rows of `tensor` as they are stored.
+    pub(crate) fn store_rows(self, tensor: &mut Tensor, num_rows: usize) {
+        if self.storage != Storage::F32 {
+            self.update_rows(tensor, num_rows, |_: usize, row: &mut [f32]| self.storage.round(row));
+        }
     }
 
     /// Updates the first `num_rows` rows of `tensor` by `update`.
@@ -72,6 +82,7 @@ struct FillRows<'a, F> {
     cols: usize,
     scheme: ActivationScheme,
     to_pairs: bool,
+    storage: Storage,
     fill: F,
 }
 
@@ -82,6 +93,9 @@ impl<F: RowOp> Kernel for FillRows<'_, F> {
     fn run<S: Simd>(self, _: S) {
         for (index, row) in self.rows.iter_mut().enumerate() {
             self.fill.apply(self.first + index, &mut row.values[..self.cols]);
+            if self.scheme == ActivationScheme::None {
+                self.storage.round(&mut row.values[..self.cols]);
+            }
             row.quantize(self.cols, self.scheme, self.to_pairs);
         }
     }

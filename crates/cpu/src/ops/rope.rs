@@ -4,6 +4,7 @@ use lapidary_model::AttentionConfig;
 
 use super::attention::Geometry;
 use super::elementwise::{On, RowOp};
+use crate::backend::Storage;
 use crate::plan::Plan;
 use crate::tensor::{KvLayer, Tensor};
 
@@ -59,12 +60,14 @@ struct Rotate<'a> {
     table: &'a RopeTable,
     positions: &'a [u32],
     len: usize,
+    storage: Storage,
 }
 
 impl RowOp for Rotate<'_> {
     #[inline(always)]
     fn apply(self, row: usize, heads: &mut [f32]) {
         self.table.rotate(self.positions[row] as usize, &mut heads[..self.len]);
+        self.storage.round(&mut heads[..self.len]);
     }
 }
 
@@ -93,6 +96,7 @@ pub(crate) fn rope_append(
             table,
             positions,
             len: first_value,
+            storage: on.storage,
         },
     );
     let block_size = kv.block_size;

@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use cudarc::driver::{DriverError, result, sys};
 use lapidary_model::{BackendError, MemoryInfo};
 
+use super::fault::{Fault, failed};
 use super::{Device, DevicePtr, GraphId, Grid, Kernel, READBACK_BYTES, Readback, images};
 
 /// CUDA 13.0: what the kernels are compiled for.
@@ -154,24 +155,25 @@ struct Slot {
 impl Slot {
     fn new(bytes: usize) -> Result<Self, BackendError> {
         // SAFETY: a plain allocation; cached, because the host also reads such memory.
-        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(device_error)?;
+        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(failed("allocating pinned host memory"))?;
         let memory = NonNull::new(memory.cast()).ok_or(BackendError::OutOfMemory {
             what: "pinned host memory",
-            needed_bytes: bytes as u64,
+            needed_bytes: Some(bytes as u64),
             free_bytes: 0,
         })?;
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(device_error)?;
+        let event =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("creating an event"))?;
         Ok(Self { memory, bytes, event })
     }
 
-    fn wait(&self) -> Result<(), BackendError> {
+    fn wait(&self, doing: &'static str) -> Result<(), BackendError> {
         // SAFETY: the event lives as long as the slot; one never recorded is complete.
-        unsafe { result::event::synchronize(self.event) }.map_err(device_error)
+        unsafe { result::event::synchronize(self.event) }.map_err(failed(doing))
     }
 
     fn record(&self, stream: sys::CUstream) -> Result<(), BackendError> {
         // SAFETY: both live as long as the device.
-        unsafe { result::event::record(self.event, stream) }.map_err(device_error)
+        unsafe { result::event::record(self.event, stream) }.map_err(failed("recording an event"))
     }
 
     fn as_mut(&mut self) -> &mut [u8] {
@@ -221,16 +223,17 @@ impl Driver {
     /// The driver refused.
     pub(crate) fn open(info: DeviceInfo) -> Result<Self, BackendError> {
         use sys::CUdevice_attribute as Attribute;
-        let device = result::device::get(info.ordinal as i32).map_err(device_error)?;
+        let device = result::device::get(info.ordinal as i32).map_err(failed("finding the GPU"))?;
         // SAFETY: the device exists.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(device_error)?;
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("opening the GPU"))?;
         // SAFETY: just retained.
-        unsafe { result::ctx::set_current(context) }.map_err(device_error)?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(device_error)?;
-        let multiprocessors =
-            attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(device_error)?;
+        unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("creating a stream"))?;
+        let multiprocessors = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(failed("asking what the GPU has"))?;
         let max_shared_bytes = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-            .map_err(device_error)?;
+            .map_err(failed("asking what the GPU has"))?;
         let modules = images::for_device(info.compute_capability)
             .iter()
             .map(load_module)
@@ -266,7 +269,7 @@ impl Driver {
         self.synchronize()?;
         for pointer in self.allocations.drain(mark..) {
             // SAFETY: owned, and nothing runs any more.
-            unsafe { result::free_sync(pointer) }.map_err(device_error)?;
+            unsafe { result::free_sync(pointer) }.map_err(failed("freeing memory"))?;
         }
         Ok(())
     }
@@ -282,19 +285,19 @@ impl Driver {
         let graph = self.end_capture(outcome.is_ok())?;
         outcome?;
         let graph = graph.expect("a kept capture is a graph");
-        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(device_error);
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("creating an event"));
         let (start, end) = (event()?, event()?);
         let mut times = Vec::new();
         // The first replay warms up.
         for _ in 0..=repeats {
             // SAFETY: event and stream are ours.
-            unsafe { result::event::record(start, self.stream) }.map_err(device_error)?;
+            unsafe { result::event::record(start, self.stream) }.map_err(failed("timing"))?;
             self.replay(graph)?;
             // SAFETY: as above.
-            unsafe { result::event::record(end, self.stream) }.map_err(device_error)?;
+            unsafe { result::event::record(end, self.stream) }.map_err(failed("timing"))?;
             self.synchronize()?;
             // SAFETY: both were recorded and have passed.
-            let milliseconds = unsafe { result::event::elapsed(start, end) }.map_err(device_error)?;
+            let milliseconds = unsafe { result::event::elapsed(start, end) }.map_err(failed("timing"))?;
             times.push(f64::from(milliseconds) * 1e3);
         }
         times.remove(0);
@@ -303,12 +306,12 @@ impl Driver {
     }
 
     fn find_function(&self, name: &'static str) -> Result<sys::CUfunction, BackendError> {
-        let c_name = CString::new(name).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let c_name = CString::new(name).map_err(|error| BackendError::Refused(Box::new(error)))?;
         for module in &self.modules {
             // SAFETY: modules live as long as the device.
             match unsafe { result::module::get_function(*module, c_name.clone()) } {
                 Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND => {}
-                found => return found.map_err(device_error),
+                found => return found.map_err(failed("looking for a kernel")),
             }
         }
         Err(BackendError::Unsupported(format!(
@@ -321,7 +324,7 @@ impl Driver {
         // SAFETY: the slot stays untouched until its event, recorded next, has passed.
         unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, slot.memory.as_ptr().cast(), bytes, self.stream) }
             .result()
-            .map_err(device_error)?;
+            .map_err(failed("copying to the device"))?;
         slot.record(self.stream)
     }
 }
@@ -333,12 +336,13 @@ fn load_module(image: &images::Image) -> Result<sys::CUmodule, BackendError> {
     // SAFETY: a whole image as nvcc wrote it; the driver copies it.
     unsafe { result::module::load_data(bytes.as_ptr().cast()) }.map_err(|error| {
         tracing::error!(file = image.file, arch = image.arch, "the driver refuses a kernel");
-        device_error(error)
+        failed("loading a kernel")(error)
     })
 }
 
-fn device_error(error: DriverError) -> BackendError {
-    BackendError::Device(Box::new(error))
+/// 0 where nothing can be asked any more.
+pub(super) fn free_bytes() -> u64 {
+    result::mem_get_info().map_or(0, |(free, _)| free as u64)
 }
 
 impl Device for Driver {
@@ -370,7 +374,7 @@ impl Device for Driver {
                 self.max_shared_bytes,
             )
         }
-        .map_err(device_error)?;
+        .map_err(failed("preparing a kernel"))?;
         Ok(Kernel {
             name,
             handle: function.cast_const().cast(),
@@ -387,22 +391,22 @@ impl Device for Driver {
             }
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(BackendError::OutOfMemory {
                 what,
-                needed_bytes: bytes as u64,
-                free_bytes: self.memory().free_bytes,
+                needed_bytes: Some(bytes as u64),
+                free_bytes: free_bytes(),
             }),
-            Err(error) => Err(device_error(error)),
+            Err(error) => Err(Fault::new(error.0, format!("allocating {what}")).into()),
         }
     }
 
     fn zero(&mut self, to: DevicePtr, bytes: usize) -> Result<(), BackendError> {
         // SAFETY: the caller names memory it reserved.
-        unsafe { result::memset_d8_async(to.0, 0, bytes, self.stream) }.map_err(device_error)
+        unsafe { result::memset_d8_async(to.0, 0, bytes, self.stream) }.map_err(failed("setting memory to zero"))
     }
 
     fn upload(&mut self, to: DevicePtr, bytes: &[u8]) -> Result<(), BackendError> {
         for (index, piece) in bytes.chunks(UPLOAD_BYTES).enumerate() {
             let slot = &mut self.uploads[self.next_upload];
-            slot.wait()?;
+            slot.wait("waiting for an earlier copy to the device")?;
             slot.as_mut()[..piece.len()].copy_from_slice(piece);
             self.copy_to_device(
                 to.offset(index * UPLOAD_BYTES),
@@ -428,7 +432,7 @@ impl Device for Driver {
         for (turn, start) in (0..bytes).step_by(piece).enumerate() {
             let count = piece.min(bytes - start);
             let slot = &mut self.staging[turn % STAGING_SLOTS];
-            slot.wait()?;
+            slot.wait("waiting for an earlier copy to the device")?;
             fill_in_parallel(&mut slot.as_mut()[..count], granule, &|offset, memory| {
                 fill(start + offset, memory)
             });
@@ -440,7 +444,7 @@ impl Device for Driver {
     fn download(&mut self, from: DevicePtr, bytes: &mut [u8]) -> Result<(), BackendError> {
         self.synchronize()?;
         // SAFETY: the caller names memory it reserved; the copy is over when the call returns.
-        unsafe { result::memcpy_dtoh_sync(bytes, from.0) }.map_err(device_error)
+        unsafe { result::memcpy_dtoh_sync(bytes, from.0) }.map_err(failed("copying from the device"))
     }
 
     fn start_readback(&mut self, from: DevicePtr, bytes: usize) -> Result<Readback, BackendError> {
@@ -455,14 +459,14 @@ impl Device for Driver {
         // SAFETY: the slot is not read before its event has passed, and is not reused while a step in flight owns it.
         unsafe { sys::cuMemcpyDtoHAsync_v2(slot.memory.as_ptr().cast(), from.0, bytes, self.stream) }
             .result()
-            .map_err(device_error)?;
+            .map_err(failed("copying from the device"))?;
         slot.record(self.stream)?;
         Ok(Readback(index))
     }
 
     fn finish_readback(&mut self, readback: Readback) -> Result<Vec<u8>, BackendError> {
         let slot = &mut self.readbacks[readback.0];
-        slot.wait()?;
+        slot.wait("waiting for a step's tokens")?;
         Ok(slot.as_mut()[..self.readback_bytes[readback.0]].to_vec())
     }
 
@@ -504,42 +508,50 @@ impl Device for Driver {
         }
         .result()
         .map_err(|error| {
-            tracing::error!(kernel = kernel.name, ?grid, "a launch failed");
-            device_error(error)
+            let Grid { blocks, shared_bytes } = grid;
+            let threads = kernel.threads;
+            let doing = format!(
+                "launching kernel `{}` of {blocks:?} blocks of {threads} threads, {shared_bytes} bytes of shared memory each",
+                kernel.name
+            );
+            Fault::new(error.0, doing).into()
         })
     }
 
     fn begin_capture(&mut self) -> Result<(), BackendError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is ours.
-        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(device_error)
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("beginning to record a step"))
     }
 
     fn end_capture(&mut self, keep: bool) -> Result<Option<GraphId>, BackendError> {
         // SAFETY: the stream is ours and captures.
-        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(device_error)?;
+        let graph = match unsafe { result::stream::end_capture(self.stream) } {
+            Err(error) if !keep && Fault::is_failed_capture(error) => return Ok(None),
+            ended => ended.map_err(failed("recording a step"))?,
+        };
         let id = if keep {
             // SAFETY: just captured.
-            let exec =
-                unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }.map_err(device_error)?;
+            let exec = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }
+                .map_err(failed("recording a step"))?;
             self.graphs.push(exec);
             Some(GraphId(self.graphs.len() - 1))
         } else {
             None
         };
         // SAFETY: an instance does not need the graph it was made from.
-        unsafe { result::graph::destroy(graph) }.map_err(device_error)?;
+        unsafe { result::graph::destroy(graph) }.map_err(failed("recording a step"))?;
         Ok(id)
     }
 
     fn replay(&mut self, graph: GraphId) -> Result<(), BackendError> {
         // SAFETY: both live as long as the device.
-        unsafe { result::graph::launch(self.graphs[graph.0], self.stream) }.map_err(device_error)
+        unsafe { result::graph::launch(self.graphs[graph.0], self.stream) }.map_err(failed("launching a recorded step"))
     }
 
     fn synchronize(&mut self) -> Result<(), BackendError> {
         // SAFETY: the stream is ours.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(device_error)
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("waiting for the device"))
     }
 }
 

@@ -116,7 +116,7 @@ impl Device for Emulator {
     }
 
     fn kernel(&mut self, name: &'static str, threads: u32) -> Result<Kernel, BackendError> {
-        let c_name = CString::new(name).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let c_name = CString::new(name).map_err(|error| BackendError::Refused(Box::new(error)))?;
         let (mut params_bytes, mut declared) = (0, 0);
         // SAFETY: the name is a C string, both results are written before it returns.
         let handle = unsafe { lapidary_emulator_kernel(c_name.as_ptr(), &raw mut params_bytes, &raw mut declared) };
@@ -132,7 +132,7 @@ impl Device for Emulator {
         if needed_bytes > free_bytes {
             return Err(BackendError::OutOfMemory {
                 what,
-                needed_bytes,
+                needed_bytes: Some(needed_bytes),
                 free_bytes,
             });
         }
@@ -199,7 +199,7 @@ impl Device for Emulator {
         params: *const c_void,
         params_bytes: usize,
     ) -> Result<(), BackendError> {
-        let c_name = CString::new(kernel.name).map_err(|error| BackendError::Device(Box::new(error)))?;
+        let c_name = CString::new(kernel.name).map_err(|error| BackendError::Refused(Box::new(error)))?;
         let (mut declared_bytes, mut threads) = (0, 0);
         // SAFETY: as in `kernel`.
         unsafe { lapidary_emulator_kernel(c_name.as_ptr(), &raw mut declared_bytes, &raw mut threads) };

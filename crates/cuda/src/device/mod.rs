@@ -11,12 +11,17 @@ use lapidary_model::{BackendError, MemoryInfo};
 mod driver;
 #[cfg(feature = "emulator")]
 mod emulator;
+mod fault;
+#[cfg(all(test, feature = "emulator"))]
+mod faulty;
 mod images;
 
 pub(crate) use driver::Driver;
 pub use driver::{DeviceInfo, Unavailable, devices};
 #[cfg(feature = "emulator")]
 pub(crate) use emulator::Emulator;
+#[cfg(all(test, feature = "emulator"))]
+pub(crate) use faulty::{Faulty, Next, Trouble};
 
 /// An address in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

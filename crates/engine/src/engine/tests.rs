@@ -305,16 +305,22 @@ fn a_failed_step_fails_its_requests_and_the_engine_goes_on() {
 #[test]
 fn a_lost_device_and_a_panic_end_every_stream_and_show() {
     let deaths = [
-        ScriptedConfig {
-            device_lost_at: Some(3),
-            ..depth(2)
-        },
-        ScriptedConfig {
-            panic_at: Some(3),
-            ..depth(1)
-        },
+        (
+            ScriptedConfig {
+                device_lost_at: Some(3),
+                ..depth(2)
+            },
+            "device lost: ",
+        ),
+        (
+            ScriptedConfig {
+                panic_at: Some(3),
+                ..depth(1)
+            },
+            "the engine thread panicked: ",
+        ),
     ];
-    for script in deaths {
+    for (script, expected) in deaths {
         let config = EngineConfig {
             max_num_seqs: 2,
             ..EngineConfig::default()
@@ -325,8 +331,11 @@ fn a_lost_device_and_a_panic_end_every_stream_and_show() {
             .collect();
         drop(gate);
         for stream in streams {
-            assert!(matches!(read(stream).1, Err(EngineError::EngineDead)));
-            assert!(!handle.is_alive());
+            let Err(EngineError::EngineDead { reason }) = read(stream).1 else {
+                panic!("the stream ends with the engine");
+            };
+            assert!(reason.contains(expected), "{reason}");
+            assert_eq!(handle.death(), Some(&*reason));
         }
         assert_eq!(handle.submit(Request::for_test([1], 1)).unwrap_err(), SubmitError::Dead);
         handle.shutdown();
@@ -336,6 +345,62 @@ fn a_lost_device_and_a_panic_end_every_stream_and_show() {
             (5, 0, 0)
         );
     }
+}
+
+#[test]
+fn a_step_that_does_not_end_ends_every_stream_in_time() {
+    let config = EngineConfig {
+        max_num_seqs: 2,
+        step_timeout: Some(Duration::from_millis(50)),
+        ..EngineConfig::default()
+    };
+    for max_steps_in_flight in [1, 2] {
+        let (handle, gate) = spawn_gated(config, depth(max_steps_in_flight));
+        let streams: Vec<_> = (0..5)
+            .map(|n| handle.submit(Request::for_test([n], 50)).unwrap())
+            .collect();
+        for _ in 0..3 {
+            gate.send(()).unwrap();
+        }
+        for stream in streams {
+            let Err(EngineError::EngineDead { reason }) = read(stream).1 else {
+                panic!("the stream ends with the engine");
+            };
+            assert!(reason.contains("launching a step took longer than the step timeout of 50ms"));
+        }
+        assert_eq!(handle.submit(Request::for_test([1], 1)).unwrap_err(), SubmitError::Dead);
+        let stats = handle.stats();
+        assert_eq!(
+            (stats.requests_failed, stats.num_queued, stats.queued_tokens),
+            (5, 0, 0)
+        );
+        // The thread still waits, and nobody waits for it; nor does it do harm when it comes back.
+        handle.shutdown();
+        let thread = handle.take_thread().unwrap();
+        drop(gate);
+        thread.join().unwrap();
+        assert_eq!(handle.stats().requests_failed, 5);
+    }
+}
+
+#[test]
+fn many_short_steps_are_no_long_one() {
+    let limit = Duration::from_millis(500);
+    let config = EngineConfig {
+        step_timeout: Some(limit),
+        ..EngineConfig::default()
+    };
+    let script = ScriptedConfig {
+        step_time: limit / 20,
+        ..depth(1)
+    };
+    let handle = spawn(config, script);
+    let started = Instant::now();
+    let (_, end) = read(handle.submit(Request::for_test([1], 60)).unwrap());
+    assert!(started.elapsed() > 2 * limit && end.is_ok(), "{end:?}");
+    // Nor is a pause.
+    std::thread::sleep(2 * limit);
+    assert!(read(handle.submit(Request::for_test([1], 1)).unwrap()).1.is_ok());
 }
 
 #[test]

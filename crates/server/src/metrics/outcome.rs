@@ -147,9 +147,9 @@ impl RequestOutcome {
         self.record(Outcome::from(&api_error), Usage::default());
         match error {
             // The engine has logged it.
-            EngineError::ConstraintFailed { .. } => {}
+            EngineError::ConstraintFailed { .. } | EngineError::EngineDead { .. } => {}
             EngineError::DeadlineExceeded | EngineError::QueueDeadlineExceeded | EngineError::ShutDown => {}
-            EngineError::StepFailed { .. } | EngineError::EngineDead => tracing::error!(
+            EngineError::StepFailed { .. } => tracing::error!(
                 request_id = self.request_id.as_str(),
                 error = error as &dyn std::error::Error,
                 "engine failed the request"

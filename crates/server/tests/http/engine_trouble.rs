@@ -281,14 +281,58 @@ async fn a_dead_engine_fails_requests_and_health() {
         assert_eq!(answer.json()["error"]["code"], "engine_dead");
         assert!(answer.header("retry-after").is_some());
     }
-    assert_eq!(server.get("/health").await.status, 503);
-    assert_eq!(server.get("/live").await.status, 503);
-    let ready = server.get("/ready").await;
-    assert_eq!(
-        (ready.status.as_u16(), ready.json()["status"].clone()),
-        (503, json!("failed"))
+    for probe in ["/health", "/live", "/ready"] {
+        let answer = server.get(probe).await;
+        let body = answer.json();
+        assert_eq!(
+            (answer.status.as_u16(), &body["status"]),
+            (503, &json!("failed")),
+            "{probe}"
+        );
+        let why = body["error"].as_str().unwrap();
+        assert!(why.contains("device lost: "), "{probe}: {why}");
+    }
+    assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 2)]);
+}
+
+#[tokio::test]
+async fn a_step_that_does_not_end_fails_requests_and_health() {
+    // The gate stays closed: the first step hangs.
+    let (mut setup, _gate) = Setup::default().gated();
+    setup.engine.step_timeout = Some(PATIENCE);
+    let server = setup.start();
+    for expected in ["a request of the step", "one after"] {
+        let answer = server.chat(json!({})).await;
+        assert_eq!(answer.status, 503, "{expected}");
+        assert_eq!(answer.json()["error"]["code"], "engine_dead");
+    }
+    let health = server.get("/health").await;
+    let why = health.json()["error"].as_str().unwrap().to_owned();
+    assert!(
+        health.status == 503 && why.contains("the step timeout of 50ms"),
+        "{why}"
     );
     assert_eq!(server.outcomes().await, [("engine_error".to_owned(), 2)]);
+}
+
+#[tokio::test]
+async fn health_says_that_the_engine_is_stuck_before_it_is_given_up() {
+    let (mut setup, gate) = Setup::default().gated();
+    setup.limits.engine_stall = PATIENCE;
+    let server = setup.start();
+    let request = start_one(&server).await;
+    let stalled = loop {
+        let health = server.get("/health").await;
+        if health.status == 503 {
+            break health.json();
+        }
+        tokio::time::sleep(PATIENCE / 10).await;
+    };
+    assert_eq!(stalled["status"], "stalled");
+    assert_eq!(server.get("/live").await.status, 200, "it may go on");
+    drop(gate);
+    assert_eq!(request.await.unwrap().status(), 200);
+    assert_eq!(server.get("/health").await.status, 200);
 }
 
 #[tokio::test]

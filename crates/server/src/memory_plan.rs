@@ -1,0 +1,286 @@
+//! Where a device's memory goes, for the log; and why a model does not fit, with what would help.
+
+use std::fmt::{self, Write as _};
+
+use lapidary_model::{BackendError, KvCacheSize, MemoryPlan, RunnerConfig, RunnerError};
+
+use crate::units::ByteSize;
+
+/// More than this of a device taken before loading is worth a word.
+const MAX_TAKEN_SHARE: f64 = 0.05;
+/// Above it, more of the device to use is no advice.
+const MAX_UTILIZATION: f64 = 0.95;
+
+/// Writes the plan to the log, a line each.
+pub(crate) fn log(plan: &MemoryPlan) {
+    for (what, bytes) in rows(plan) {
+        tracing::info!("memory plan: {what:<20}{:>12}", ByteSize(bytes));
+    }
+    let (tokens, per_token) = (plan.capacity_tokens(), ByteSize(plan.kv_bytes_per_token));
+    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, "kv cache");
+}
+
+fn rows(plan: &MemoryPlan) -> [(&'static str, u64); 8] {
+    [
+        ("weights", plan.weight_bytes),
+        ("scratch", plan.scratch_bytes),
+        ("backend", plan.backend_bytes),
+        ("kv cache", plan.kv_cache_bytes),
+        ("recorded steps", plan.graph_bytes),
+        ("total", plan.total_bytes()),
+        ("free before loading", plan.device_free_bytes),
+        ("device", plan.device_total_bytes),
+    ]
+}
+
+/// Why a model does not fit into a device's memory: the plan as a table, what is missing, and which settings to change.
+#[derive(Debug)]
+pub struct Shortage {
+    plan: MemoryPlan,
+    config: RunnerConfig,
+    what: String,
+    missing_bytes: Option<u64>,
+}
+
+impl Shortage {
+    /// `None` for errors of another kind.
+    pub(crate) fn of(error: &RunnerError, config: RunnerConfig) -> Option<Self> {
+        match error {
+            RunnerError::OutOfMemory { plan, source } => {
+                let allocation = allocation(&**source);
+                Some(Self {
+                    plan: *plan,
+                    config,
+                    what: allocation.map_or("it", |(what, _)| what).to_owned(),
+                    missing_bytes: allocation.and_then(|(_, missing)| missing),
+                })
+            }
+            RunnerError::KvCacheTooSmall {
+                capacity_tokens,
+                max_model_len,
+                plan,
+            } => Some(Self {
+                plan: *plan,
+                config,
+                what: format!("keys and values of one sequence of {max_model_len} tokens (it has {capacity_tokens})"),
+                missing_bytes: Some((*max_model_len as u64 - capacity_tokens) * plan.kv_bytes_per_token),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Settings to change, most effective first, each with why.
+    fn advice(&self) -> Vec<String> {
+        let (plan, config) = (&self.plan, &self.config);
+        let mut advice = Vec::new();
+        if plan.weight_bytes > plan.device_total_bytes {
+            return vec![
+                "a smaller checkpoint, or one in FP8: the weights alone are larger than the memory".to_owned(),
+            ];
+        }
+        let taken = plan.device_total_bytes.saturating_sub(plan.device_free_bytes);
+        let taken_share = taken as f64 / plan.device_total_bytes.max(1) as f64;
+        if taken_share > MAX_TAKEN_SHARE {
+            advice.push(format!(
+                "ending what else uses the memory: {} were taken before loading",
+                ByteSize(taken)
+            ));
+        }
+        // Once the cache is sized to what may be used, whatever fails after it lacks what was left free.
+        let is_cache_full = plan.num_blocks > 0 && plan.capacity_tokens() >= self.max_model_len();
+        match config.kv_cache {
+            KvCacheSize::DeviceShare(share) if is_cache_full => {
+                advice.push(format!(
+                    "--gpu-memory-utilization below {share}: it leaves more for what comes later"
+                ));
+                advice.push("--enforce-eager: no recorded steps".to_owned());
+            }
+            KvCacheSize::DeviceShare(share) if share < MAX_UTILIZATION => {
+                advice.push(format!(
+                    "--gpu-memory-utilization above {share}: how much of the memory may be used"
+                ));
+            }
+            KvCacheSize::Bytes(bytes) => {
+                let (more, size) = (if is_cache_full { "less" } else { "more" }, ByteSize(bytes));
+                advice.push(format!("--kv-cache-memory-bytes of {more} than {size}"));
+            }
+            KvCacheSize::DeviceShare(_) | KvCacheSize::Tokens { .. } | KvCacheSize::Blocks(_) => {}
+        }
+        if !is_cache_full {
+            let most = match plan.capacity_tokens() {
+                0 => format!("below {}", self.max_model_len()),
+                tokens => format!("{tokens}"),
+            };
+            advice.push(format!(
+                "--max-model-len {most}: a sequence of full length must fit the KV cache"
+            ));
+        }
+        let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+        advice.push(format!(
+            "--max-num-seqs below {seqs}, --max-num-batched-tokens below {tokens}: less scratch"
+        ));
+        advice
+    }
+
+    fn max_model_len(&self) -> u64 {
+        self.config.max_model_len.unwrap_or(0) as u64
+    }
+}
+
+/// The allocation that failed, and how much it lacked.
+fn allocation<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<(&'a str, Option<u64>)> {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes
+        .filter_map(<dyn std::error::Error>::downcast_ref)
+        .find_map(|error| match error {
+            BackendError::OutOfMemory {
+                what,
+                needed_bytes,
+                free_bytes,
+            } => Some((*what, needed_bytes.map(|needed| needed.saturating_sub(*free_bytes)))),
+            _ => None,
+        })
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the model does not fit: ")?;
+        match self.missing_bytes.filter(|bytes| *bytes > 0) {
+            Some(bytes) => write!(f, "{} are missing for {}", ByteSize(bytes), self.what)?,
+            None => write!(f, "there is no room for {}", self.what)?,
+        }
+        for (what, bytes) in rows(&self.plan) {
+            // What was not reached is not known.
+            let mut size = String::from("-");
+            if bytes > 0 {
+                size.clear();
+                write!(size, "{}", ByteSize(bytes))?;
+            }
+            write!(f, "\n  {what:<20}{size:>12}")?;
+        }
+        write!(f, "\nwhat helps:")?;
+        self.advice().iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn plan(num_blocks: u32) -> MemoryPlan {
+        MemoryPlan {
+            weight_bytes: 17 * GIB,
+            scratch_bytes: GIB,
+            kv_cache_bytes: u64::from(num_blocks) * 16 * (GIB >> 10),
+            backend_bytes: GIB / 2,
+            graph_bytes: 0,
+            num_blocks,
+            block_size: 16,
+            kv_bytes_per_token: GIB >> 10,
+            device_free_bytes: 23 * GIB,
+            device_total_bytes: 24 * GIB,
+        }
+    }
+
+    fn config() -> RunnerConfig {
+        RunnerConfig {
+            max_num_batched_tokens: 4096,
+            max_num_seqs: 256,
+            max_model_len: Some(8192),
+            block_size: 16,
+            kv_cache: KvCacheSize::DeviceShare(0.9),
+        }
+    }
+
+    fn out_of_memory(plan: MemoryPlan, what: &'static str, needed_bytes: Option<u64>, free_bytes: u64) -> RunnerError {
+        RunnerError::OutOfMemory {
+            plan,
+            source: Box::new(BackendError::OutOfMemory {
+                what,
+                needed_bytes,
+                free_bytes,
+            }),
+        }
+    }
+
+    fn text(error: &RunnerError) -> String {
+        Shortage::of(error, config()).expect("it is a shortage").to_string()
+    }
+
+    #[test]
+    fn a_cache_that_is_too_small_names_the_plan_what_is_missing_and_the_settings() {
+        let error = RunnerError::KvCacheTooSmall {
+            capacity_tokens: 2048,
+            max_model_len: 8192,
+            plan: plan(128),
+        };
+        assert_eq!(
+            text(&error),
+            "the model does not fit: 6.00 GiB are missing for keys and values of one sequence of 8192 tokens (it has 2048)
+  weights                17.00 GiB
+  scratch                 1.00 GiB
+  backend               512.00 MiB
+  kv cache                2.00 GiB
+  recorded steps                 -
+  total                  20.50 GiB
+  free before loading    23.00 GiB
+  device                 24.00 GiB
+what helps:
+  --gpu-memory-utilization above 0.9: how much of the memory may be used
+  --max-model-len 2048: a sequence of full length must fit the KV cache
+  --max-num-seqs below 256, --max-num-batched-tokens below 4096: less scratch"
+        );
+    }
+
+    #[test]
+    fn recorded_steps_without_room_need_less_of_everything_else() {
+        let text = text(&out_of_memory(plan(512), "recording a step", None, 7));
+        assert!(text.contains("there is no room for recording a step"), "{text}");
+        assert!(text.contains("--gpu-memory-utilization below 0.9"), "{text}");
+        assert!(text.contains("--enforce-eager"), "{text}");
+        assert!(!text.contains("--max-model-len"), "{text}");
+    }
+
+    #[test]
+    fn who_else_has_the_memory_is_told_from_a_model_that_is_too_large() {
+        let taken = MemoryPlan {
+            device_free_bytes: 10 * GIB,
+            ..plan(0)
+        };
+        let text = |plan| {
+            text(&out_of_memory(
+                plan,
+                "the model without its KV cache",
+                Some(18 * GIB),
+                10 * GIB,
+            ))
+        };
+        assert!(
+            text(taken).contains("8.00 GiB are missing for the model"),
+            "{}",
+            text(taken)
+        );
+        assert!(
+            text(taken).contains("14.00 GiB were taken before loading"),
+            "{}",
+            text(taken)
+        );
+        let too_large = MemoryPlan {
+            weight_bytes: 50 * GIB,
+            ..plan(0)
+        };
+        let text = text(too_large);
+        assert!(
+            text.contains("a smaller checkpoint") && !text.contains("--max"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn other_errors_are_no_shortage() {
+        let error = RunnerError::Backend(BackendError::Unsupported("a shape".to_owned()));
+        assert!(Shortage::of(&error, config()).is_none());
+    }
+}
