@@ -45,6 +45,9 @@ const MAX_GRAMMAR_SIZE: usize = 200_000;
 /// Stack of the thread that compiles. Rules that name rules that name rules take a frame each.
 const COMPILER_STACK_BYTES: usize = 256 << 20;
 
+/// Of the thread that compiles, where 0 is that of all others: a tenth of what each of them gets on a busy core.
+const COMPILER_NICENESS: i32 = 10;
+
 /// Bytes of a message that are passed on.
 const MAX_REASON_BYTES: usize = 300;
 
@@ -174,7 +177,10 @@ impl GrammarCompiler {
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
         let source = source(grammar)?;
         let matcher = thread::scope(|scope| {
-            let compile = || Matcher::new(self.factory.create_parser(source));
+            let compile = || {
+                yield_to_others();
+                Matcher::new(self.factory.create_parser(source))
+            };
             let thread = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
             let thread = thread
                 .spawn_scoped(scope, compile)
@@ -307,6 +313,12 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
         return word;
     }
     tokenizer.token_bytes(id).unwrap_or_default()
+}
+
+/// Lowers this thread's priority, for good: while it compiles, others have tokens to compute.
+fn yield_to_others() {
+    // Where the system does not let it, grammars merely get a larger share of a busy machine.
+    let _ = rustix::process::setpriority_process(None, COMPILER_NICENESS);
 }
 
 fn limits() -> ParserLimits {
