@@ -2,6 +2,7 @@
 
 mod accounting;
 mod chat;
+mod fuzz_seeds;
 mod hostile;
 mod overload;
 

@@ -1,6 +1,7 @@
 //! What the end-to-end tests and benches share: an HTTP client that sees every byte, and a handle on a real process.
 
 pub mod churn;
+pub mod fuzz;
 pub mod hostile;
 pub mod http;
 pub mod load;
