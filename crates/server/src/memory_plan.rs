@@ -40,6 +40,8 @@ pub struct Shortage {
     config: RunnerConfig,
     what: String,
     missing_bytes: Option<u64>,
+    /// By settings, or there is no room for one that holds a sequence.
+    is_cache_too_small: bool,
 }
 
 impl Shortage {
@@ -53,6 +55,7 @@ impl Shortage {
                     config,
                     what: allocation.map_or("it", |(what, _)| what).to_owned(),
                     missing_bytes: allocation.and_then(|(_, missing)| missing),
+                    is_cache_too_small: false,
                 })
             }
             RunnerError::KvCacheTooSmall {
@@ -64,6 +67,7 @@ impl Shortage {
                 config,
                 what: format!("keys and values of one sequence of {max_model_len} tokens (it has {capacity_tokens})"),
                 missing_bytes: Some((*max_model_len as u64 - capacity_tokens) * plan.kv_bytes_per_token),
+                is_cache_too_small: true,
             }),
             _ => None,
         }
@@ -71,59 +75,65 @@ impl Shortage {
 
     /// Settings to change, most effective first, each with why.
     fn advice(&self) -> Vec<String> {
-        let (plan, config) = (&self.plan, &self.config);
-        let mut advice = Vec::new();
+        let (plan, kv_cache) = (&self.plan, self.config.kv_cache);
         if plan.weight_bytes > plan.device_total_bytes {
-            return vec![
-                "a smaller checkpoint, or one in FP8: the weights alone are larger than the memory".to_owned(),
-            ];
+            return vec!["a smaller checkpoint or one in FP8: the weights alone are larger than the memory".to_owned()];
         }
-        let taken = plan.device_total_bytes.saturating_sub(plan.device_free_bytes);
-        let taken_share = taken as f64 / plan.device_total_bytes.max(1) as f64;
-        if taken_share > MAX_TAKEN_SHARE {
-            advice.push(format!(
-                "ending what else uses the memory: {} were taken before loading",
-                ByteSize(taken)
-            ));
-        }
-        // Once the cache is sized to what may be used, whatever fails after it lacks what was left free.
-        let is_cache_full = plan.num_blocks > 0 && plan.capacity_tokens() >= self.max_model_len();
-        match config.kv_cache {
-            KvCacheSize::DeviceShare(share) if is_cache_full => {
-                advice.push(format!(
-                    "--gpu-memory-utilization below {share}: it leaves more for what comes later"
-                ));
-                advice.push("--enforce-eager: no recorded steps".to_owned());
+        let mut advice = Vec::new();
+        if self.is_cache_too_small {
+            if let KvCacheSize::Bytes(_) = kv_cache {
+                let enough = ByteSize(plan.kv_cache_bytes + self.missing_bytes.unwrap_or(0));
+                return vec![
+                    format!("--kv-cache-memory-bytes of {enough} or more"),
+                    self.shorter_sequences(),
+                ];
             }
-            KvCacheSize::DeviceShare(share) if share < MAX_UTILIZATION => {
+            advice.extend(self.taken_by_others());
+            if let KvCacheSize::DeviceShare(share) = kv_cache
+                && share < MAX_UTILIZATION
+            {
                 advice.push(format!(
                     "--gpu-memory-utilization above {share}: how much of the memory may be used"
                 ));
             }
-            KvCacheSize::Bytes(bytes) => {
-                let (more, size) = (if is_cache_full { "less" } else { "more" }, ByteSize(bytes));
-                advice.push(format!("--kv-cache-memory-bytes of {more} than {size}"));
+            advice.push(self.shorter_sequences());
+        } else {
+            advice.extend(self.taken_by_others());
+            // What fails once the cache is sized lacks what the cache has.
+            match kv_cache {
+                KvCacheSize::DeviceShare(share) if plan.num_blocks > 0 => {
+                    advice.push(format!(
+                        "--gpu-memory-utilization below {share}: more is left for what comes later"
+                    ));
+                    advice.push("--enforce-eager: no steps are recorded".to_owned());
+                }
+                KvCacheSize::Bytes(bytes) if plan.num_blocks > 0 => {
+                    advice.push(format!("--kv-cache-memory-bytes below {}", ByteSize(bytes)));
+                }
+                _ => {}
             }
-            KvCacheSize::DeviceShare(_) | KvCacheSize::Tokens { .. } | KvCacheSize::Blocks(_) => {}
         }
-        if !is_cache_full {
-            let most = match plan.capacity_tokens() {
-                0 => format!("below {}", self.max_model_len()),
-                tokens => format!("{tokens}"),
-            };
-            advice.push(format!(
-                "--max-model-len {most}: a sequence of full length must fit the KV cache"
-            ));
-        }
-        let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+        let (tokens, seqs) = (self.config.max_num_batched_tokens, self.config.max_num_seqs);
         advice.push(format!(
             "--max-num-seqs below {seqs}, --max-num-batched-tokens below {tokens}: less scratch"
         ));
         advice
     }
 
-    fn max_model_len(&self) -> u64 {
-        self.config.max_model_len.unwrap_or(0) as u64
+    fn taken_by_others(&self) -> Option<String> {
+        let (free, total) = (self.plan.device_free_bytes, self.plan.device_total_bytes);
+        let taken = total.saturating_sub(free);
+        let is_much = taken as f64 > MAX_TAKEN_SHARE * total as f64;
+        let taken = ByteSize(taken);
+        is_much.then(|| format!("ending what else uses the memory: {taken} were taken before loading"))
+    }
+
+    fn shorter_sequences(&self) -> String {
+        let most = match self.plan.capacity_tokens() {
+            0 => format!("below {}", self.config.max_model_len.unwrap_or(0)),
+            tokens => tokens.to_string(),
+        };
+        format!("--max-model-len {most}: a sequence of full length must fit the KV cache")
     }
 }
 
@@ -241,6 +251,25 @@ what helps:
         assert!(text.contains("--gpu-memory-utilization below 0.9"), "{text}");
         assert!(text.contains("--enforce-eager"), "{text}");
         assert!(!text.contains("--max-model-len"), "{text}");
+    }
+
+    #[test]
+    fn a_cache_of_a_given_size_is_told_the_size_it_needs() {
+        let error = RunnerError::KvCacheTooSmall {
+            capacity_tokens: 2048,
+            max_model_len: 8192,
+            plan: plan(128),
+        };
+        let config = RunnerConfig {
+            kv_cache: KvCacheSize::Bytes(2 * GIB),
+            ..config()
+        };
+        let text = Shortage::of(&error, config).expect("it is a shortage").to_string();
+        let (_, advice) = text.split_once("what helps:").expect("there is advice");
+        let lines: Vec<_> = advice.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert_eq!(lines[0], "--kv-cache-memory-bytes of 8.00 GiB or more");
+        assert!(lines[1].starts_with("--max-model-len 2048"), "{text}");
     }
 
     #[test]

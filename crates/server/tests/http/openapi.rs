@@ -370,11 +370,29 @@ async fn check_errors() -> BTreeSet<String> {
     document.seen.take()
 }
 
+/// What is said once nothing runs any more.
+async fn check_death() -> BTreeSet<String> {
+    let mut setup = Setup::default();
+    setup.scripted.device_lost_at = Some(0);
+    let server = setup.start();
+    let document = Document::of(&server).await;
+    let body = json!({ "prompt": "a" });
+    let refused = server.post("/v1/completions", body).await;
+    document.check("post", "/v1/completions", &refused);
+    for path in ["/live", "/ready", "/health"] {
+        let answer = server.get(path).await;
+        assert_eq!(answer.status, 503, "{path}");
+        document.check("get", path, &answer);
+    }
+    document.seen.take()
+}
+
 #[tokio::test]
 async fn answers_have_the_fields_that_are_documented_and_no_others() {
     let mut seen = check_generation().await;
     seen.append(&mut check_small_endpoints().await);
     seen.append(&mut check_errors().await);
+    seen.append(&mut check_death().await);
     let fields = Document::of(&Setup::default().start()).await.fields();
     let unseen: Vec<_> = fields.difference(&seen).collect();
     assert!(unseen.is_empty(), "documented, and in no answer: {unseen:?}");
