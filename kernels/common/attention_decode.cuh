@@ -5,9 +5,10 @@
 // so that what a sequence gets never depends on the batch. Blocks walk the units with the grid's stride; each finds them
 // from the context lengths, so that a captured graph needs no plan. The kv heads of a chunk are neighbours: blocks at work
 // together read whole pages, not one head's part of many, which all lie at the same distance and meet in the same memory
-// channels. In a unit four warps take 16-position tiles in turn,
-// each with a ring of stages of its own: nothing but the end of a unit brings them together, and a warp's loads for the
-// next unit are under way while this one is computed. Two more warps finish units: they add up what those leave in shared
+// channels. In a unit four warps take 16-position tiles in turn, each with a ring of stages of its own: nothing but the
+// end of a unit brings them together, and a warp's loads for the next unit are under way while this one is computed.
+//
+// Two more warps finish units: they add up what those leave in shared
 // memory (in two buffers) and write it out. That takes longer than a unit under a full memory system, a round trip for the
 // sums and one for the counter; so they take turns, and no load ever waits for them. A block has at most half of an SM's
 // shared memory and registers: the next kernel's weights stream in beside it, and its keys beside the kernel before.
@@ -31,7 +32,7 @@ struct AttentionDecode {
   int max_seqs;
   /// Positions of a chunk are 1 << chunk_shift: 64, 128, 256 or 512.
   int chunk_shift;
-  /// Tiles of K and of V a warp has under way: 1 to kMaxStages.
+  /// Tiles of K and of V a warp has under way: 1 to 8.
   int stages;
   int padding;
 };
@@ -44,7 +45,6 @@ constexpr int kFinishThreads = kFinishers * 32;
 constexpr int kAllThreads = kThreads + kFinishThreads;
 /// Query heads a kv head may have.
 constexpr int kMaxGroup = 8;
-constexpr int kMaxStages = 8;
 constexpr float kNoScore = -INFINITY;
 /// Buffers between the warps that compute and those that finish.
 constexpr int kBuffers = 2;
