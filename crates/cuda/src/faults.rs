@@ -6,10 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use cudarc::driver::sys::CUresult as Code;
-use lapidary_engine::{
-    Engine, EngineConfig, EngineError, EngineHandle, Request, SamplingParams, SpawnError, StopCriteria, SubmitError,
-    TokenId,
-};
+use lapidary_engine::{Engine, EngineConfig, EngineError, EngineHandle, Request, SpawnError, SubmitError, TokenId};
 use lapidary_model::testing::{TinyModel, TinyShape, TinyWeights};
 use lapidary_model::{KvCacheSize, ModelRunner, RunnerConfig, RunnerError};
 
@@ -64,24 +61,7 @@ fn arm(next: &Next, trouble: Trouble) {
 }
 
 fn request() -> Request {
-    Request {
-        prompt: Arc::from([5, 17, 42]),
-        sampling: Arc::new(SamplingParams {
-            temperature: 0.0,
-            ..SamplingParams::default()
-        }),
-        stop: StopCriteria {
-            max_tokens: NUM_TOKENS as u32,
-            min_tokens: 0,
-            stop_token_ids: Arc::from([]),
-        },
-        prompt_logprobs: None,
-        priority: 0,
-        cache_salt: 0,
-        deadline: None,
-        constraint: None,
-        queue_deadline: None,
-    }
+    Request::for_test([5, 17, 42], NUM_TOKENS as u32)
 }
 
 /// Tokens until the stream ended, and the error it ended with.

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use lapidary_engine::ScriptedConfig;
@@ -12,10 +13,11 @@ use lapidary_server::load::LoadError;
 use lapidary_server::serve::{Listener, ServeError, serve_on};
 use lapidary_server::{AppState, Phase};
 use rustix::process::{Signal, getpid, kill_process};
-use support::{Setup, served, tokenizer};
+use support::{Server, Setup, served, tokenizer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -39,6 +41,16 @@ fn http() -> HttpConfig {
     }
 }
 
+/// Loads the server's model and serves it: where, and how that ends.
+async fn serve(server: &Server) -> (SocketAddr, JoinHandle<Result<(), ServeError>>) {
+    let listener = Listener::bind(&http()).await.unwrap();
+    let address = listener.local_address();
+    let model = served(tokenizer().into(), server.engine.clone());
+    let (state, http) = (server.state.clone(), http());
+    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    (address, serving)
+}
+
 #[tokio::test]
 async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
     let _alone = PROCESS.lock().await;
@@ -52,11 +64,7 @@ async fn a_dead_engine_ends_the_process_after_its_clients_were_told() {
         ..Setup::default()
     }
     .start();
-    let listener = Listener::bind(&http()).await.unwrap();
-    let address = listener.local_address();
-    let model = served(tokenizer().into(), server.engine.clone());
-    let (state, http) = (server.state.clone(), http());
-    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    let (address, serving) = serve(&server).await;
 
     let mut client = TcpStream::connect(address).await.unwrap();
     // Whoever comes before the model is loaded is told to come again.
@@ -87,11 +95,7 @@ async fn an_engine_that_dies_during_a_drain_is_no_clean_end() {
     setup.scripted.device_lost_at = Some(3);
     setup.is_loaded = false;
     let server = setup.start();
-    let listener = Listener::bind(&http()).await.unwrap();
-    let address = listener.local_address();
-    let model = served(tokenizer().into(), server.engine.clone());
-    let (state, http) = (server.state.clone(), http());
-    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    let (address, serving) = serve(&server).await;
     wait_for(&server.state, Phase::Ready).await;
 
     let mut client = TcpStream::connect(address).await.unwrap();
@@ -130,11 +134,7 @@ async fn a_step_that_does_not_end_ends_the_process_after_its_clients_were_told()
     setup.engine.step_timeout = Some(PATIENCE);
     setup.is_loaded = false;
     let server = setup.start();
-    let listener = Listener::bind(&http()).await.unwrap();
-    let address = listener.local_address();
-    let model = served(tokenizer().into(), server.engine.clone());
-    let (state, http) = (server.state.clone(), http());
-    let serving = tokio::spawn(async move { serve_on(listener, &http, state, |_| Ok(model)).await });
+    let (address, serving) = serve(&server).await;
     wait_for(&server.state, Phase::Ready).await;
 
     let mut client = TcpStream::connect(address).await.unwrap();
