@@ -1,10 +1,14 @@
 """What torch reaches on this GPU, for the same shapes as `cargo bench -p lapidary-cuda --bench kernels`, cold weights.
 
-Prints `scaled_mm N K M microseconds GB/s` lines: FP8, a scale a token and an output column, fast accumulation, bf16 out.
-Weights rotate through more memory than the L2 cache holds; the median of graph replays.
+Prints `scaled_mm N K M microseconds GB/s TFLOP/s` lines: FP8, a scale a token and an output column, fast accumulation, bf16
+out. Weights rotate through more memory than the L2 cache holds; the median of graph replays. With `--beside KERNELS`, that
+bench's binary, ours and torch's are measured in turn, twice, on the same warm card, and the lines are
+`N K M our-microseconds torch-microseconds ratio`, of the lower times; above 1, ours is faster.
 """
 
 import argparse
+import re
+import subprocess
 
 import torch
 
@@ -53,14 +57,36 @@ def scaled_mm(n, k, m):
     return median_microseconds([call(*weight) for _ in range(repeat) for weight in weights])
 
 
+def ours(binary, n, k, tokens):
+    """Microseconds at each number of tokens."""
+    listed = ",".join(map(str, tokens))
+    command = [binary, "--only", "fp8", "--models", ",".join(SHAPES), "--shapes", f"{n}x{k}", "--tokens", listed]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {int(m): float(us) for m, us in re.findall(rf"fp8 {n}x{k} M (\d+) +([\d.]+) us", out)}
+    return [found[m] for m in tokens]
+
+
+def beside(binary, n, k, tokens):
+    best = [(float("inf"), float("inf"))] * len(tokens)
+    for _ in range(2):
+        pairs = zip(ours(binary, n, k, tokens), [scaled_mm(n, k, m) for m in tokens])
+        best = [(min(a, c), min(b, d)) for (a, b), (c, d) in zip(best, pairs)]
+    for m, (mine, torchs) in zip(tokens, best):
+        print(f"{n} {k} {m} {mine:.2f} {torchs:.2f} {torchs / mine:.3f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["9b"], choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64, 512, 2048, 8192])
+    parser.add_argument("--beside", metavar="KERNELS", help="the binary of our bench, to measure in turn")
     arguments = parser.parse_args()
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for model in arguments.models:
         for n, k in SHAPES[model]:
+            if arguments.beside:
+                beside(arguments.beside, n, k, arguments.tokens)
+                continue
             for m in arguments.tokens:
                 micros = scaled_mm(n, k, m)
                 print(f"scaled_mm {n} {k} {m} {micros:.2f} {n * k / micros / 1e3:.0f} {2e-6 * m * n * k / micros:.0f}", flush=True)

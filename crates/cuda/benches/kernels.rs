@@ -1,5 +1,6 @@
 //! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
-//! [--only fp8,output,slabs,tiles,decode,prefill] [--chunk 128 --stages 3] [--portable]`, the last three for attention.
+//! [--only fp8,output,slabs,tiles,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--chunk 128 --stages 3]
+//! [--portable]`: the shapes and tokens are those of products, the last three are for attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -27,6 +28,19 @@ fn option(name: &str) -> Option<String> {
     arguments.next()
 }
 
+/// The numbers of tokens that products are measured with, of these.
+fn tokens_of(usual: &[usize]) -> Result<Vec<usize>, Box<dyn Error>> {
+    match option("--tokens") {
+        Some(list) => list.split(',').map(|count| Ok(count.parse()?)).collect(),
+        None => Ok(usual.to_vec()),
+    }
+}
+
+/// Whether a matrix is to be measured.
+fn is_wanted((n, k): (usize, usize)) -> bool {
+    option("--shapes").is_none_or(|list| list.split(',').any(|shape| shape == format!("{n}x{k}")))
+}
+
 fn is_portable() -> bool {
     std::env::args().any(|argument| argument == "--portable")
 }
@@ -43,14 +57,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         .filter(|matrices| models.split(',').any(|model| model == matrices.model))
     {
         if wanted("fp8") {
-            for shape in matrices.linears {
-                for timing in bench.matmul(shape, &[FEW_TOKENS, MANY_TOKENS].concat(), false)? {
+            for shape in matrices.linears.into_iter().filter(|shape| is_wanted(*shape)) {
+                let tokens = tokens_of(&[FEW_TOKENS, MANY_TOKENS].concat())?;
+                for timing in bench.matmul(shape, &tokens, false)? {
                     println!("{timing}");
                 }
             }
         }
         if wanted("output") {
-            for timing in bench.matmul(matrices.output, &FEW_TOKENS, true)? {
+            for timing in bench.matmul(matrices.output, &tokens_of(&FEW_TOKENS)?, true)? {
                 println!("{timing}");
             }
         }
@@ -114,8 +129,8 @@ fn tiles(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
         .iter()
         .filter(|matrices| models.split(',').any(|model| model == matrices.model))
     {
-        for shape in matrices.linears {
-            for tokens in MANY_TOKENS {
+        for shape in matrices.linears.into_iter().filter(|shape| is_wanted(*shape)) {
+            for tokens in tokens_of(&MANY_TOKENS)? {
                 for timing in bench.tile_sweep(shape, tokens, false)?.iter().take(SHOWN_TILINGS) {
                     println!("{timing}");
                 }
@@ -132,8 +147,9 @@ fn slabs(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
         .filter(|matrices| models.split(',').any(|model| model == matrices.model))
     {
         let linears = matrices.linears.map(|shape| (shape, false));
-        for (shape, is_output) in linears.into_iter().chain([(matrices.output, true)]) {
-            for tokens in SWEPT_TOKENS {
+        let all = linears.into_iter().chain([(matrices.output, true)]);
+        for (shape, is_output) in all.filter(|(shape, _)| is_wanted(*shape)) {
+            for tokens in tokens_of(&SWEPT_TOKENS)? {
                 let timings = bench.slab_sweep(shape, tokens, is_output)?;
                 timings.iter().take(13).for_each(|timing| println!("{timing}"));
             }
