@@ -40,9 +40,10 @@ struct SlabGemmParams {
 namespace {
 
 constexpr int kTileRows = 64;
-constexpr int kConsumers = 128;
-constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kThreads = kConsumers + 64;
+constexpr int kGroupThreads = 128;
+constexpr int kGroupWarps = kGroupThreads / 32;
+/// Two warps copy, `groups` warpgroups multiply.
+constexpr int threads_of(int groups) { return groups * kGroupThreads + 64; }
 /// Shared memory begins with the barriers of both rings and the tokens' scales.
 constexpr int kScalesOffset = 768;
 constexpr int kRingsOffset = 1024;
@@ -84,10 +85,10 @@ struct Ring {
       parity ^= 1;
     }
   }
-  DEVICE void init(int i) const {
+  DEVICE void init(int i, int consumer_warps) const {
     if (i >= stages) return;
     mbarrier_init(barriers + uint32_t(8 * i), 1);
-    mbarrier_init(barriers + uint32_t(8 * (stages + i)), kConsumerWarps);
+    mbarrier_init(barriers + uint32_t(8 * (stages + i)), uint32_t(consumer_warps));
   }
   DEVICE void wait_full() const { mbarrier_wait(full(), parity); }
   DEVICE void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
@@ -174,8 +175,11 @@ DEVICE uint64_t further(uint64_t descriptor, uint32_t units) {
   return (descriptor & 0xffffffff00000000u) | (uint32_t(descriptor) + units);
 }
 
-/// Of a ring's stage. The exchange tells the compiler that a warp has one: the arithmetic on it becomes scalar.
-DEVICE uint64_t slot_descriptor(const Ring& ring) { return operand_descriptor(__shfl_sync(~0u, ring.slot(), 0)); }
+/// Of `offset` bytes into a ring's stage. The exchange tells the compiler that a warp has one: the arithmetic on it becomes
+/// scalar.
+DEVICE uint64_t slot_descriptor(const Ring& ring, uint32_t offset) {
+  return operand_descriptor(__shfl_sync(~0u, ring.slot() + offset, 0));
+}
 
 /// The products of a stage of `Panels` panels. `accumulate` 0 begins a new sum. One straight piece of code from fence to wait:
 /// the compiler would serialise wgmma in a loop that leaves sums in flight.
@@ -199,17 +203,21 @@ DEVICE void multiply_panels(float (&d)[Tiles][N / 2], uint64_t a, uint64_t b, ui
   for (int t = 0; t < Tiles; t++) pin_registers(d[t]);
 }
 
-/// Sums over all of K for the rows of a pass. The sums of e4m3 products are kept with too few bits by the tensor core to go
+/// The warpgroup of a computing thread.
+DEVICE int group_of_thread() { return int(threadIdx.x / kGroupThreads); }
+
+/// Sums over all of K for a warpgroup's rows of a pass. The sums of e4m3 products are kept with too few bits by the tensor core to go
 /// on for long: every kPromoteEvery panels they are added to true f32.
 template <class Format, int N, int Tiles, int Panels>
 DEVICE void multiply_pass(float (&sum)[Tiles][N / 2], int k_panels, Ring& w, Ring& x) {
   float part[Tiles][N / 2] = {};
   auto& d = Format::kPromotes ? part : sum;
   const uint32_t a_panel = uint32_t(w.panel_bytes / kDescriptorUnit);
+  const uint32_t first_tile = uint32_t(group_of_thread() * Tiles * kTileRows * kPanelBytes);
   for (int panel = 0; panel < k_panels;) {
     const int panels = stage_panels<Panels>(k_panels - panel);
     const int accumulate = Format::kPromotes ? panel % kPromoteEvery : panel;
-    const uint64_t a = slot_descriptor(w), b = slot_descriptor(x);
+    const uint64_t a = slot_descriptor(w, first_tile), b = slot_descriptor(x, 0);
     w.wait_full();
     x.wait_full();
     if (panels == Panels) multiply_panels<Format, N, Tiles, Panels>(d, a, b, a_panel, accumulate);
@@ -231,8 +239,11 @@ DEVICE void multiply_pass(float (&sum)[Tiles][N / 2], int k_panels, Ring& w, Rin
   }
 }
 
-/// The row of a tile that half 0 of the thread's values belongs to; half 1 is 8 rows on.
-DEVICE int row_in_tile() { return int(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4); }
+/// The row of a pass that half 0 of the thread's first tile belongs to; half 1 is 8 rows on, the next tile kTileRows.
+template <int Tiles>
+DEVICE int row_in_pass() {
+  return group_of_thread() * Tiles * kTileRows + int(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4);
+}
 /// The token that value `i` of a half belongs to.
 DEVICE int token_of(int i) { return i / 2 * 8 + int(threadIdx.x % 4) * 2 + i % 2; }
 
@@ -241,7 +252,7 @@ DEVICE void put(bf16* to, float value) { *to = bf16_from_float(value); }
 
 template <class Out, int N, int Tiles>
 DEVICE void store_pass(const SlabGemmParams& p, Rows rows, int num_rows, const float (&sum)[Tiles][N / 2]) {
-  const int first = rows.begin / 8 * 8 + row_in_tile();
+  const int first = rows.begin / 8 * 8 + row_in_pass<Tiles>();
 #pragma unroll
   for (int t = 0; t < Tiles; t++) {
 #pragma unroll
@@ -283,7 +294,7 @@ DEVICE void cap_pass(float (&sum)[Tiles][N / 2], float softcap) {
   }
 }
 
-template <class Format, int N, int Tiles, int Panels>
+template <class Format, int N, int Tiles, int Panels, int Groups>
 DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
   const Rows rows = slab(p);
   int num_rows = 0;
@@ -293,7 +304,7 @@ DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
     float w_scales[Tiles][2];
 #pragma unroll
     for (int i = 0; i < 2 * Tiles; i++) {
-      const int n = begin / 8 * 8 + row_in_tile() + i / 2 * kTileRows + i % 2 * 8;
+      const int n = begin / 8 * 8 + row_in_pass<Tiles>() + i / 2 * kTileRows + i % 2 * 8;
       w_scales[i / 2][i % 2] = p.w_scales != nullptr && n < pass.end ? p.w_scales[n] : 1.0f;
     }
     if (begin == rows.begin) {
@@ -301,7 +312,7 @@ DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
       num_rows = *p.num_rows - p.first_row;
       const int m = int(threadIdx.x);
       if (m < N) x_scales[m] = p.x_scales != nullptr && m < num_rows ? p.x_scales[m] : 1.0f;
-      named_barrier_sync(1, kConsumers);
+      named_barrier_sync(1, Groups * kGroupThreads);
     }
     float sum[Tiles][N / 2] = {};
     multiply_pass<Format, N, Tiles, Panels>(sum, p.k_panels, w, x);
@@ -312,21 +323,22 @@ DEVICE void consume(const SlabGemmParams& p, Ring w, Ring x, float* x_scales) {
   }
 }
 
-template <class Format, int N, int Tiles, int Panels>
+/// Each of the `Groups` warpgroups that multiply takes `Tiles` tiles of a pass.
+template <class Format, int N, int Tiles, int Panels, int Groups>
 DEVICE void slab_gemm(const SlabGemmParams& p, uint8_t* shared) {
   let_next_kernel_start();
   const Ring w = weight_ring<Panels>(p, shared_address(shared)), x = token_ring<Panels, N>(p, w);
   const int warp = int(threadIdx.x / 32);
   if (warp == 0) {
-    w.init(int(threadIdx.x));
-    x.init(int(threadIdx.x));
+    w.init(int(threadIdx.x), Groups * kGroupWarps);
+    x.init(int(threadIdx.x), Groups * kGroupWarps);
     fence_mbarrier_init();
   }
   __syncthreads();
-  if (warp < kConsumerWarps) {
-    consume<Format, N, Tiles, Panels>(p, w, x, reinterpret_cast<float*>(shared + kScalesOffset));
+  if (warp < Groups * kGroupWarps) {
+    consume<Format, N, Tiles, Panels, Groups>(p, w, x, reinterpret_cast<float*>(shared + kScalesOffset));
   } else if (threadIdx.x % 32 == 0) {
-    if (warp == kConsumerWarps) {
+    if (warp == Groups * kGroupWarps) {
       stream_weights<Panels>(p, w);
     } else {
       wait_for_previous_kernels();
@@ -338,9 +350,15 @@ DEVICE void slab_gemm(const SlabGemmParams& p, uint8_t* shared) {
 }  // namespace
 
 #define SLAB_GEMM(Format, format, N, Tiles, Panels)                                      \
-  KERNEL(slab_gemm_##format##_n##N##_t##Tiles##_p##Panels, SlabGemmParams, kThreads, 2) { \
+  KERNEL(slab_gemm_##format##_n##N##_t##Tiles##_p##Panels, SlabGemmParams, threads_of(1), 2) { \
     DYNAMIC_SHARED(shared);                                                              \
-    slab_gemm<Format, N, Tiles, Panels>(p, shared);                                      \
+    slab_gemm<Format, N, Tiles, Panels, 1>(p, shared);                                   \
+  }
+/// Two warpgroups, each of half the tiles: the way to wide passes of many tokens, at the price of all of an SM's registers.
+#define SLAB_GEMM_OF_TWO(Format, format, N, Tiles, Panels)                                        \
+  KERNEL(slab_gemm_##format##_n##N##_t##Tiles##_p##Panels##_g2, SlabGemmParams, threads_of(2), 1) { \
+    DYNAMIC_SHARED(shared);                                                                       \
+    slab_gemm<Format, N, Tiles / 2, Panels, 2>(p, shared);                                        \
   }
 #define SLAB_GEMM_ANY_TOKENS(Format, format, Tiles, Panels) \
   SLAB_GEMM(Format, format, 8, Tiles, Panels)               \
@@ -363,3 +381,7 @@ SLAB_GEMM(Bf16, bf16, 32, 4, 1)
 SLAB_GEMM(Bf16, bf16, 48, 4, 1)
 SLAB_GEMM(Bf16, bf16, 64, 4, 1)
 SLAB_GEMM(Fp8, e4m3, 32, 4, 1)
+SLAB_GEMM_OF_TWO(Fp8, e4m3, 48, 4, 1)
+SLAB_GEMM_OF_TWO(Fp8, e4m3, 64, 4, 1)
+SLAB_GEMM_OF_TWO(Fp8, e4m3, 48, 4, 2)
+SLAB_GEMM_OF_TWO(Fp8, e4m3, 64, 4, 2)

@@ -14,7 +14,10 @@ mod tests;
 
 /// Tokens of a launch.
 pub(crate) const MAX_TOKENS: usize = 64;
-const THREADS: u32 = 192;
+/// Of a warpgroup.
+const GROUP_THREADS: u32 = 128;
+/// Those that copy.
+const COPY_THREADS: u32 = 64;
 
 /// The kernels' `SlabGemmParams`.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +59,7 @@ impl SlabGemm {
     pub(crate) fn load(device: &mut dyn Device) -> Result<Self, BackendError> {
         let kernels = VARIANTS
             .iter()
-            .map(|variant| device.kernel(variant.name, THREADS))
+            .map(|variant| device.kernel(variant.name, variant.groups as u32 * GROUP_THREADS + COPY_THREADS))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             kernels,

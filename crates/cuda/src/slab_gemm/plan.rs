@@ -18,11 +18,19 @@ const EVEN_BLOCKS: usize = 128;
 const IN_FLIGHT_BYTES: usize = 80 << 10;
 /// Tokens on their way. They come from L2, sooner than weights.
 const TOKENS_IN_FLIGHT_BYTES: usize = 32 << 10;
+/// The same where tokens are as many bytes as weights or more: beyond so many tokens.
+const FEW_TOKENS: usize = 32;
+const BALANCED_IN_FLIGHT_BYTES: [usize; 2] = [64 << 10, 48 << 10];
 /// Weights asked for ahead of the ring before the kernels ahead have finished. What a norm or an edge between kernels
 /// takes, a few microseconds, is so many more bytes of DRAM's time.
 const PREFETCH_BYTES: usize = 64 << 10;
 /// With so much, a block of the next kernel fits beside this one on a multiprocessor.
 pub(super) const SHARED_BYTES: usize = 113 << 10;
+/// Slabs of so many rows take hundreds of microseconds, beside which the next kernel's beginning is nothing: they get all of a
+/// multiprocessor.
+const LONG_SLAB_ROWS: usize = 1024;
+const ALL_SHARED_BYTES: usize = 224 << 10;
+const LONG_IN_FLIGHT_BYTES: [usize; 2] = [160 << 10, 32 << 10];
 
 /// One instance of the kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,12 +42,16 @@ pub(crate) struct Variant {
     pub(super) tiles: usize,
     /// K panels of a stage.
     pub(super) panels: usize,
+    /// Warpgroups that share a pass's tiles.
+    pub(super) groups: usize,
 }
 
 macro_rules! variants {
-    ($($element:ident $format:literal: $tiles:literal tiles, $panels:literal panels, tokens [$($tokens:literal)*];)*) => {
+    ($($element:ident $format:literal: $tiles:literal tiles, $panels:literal panels, $groups:literal $suffix:literal,
+       tokens [$($tokens:literal)*];)*) => {
         &[$($(Variant {
-            name: concat!("slab_gemm_", $format, "_n", $tokens, "_t", $tiles, "_p", $panels),
+            name: concat!("slab_gemm_", $format, "_n", $tokens, "_t", $tiles, "_p", $panels, $suffix),
+            groups: $groups,
             element: Element::$element,
             tokens: $tokens,
             tiles: $tiles,
@@ -50,14 +62,16 @@ macro_rules! variants {
 
 /// All instances, as the last lines of the kernel's file list them.
 pub(super) static VARIANTS: &[Variant] = variants! {
-    E4m3 "e4m3": 1 tiles, 4 panels, tokens [8 16 24 32 40 48 56 64];
-    E4m3 "e4m3": 1 tiles, 2 panels, tokens [8 16 24 32 40 48 56 64];
-    E4m3 "e4m3": 2 tiles, 1 panels, tokens [8 16 24 32 40 48 56 64];
-    E4m3 "e4m3": 4 tiles, 1 panels, tokens [32];
-    Bf16 "bf16": 1 tiles, 4 panels, tokens [8 16 24 32 40 48 56 64];
-    Bf16 "bf16": 1 tiles, 2 panels, tokens [8 16 24 32 40 48 56 64];
-    Bf16 "bf16": 2 tiles, 1 panels, tokens [8 16 24 32 40 48 56 64];
-    Bf16 "bf16": 4 tiles, 1 panels, tokens [32 48 64];
+    E4m3 "e4m3": 1 tiles, 4 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 1 tiles, 2 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 2 tiles, 1 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    E4m3 "e4m3": 4 tiles, 1 panels, 1 "", tokens [32];
+    E4m3 "e4m3": 4 tiles, 1 panels, 2 "_g2", tokens [48 64];
+    E4m3 "e4m3": 4 tiles, 2 panels, 2 "_g2", tokens [48 64];
+    Bf16 "bf16": 1 tiles, 4 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 1 tiles, 2 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 2 tiles, 1 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
+    Bf16 "bf16": 4 tiles, 1 panels, 1 "", tokens [32 48 64];
 };
 
 /// What is multiplied.
@@ -106,23 +120,31 @@ impl Tuning {
         let blocks = Self::blocks(shape, multiprocessors);
         let slab = Slabs::new(shape.n, blocks);
         let rows = slab.rows_in_stage(slab.longest());
+        let is_long = slab.longest() >= LONG_SLAB_ROWS;
+        let [in_flight_bytes, tokens_in_flight_bytes] = if is_long {
+            LONG_IN_FLIGHT_BYTES
+        } else if shape.tokens > FEW_TOKENS {
+            BALANCED_IN_FLIGHT_BYTES
+        } else {
+            [IN_FLIGHT_BYTES, TOKENS_IN_FLIGHT_BYTES]
+        };
         let with = |(tiles, panels)| Self {
             blocks,
             tiles,
             panels,
-            in_flight_bytes: IN_FLIGHT_BYTES,
+            in_flight_bytes,
             prefetch_bytes: PREFETCH_BYTES,
-            tokens_in_flight_bytes: TOKENS_IN_FLIGHT_BYTES,
-            shared_bytes: SHARED_BYTES,
+            tokens_in_flight_bytes,
+            shared_bytes: if is_long { ALL_SHARED_BYTES } else { SHARED_BYTES },
         };
         let tuning = with(match (rows.div_ceil(TILE_ROWS), shape.element) {
             // Few stages of many panels: each costs a round of waiting and telling.
+            _ if is_long => (1, 4),
             (1, Element::E4m3) => (1, 4),
             (1, Element::Bf16) if slab.longest() <= 40 && shape.tokens <= 16 => (1, 4),
             (1, Element::Bf16) => (1, 2),
             (2, _) => (2, 1),
             // The more tokens, the wider a pass, since all tokens are read anew for each; as far as there are registers.
-            (_, Element::E4m3) if shape.tokens > 32 => (1, 2),
             (_, Element::E4m3) if shape.tokens > 8 => (4, 1),
             (_, Element::Bf16) if shape.tokens > 24 => (4, 1),
             _ => (2, 1),
@@ -140,7 +162,10 @@ impl Tuning {
             slab.rows_in_stage(slab.longest()).div_ceil(TILE_ROWS)
         };
         let is_even = multiprocessors >= EVEN_BLOCKS && shape.n.is_multiple_of(EVEN_BLOCKS);
-        if is_even && tiles(EVEN_BLOCKS) < tiles(multiprocessors) {
+        // Passes of even slabs are full, so that tokens are read for fewer.
+        let saves_passes =
+            shape.tokens > FEW_TOKENS && Slabs::new(shape.n, multiprocessors).longest() >= LONG_SLAB_ROWS;
+        if is_even && (saves_passes || tiles(EVEN_BLOCKS) < tiles(multiprocessors)) {
             EVEN_BLOCKS
         } else {
             multiprocessors
@@ -152,13 +177,13 @@ impl Tuning {
     /// What to try beside this one.
     pub(super) fn others(self) -> impl Iterator<Item = Self> {
         const KB: usize = 1 << 10;
-        let tilings = [(1, 4), (1, 2), (2, 1), (4, 1)];
-        let rings = [(64, 113), (80, 113), (96, 113), (160, 224)];
+        let tilings = [(1, 4), (1, 2), (2, 1), (4, 1), (4, 2)];
+        let rings = [(64, 113), (96, 113), (128, 224), (176, 224)];
         let mut all = Vec::new();
         for blocks in [64, 128, 132] {
             for (tiles, panels) in tilings {
                 for (in_flight, shared) in rings {
-                    for tokens_in_flight in [16, 32] {
+                    for tokens_in_flight in [16, 32, 48] {
                         all.push(Self {
                             blocks,
                             tiles,
@@ -347,7 +372,8 @@ mod tests {
             let in_flight = plan.w_stages * plan.variant.panels * rows * PANEL_BYTES;
             let slab_bytes = plan.slab_rows * shape.k_panels * PANEL_BYTES;
             assert!(in_flight >= slab_bytes.min(24 << 10), "{shape:?} {plan:?} {in_flight}");
-            assert!(plan.shared_bytes <= SHARED_BYTES);
+            let is_long = plan.slab_rows >= LONG_SLAB_ROWS;
+            assert!(plan.shared_bytes <= if is_long { ALL_SHARED_BYTES } else { SHARED_BYTES });
             assert!(plan.variant.tokens >= shape.tokens);
         }
     }
