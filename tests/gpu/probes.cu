@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/layout.cuh"
+#include "common/wgmma.cuh"
 
 #define CHECK(call)                                                                  \
   do {                                                                               \
