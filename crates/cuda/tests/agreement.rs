@@ -13,12 +13,15 @@ use lapidary_cuda::{Cuda, CudaConfig};
 use lapidary_model::{Backend, Checkpoint, ConfigOverrides, KvCacheSize, ModelRunner, RunnerConfig};
 use lapidary_text::Tokenizer;
 
-/// Of the logits of one position on both backends.
+/// Of the logits of one position on both backends; less only where the model itself is so sensitive that the CPU's two
+/// storage formats agree no better ([`MAX_EXCESS`]).
 const MIN_COSINE: f64 = 0.999;
 /// Where the two largest logits are further apart than this, both backends must choose the same token: sums of another
 /// order turn a bf16 rounding now and then, which turns an FP8 rounding now and then.
 const DECIDED_GAP: f32 = 0.5;
-/// How much further from f32 storage than the CPU with bf16 storage the kernels may be.
+/// How much further from f32 storage than the CPU with bf16 storage the kernels may be, and from the latter than both are
+/// apart. Tensor cores add e4m3 products with fewer bits than f32 has: on a GPU, unlike on the emulator, other roundings turn
+/// than on the CPU, as many as bf16 storage turns.
 const MAX_EXCESS: f64 = 1.5;
 /// Of the checkpoints that are too large to keep, whose vocabulary is Gemma's.
 const PROMPT_TOKENS: u32 = 48;
@@ -176,10 +179,12 @@ impl Models {
         println!("  kernels from the CPU with bf16 storage: {kernels:?}");
         println!("  bf16 storage from f32 storage, CPU:     {storage:?}");
         println!("  kernels from the CPU with f32 storage:  {both:?}");
+        let most = (1.0 - MIN_COSINE).max(MAX_EXCESS * (1.0 - storage.min_cosine));
         assert!(
-            kernels.min_cosine >= MIN_COSINE,
-            "{name}: cosine {}",
-            kernels.min_cosine
+            1.0 - kernels.min_cosine <= most,
+            "{name}: cosine {}, of the storage formats {}",
+            kernels.min_cosine,
+            storage.min_cosine
         );
         assert_eq!(kernels.wrong, 0, "{name}: decided tokens that differ");
         assert!(
