@@ -8,34 +8,17 @@
 // channels. In a unit four warps take 16-position tiles in turn, each with a ring of stages of its own: nothing but the
 // end of a unit brings them together, and a warp's loads for the next unit are under way while this one is computed.
 //
-// Two more warps finish units: they add up what those leave in shared
-// memory (in two buffers) and write it out. That takes longer than a unit under a full memory system, a round trip for the
-// sums and one for the counter; so they take turns, and no load ever waits for them. A block has at most half of an SM's
-// shared memory and registers: the next kernel's weights stream in beside it, and its keys beside the kernel before.
-// Whichever block finishes the last chunk of a (sequence, kv head) adds all its partial sums in chunk order and writes
-// the result.
+// Two more warps finish units: they add up what those leave in shared memory (in two buffers) and write it out, taking turns;
+// no load ever waits for them. Of a sequence with several chunks that is the chunk's part, for `attention_merge` to add.
 //
 // A tile's products run on tensor cores, for any group of up to 8 query heads at the same cost:
-//   S [heads][16 keys] = Q K^T   Q is the A operand (rows 8-15 are zero), kept in registers; K the B operand;
-//   O^T [D][heads] += V^T P^T    V is the A operand (transposed by ldmatrix); P is S's registers as they lie.
+//   S^T [16 keys][heads] = K Q^T   K is the A operand; Q the B operand, kept in registers;
+//   O^T [D][heads] += V^T P^T      V is the A operand (transposed by ldmatrix); P^T is S^T, exponentiated and transposed.
 //
 // Bound: bytes of K and V; two products of 16 x 8 x 16 for 1 KB leave tensor cores and issue slots mostly idle.
 #pragma once
 
-#include "attention.cuh"
-
-struct AttentionDecode {
-  Attention attention;
-  float* partial_outputs;  // [units][group][D]
-  float* partial_sums;     // [units][2][8]: sum of probabilities, maximum score
-  unsigned* arrivals;      // [max_seqs * num_kv_heads], zero between launches
-  int max_seqs;
-  /// Positions of a chunk are 1 << chunk_shift: 64, 128, 256 or 512.
-  int chunk_shift;
-  /// Tiles of K and of V a warp has under way: 1 to 8.
-  int stages;
-  int padding;
-};
+#include "attention_chunks.cuh"
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
@@ -43,14 +26,12 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kFinishers = 2;
 constexpr int kFinishThreads = kFinishers * 32;
 constexpr int kAllThreads = kThreads + kFinishThreads;
-/// Query heads a kv head may have.
-constexpr int kMaxGroup = 8;
-constexpr float kNoScore = -INFINITY;
+/// Operands on their way from shared memory: a warp has nobody to hide that latency behind.
+constexpr int kAhead = 4;
 /// Buffers between the warps that compute and those that finish.
 constexpr int kBuffers = 2;
-/// Named barriers, of a block's every fourth unit: its buffer is full, its buffer is empty again. Then: the finishing
-/// warps among themselves.
-constexpr int kFull = 1, kEmpty = kFull + kWarps, kFinishing = kEmpty + kWarps;
+/// Named barriers, of a block's every fourth unit: its buffer is full, its buffer is empty again.
+constexpr int kFull = 1, kEmpty = kFull + kWarps;
 
 /// What a block must know of a sequence.
 struct __align__(16) SeqEntry {
@@ -98,14 +79,6 @@ struct Unit {
   int block_start;
   int context;  // of the sequence
 };
-
-/// Number of the chunk that the window of a sequence's last token starts in.
-DEVICE int first_chunk(const AttentionDecode& p, int context) {
-  return max(0, context - p.attention.window) >> p.chunk_shift;
-}
-DEVICE int chunks_of(const AttentionDecode& p, int context) {
-  return ((context - 1) >> p.chunk_shift) - first_chunk(p, context) + 1;
-}
 
 /// All threads, one for each sequence: the table of sequences and how many units precede each. Returns their number.
 DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals) {
@@ -368,8 +341,9 @@ struct Loader {
 template <int D>
 struct Sums {
   float output[D / 16][4];
-  float sum;
-  float maximum;
+  // Of heads 2 (l % 4) + {0, 1}: over the lane's keys, and over all.
+  float sum[2];
+  float maximum[2];
 };
 
 template <int D>
@@ -379,11 +353,14 @@ DEVICE void clear(Sums<D>& sums) {
 #pragma unroll
     for (int i = 0; i < 4; i++) sums.output[j][i] = 0.0f;
   }
-  sums.sum = 0.0f;
-  sums.maximum = kNoScore;
+#pragma unroll
+  for (int odd = 0; odd < 2; odd++) {
+    sums.sum[odd] = 0.0f;
+    sums.maximum[odd] = kNoScore;
+  }
 }
 
-/// Q as A operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4; heads beyond the group repeat the
+/// Q as B operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4; heads beyond the group repeat the
 /// last, and no one looks at what becomes of them.
 template <int D>
 DEVICE void read_queries(uint32_t (&q)[D / 8], uint32_t queries, int group, int lane) {
@@ -397,68 +374,73 @@ DEVICE void read_queries(uint32_t (&q)[D / 8], uint32_t queries, int group, int 
   }
 }
 
-/// Scores of 16 keys: lane l gets those of head l / 4 with keys 2 (l % 4) + {0, 1} and 8 more.
+/// Scores of 16 keys: lane l gets those of keys l / 4 (values 0 and 1) and l / 4 + 8, with heads 2 (l % 4) + {0, 1}.
 template <int D>
 DEVICE void score(float (&s)[4], const uint32_t (&q)[D / 8], uint32_t keys) {
-  float sums[2][2][4] = {};  // halves of D alternate: shorter chains
+  constexpr int kSteps = D / 16;
+  float sums[2][4] = {};  // steps alternate: shorter chains
+  uint32_t k[kAhead][4];
 #pragma unroll
-  for (int j = 0; j < D / 16; j++) {
-    uint32_t k[4];
-    ldmatrix_x4(k, keys ^ uint32_t(32 * j));
-    const uint32_t a[4] = {q[2 * j], 0, q[2 * j + 1], 0};
-    mma_m16n8k16_bf16(sums[j % 2][0], a, {k[0], k[1]}, sums[j % 2][0]);
-    mma_m16n8k16_bf16(sums[j % 2][1], a, {k[2], k[3]}, sums[j % 2][1]);
+  for (int j = 0; j < kAhead && j < kSteps; j++) ldmatrix_x4(k[j], keys ^ uint32_t(32 * j));
+#pragma unroll
+  for (int j = 0; j < kSteps; j++) {
+    mma_m16n8k16_bf16(sums[j % 2], k[j % kAhead], {q[2 * j], q[2 * j + 1]}, sums[j % 2]);
+    if (j + kAhead < kSteps) ldmatrix_x4(k[j % kAhead], keys ^ uint32_t(32 * (j + kAhead)));
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) s[i] = sums[0][i / 2][i % 2] + sums[1][i / 2][i % 2];
+  for (int i = 0; i < 4; i++) s[i] = sums[0][i] + sums[1][i];
 }
 
 /// Multiplies what was summed so far for the new maximum; the scores become relative to it.
 template <int D>
-DEVICE void rescale(Sums<D>& sums, float (&s)[4], const bool (&seen)[4], float score_scale, int lane) {
-  float maximum = sums.maximum;
+DEVICE void rescale(Sums<D>& sums, float (&s)[4], const bool (&seen)[2], float score_scale) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    s[i] *= score_scale;
-    if (seen[i]) maximum = fmaxf(maximum, s[i]);
+  for (int odd = 0; odd < 2; odd++) {
+    float maximum = sums.maximum[odd];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float& x = s[2 * half + odd];
+      x *= score_scale;
+      if (seen[half]) maximum = fmaxf(maximum, x);
+    }
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
+    const float factor = sums.maximum[odd] == kNoScore ? 0.0f : exp2_approx(sums.maximum[odd] - maximum);
+    sums.maximum[odd] = maximum;
+    sums.sum[odd] *= factor;
+#pragma unroll
+    for (int j = 0; j < D / 16; j++) {
+      sums.output[j][odd] *= factor;
+      sums.output[j][2 + odd] *= factor;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) s[2 * half + odd] = exp2_approx(s[2 * half + odd] - maximum);
   }
-  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
-  const float factor = sums.maximum == kNoScore ? 0.0f : exp2_approx(sums.maximum - maximum);
-  sums.maximum = maximum;
-  sums.sum *= factor;
-  const float even = __shfl_sync(~0u, factor, lane % 4 * 8), odd = __shfl_sync(~0u, factor, lane % 4 * 8 + 4);
-#pragma unroll
-  for (int j = 0; j < D / 16; j++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums.output[j][i] *= i % 2 == 0 ? even : odd;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) s[i] = exp2_approx(s[i] - maximum);
 }
 
 /// Scores to probabilities, in bf16, as the B operand of the product with V.
 template <int D, bool Capped>
 DEVICE void weigh(uint32_t (&probabilities)[2], Sums<D>& sums, float (&s)[4], const Attention& p, int position,
                   const Unit& unit, int lane) {
-  bool seen[4];
+  bool seen[2];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int key = position + lane % 4 * 2 + i % 2 + i / 2 * 8;
-    seen[i] = key >= unit.first && key < unit.end;
+  for (int half = 0; half < 2; half++) {
+    const int key = position + lane / 4 + half * 8;
+    seen[half] = key >= unit.first && key < unit.end;
   }
   if (Capped) {
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] = capped_exp(s[i], p.score_scale, p.cap);
   } else {
-    rescale<D>(sums, s, seen, p.score_scale, lane);
+    rescale<D>(sums, s, seen, p.score_scale);
   }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float low = seen[2 * half] ? s[2 * half] : 0.0f, high = seen[2 * half + 1] ? s[2 * half + 1] : 0.0f;
-    probabilities[half] = bf16x2_from_floats(low, high);
+    const uint32_t pair = seen[half] ? bf16x2_from_floats(s[2 * half], s[2 * half + 1]) : 0;
     // What is divided by is the sum of what is multiplied.
-    sums.sum += low_float(probabilities[half]) + high_float(probabilities[half]);
+    sums.sum[0] += low_float(pair);
+    sums.sum[1] += high_float(pair);
+    probabilities[half] = transposed(pair);
   }
 }
 
@@ -479,8 +461,10 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
   const AttentionDecode& p = loader.p;
   const int lane = loader.lane;
   uint32_t q[D / 8];
-  // Row and chunk that this lane points ldmatrix at; the chunk's other bits are flipped in by the loops.
-  const uint32_t offset = swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  // Row and chunk that this lane points ldmatrix at; the chunk's other bits are flipped in by the loops. Both tiles become A
+  // operands, and that of values is transposed on the way.
+  const uint32_t key_offset = swizzled<D>(lane % 16, lane / 16);
+  const uint32_t value_offset = kTileBytes + swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const int first = loader.first_tile(unit.first, loader.warp);
   for (int position = first; position < unit.end; position += kWarps * kTile) {
     float s[4];
@@ -489,14 +473,14 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
     Copies::wait(stage, place.parity, 0, p.stages);
     __syncwarp();
     if (position == first) read_queries<D>(q, stage.keys + 2 * kTileBytes, loader.group, lane);
-    score<D>(s, q, stage.keys + offset);
+    score<D>(s, q, stage.keys + key_offset);
     __syncwarp();
     loader.load_keys();
     weigh<D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
     Copies::wait(stage, place.parity, 1, p.stages);
     Copies::clear_values(stage, TileRows(position, unit.first, unit.end), lane);
     __syncwarp();
-    accumulate<D>(sums, probabilities, stage.keys + kTileBytes + offset);
+    accumulate<D>(sums, probabilities, stage.keys + value_offset);
     __syncwarp();
     loader.load_values();
     place.advance(p.stages);
@@ -506,15 +490,16 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
 /// Leaves a warp's sums in shared memory. `slot` counts warps of both buffers.
 template <int D>
 DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group, int slot, int lane) {
-  float sum = sums.sum + __shfl_xor_sync(~0u, sums.sum, 1);
-  sum += __shfl_xor_sync(~0u, sum, 2);
-  if (lane % 4 == 0) {
-    shared.sums[slot * kMaxGroup + lane / 4] = sum;
-    shared.maxima[slot * kMaxGroup + lane / 4] = sums.maximum;
-  }
 #pragma unroll
   for (int odd = 0; odd < 2; odd++) {
     const int head = lane % 4 * 2 + odd;
+    float sum = sums.sum[odd];
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    if (lane / 4 == 0) {
+      shared.sums[slot * kMaxGroup + head] = sum;
+      shared.maxima[slot * kMaxGroup + head] = sums.maximum[odd];
+    }
     if (head >= group) continue;
     float* to = shared.outputs + (slot * group + head) * D + lane / 4;
 #pragma unroll
@@ -523,106 +508,6 @@ DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group,
       to[16 * j + 8] = sums.output[j][2 + odd];
     }
   }
-}
-
-/// Four neighbouring values of a head's sum, its divisor and the maximum both are relative to.
-struct Part {
-  float4 output;
-  float sum;
-  float maximum;
-};
-
-template <bool Capped>
-DEVICE void add(Part& to, const Part& part) {
-  float old_factor = 1.0f, factor = 1.0f;
-  if (!Capped) {
-    const float maximum = fmaxf(to.maximum, part.maximum);
-    old_factor = to.maximum == kNoScore ? 0.0f : exp2_approx(to.maximum - maximum);
-    factor = part.maximum == kNoScore ? 0.0f : exp2_approx(part.maximum - maximum);
-    to.maximum = maximum;
-  }
-  to.output.x = to.output.x * old_factor + part.output.x * factor;
-  to.output.y = to.output.y * old_factor + part.output.y * factor;
-  to.output.z = to.output.z * old_factor + part.output.z * factor;
-  to.output.w = to.output.w * old_factor + part.output.w * factor;
-  to.sum = to.sum * old_factor + part.sum * factor;
-}
-
-/// Columns `4 * quad`, ... of the group's heads, divided and in the form the o projection reads.
-template <int D>
-DEVICE void write_result(const Attention& p, const Unit& unit, int quad, const Part& part) {
-  const int row = unit.query_row;
-  const int col = unit.head * (p.num_heads / p.num_kv_heads) * D + quad * 4;
-  const float inverse = 1.0f / part.sum;
-  const float4 x = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
-  if (p.out.scheme == kSchemeStatic) {
-    const float scale = p.out.static_scale;
-    const uint32_t codes = e4m3x4_from_floats(__fdiv_rn(x.x, scale), __fdiv_rn(x.y, scale), __fdiv_rn(x.z, scale),
-                                              __fdiv_rn(x.w, scale));
-    *reinterpret_cast<uint32_t*>(result_address(p, row, col, 1, D)) = codes;
-    if (col == 0) p.out.scales[row] = scale;
-  } else {
-    const uint2 pairs = make_uint2(bf16x2_from_floats(x.x, x.y), bf16x2_from_floats(x.z, x.w));
-    *reinterpret_cast<uint2*>(result_address(p, row, col, 2, D)) = pairs;
-  }
-}
-
-DEVICE float4 read_partial(const float* from) {
-  const uint4 bits = load_l2(reinterpret_cast<const uint4*>(from));
-  return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
-}
-
-/// Adds the chunks of a (sequence, kv head) in their order and writes the result: one of `Threads` threads.
-template <int D, bool Capped, int Threads>
-DEVICE void merge_chunks(const AttentionDecode& p, const Unit& unit, int group, int thread) {
-  constexpr int kQuads = 128 / Threads;  // taken together, to have enough reads under way
-  const size_t heads = size_t(p.attention.num_kv_heads), first = size_t(unit.index) - unit.chunk * heads;
-  const size_t stride = heads * size_t(group) * D, sums_stride = heads * 2 * kMaxGroup;
-  const int quads = group * D / 4;
-  for (int begin = thread; begin < quads; begin += kQuads * Threads) {
-    Part totals[kQuads];
-#pragma unroll
-    for (int i = 0; i < kQuads; i++) totals[i] = {{0.0f, 0.0f, 0.0f, 0.0f}, 0.0f, kNoScore};
-    const float* outputs = p.partial_outputs + first * size_t(group * D) + begin * 4;
-    const float* sums = p.partial_sums + first * (2 * kMaxGroup);
-#pragma unroll(16 / kQuads)
-    for (int chunk = 0; chunk < unit.chunks; chunk++) {
-#pragma unroll
-      for (int i = 0; i < kQuads; i++) {
-        const int quad = begin + i * Threads;
-        if (quad >= quads) continue;
-        const float* of_head = sums + chunk * sums_stride + quad * 4 / D;
-        const Part part = {read_partial(outputs + chunk * stride + i * Threads * 4), load_l2(of_head),
-                           Capped ? 0.0f : load_l2(of_head + kMaxGroup)};
-        add<Capped>(totals[i], part);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kQuads; i++) {
-      const int quad = begin + i * Threads;
-      if (quad < quads) write_result<D>(p.attention, unit, quad, totals[i]);
-    }
-  }
-}
-
-template <int Threads>
-DEVICE void synchronize_team() {
-  if (Threads == 32) __syncwarp();
-  else named_barrier_sync(kFinishing, Threads);
-}
-
-/// Whether this block is the last of the unit's (sequence, kv head) to leave its partial sums.
-template <int Threads>
-DEVICE bool arrives_last(const AttentionDecode& p, int* is_last, const Unit& unit, int thread) {
-  synchronize_team<Threads>();
-  if (thread == 0) {
-    unsigned* arrivals = p.arrivals + unit.seq * p.attention.num_kv_heads + unit.head;
-    const bool last = atomic_add_acq_rel(arrivals, 1) == unsigned(unit.chunks - 1);
-    if (last) *arrivals = 0;
-    *is_last = last;
-  }
-  synchronize_team<Threads>();
-  return *is_last != 0;
 }
 
 /// Adds what the warps left in a buffer of shared memory. The result is either final or this chunk's part of it.
@@ -639,13 +524,13 @@ DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, c
       add<Capped>(total, {output, shared.sums[slot * kMaxGroup + head], shared.maxima[slot * kMaxGroup + head]});
     }
     if (unit.chunks == 1) {
-      write_result<D>(p.attention, unit, quad, total);
+      write_result<D>(p.attention, unit.query_row, unit.head, quad, total);
       continue;
     }
-    float* outputs = p.partial_outputs + size_t(unit.index) * size_t(group * D) + quad * 4;
-    *reinterpret_cast<float4*>(outputs) = total.output;
+    const size_t part = part_index(p, unit.seq, unit.chunk, unit.head);
+    *reinterpret_cast<float4*>(p.partial_outputs + part * size_t(group * D) + quad * 4) = total.output;
     if (quad * 4 % D == 0) {
-      float* sums = p.partial_sums + size_t(unit.index) * (2 * kMaxGroup) + head;
+      float* sums = p.partial_sums + part * (2 * kMaxGroup) + head;
       sums[0] = total.sum;
       sums[kMaxGroup] = total.maximum;
     }
@@ -674,21 +559,18 @@ DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int
 /// The finishing warps' way through them: teams of `Threads` take turns.
 template <int D, bool Capped, int Threads>
 DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int thread) {
+  constexpr int kTeams = kFinishThreads / Threads;
   const AttentionDecode& p = units.p;
-  const int group = p.attention.num_heads / p.attention.num_kv_heads;
+  const int group = p.attention.num_heads / p.attention.num_kv_heads, grid = int(gridDim.x);
   const int team = thread / Threads, member = thread % Threads;
   wait_for_previous_kernels();
-  int count = 0;
-  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
-    if (count % (kFinishThreads / Threads) != team) continue;
+  int count = team;
+  for (int index = int(blockIdx.x) + team * grid; index < units.count; index += kTeams * grid, count += kTeams) {
     const Unit unit = units.find(index);
     named_barrier_sync(kFull + count % kWarps, kThreads + Threads);
     add_warps<D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
-    if (index + kBuffers * int(gridDim.x) < units.count) {
+    if (index + kBuffers * grid < units.count) {
       named_barrier_arrive(kEmpty + count % kWarps, kThreads + Threads);
-    }
-    if (unit.chunks > 1 && arrives_last<Threads>(p, shared.scratch + team, unit, member)) {
-      merge_chunks<D, Capped, Threads>(p, unit, group, member);
     }
   }
 }

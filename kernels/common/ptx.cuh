@@ -178,6 +178,7 @@ DEVICE void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) { emulator::ldmatrix
 DEVICE void ldmatrix_x2(uint32_t (&d)[2], uint32_t address) { emulator::ldmatrix<2, false>(d, address); }
 DEVICE void ldmatrix_x4_transposed(uint32_t (&d)[4], uint32_t address) { emulator::ldmatrix<4, true>(d, address); }
 DEVICE void ldmatrix_x2_transposed(uint32_t (&d)[2], uint32_t address) { emulator::ldmatrix<2, true>(d, address); }
+DEVICE uint32_t transposed(uint32_t pair) { return emulator::transposed(pair); }
 
 #else  // nvcc
 
@@ -320,6 +321,13 @@ DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint3
                : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
                  "f"(c[3]));
+}
+/// A warp's 8 x 8 values of 16 bits, of which lane l has columns 2 (l % 4) + {0, 1} of row l / 4, with rows and columns
+/// exchanged.
+DEVICE uint32_t transposed(uint32_t pair) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+  return d;
 }
 DEVICE void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -1,6 +1,7 @@
 //! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
-//! [--only fp8,output,slabs,tiles,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--chunk 128 --stages 3]
-//! [--portable]`: the shapes and tokens are those of products, the last three are for attention.
+//! [--only fp8,output,slabs,tiles,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
+//! [--contexts 512,2048] [--chunk 128 --stages 3] [--pages shuffled|sequential|interleaved] [--portable]`: the shapes and tokens
+//! are those of products, the last ones are for attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -9,7 +10,7 @@
 
 use std::error::Error;
 
-use lapidary_cuda::measure::{AttentionLoad, Bench, DecodeTuning, MODELS};
+use lapidary_cuda::measure::{AttentionLoad, Bench, DecodeTuning, MODELS, Pages};
 use lapidary_model::AttentionConfig;
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
@@ -28,12 +29,17 @@ fn option(name: &str) -> Option<String> {
     arguments.next()
 }
 
-/// The numbers of tokens that products are measured with, of these.
-fn tokens_of(usual: &[usize]) -> Result<Vec<usize>, Box<dyn Error>> {
-    match option("--tokens") {
-        Some(list) => list.split(',').map(|count| Ok(count.parse()?)).collect(),
+/// The numbers that an option lists, or the usual ones.
+fn numbers(name: &str, usual: &[usize]) -> Result<Vec<usize>, Box<dyn Error>> {
+    match option(name) {
+        Some(list) => list.split(',').map(|number| Ok(number.parse()?)).collect(),
         None => Ok(usual.to_vec()),
     }
+}
+
+/// The numbers of tokens that products are measured with.
+fn tokens_of(usual: &[usize]) -> Result<Vec<usize>, Box<dyn Error>> {
+    numbers("--tokens", usual)
 }
 
 /// Whether a matrix is to be measured.
@@ -43,6 +49,15 @@ fn is_wanted((n, k): (usize, usize)) -> bool {
 
 fn is_portable() -> bool {
     std::env::args().any(|argument| argument == "--portable")
+}
+
+fn pages() -> Result<Pages, Box<dyn Error>> {
+    match option("--pages").as_deref() {
+        None | Some("shuffled") => Ok(Pages::Shuffled),
+        Some("sequential") => Ok(Pages::Sequential),
+        Some("interleaved") => Ok(Pages::Interleaved),
+        Some(other) => Err(format!("--pages {other}: shuffled, sequential or interleaved").into()),
+    }
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -113,6 +128,7 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
             window: None,
             tuning: None,
             is_portable: is_portable(),
+            pages: pages()?,
         };
         println!("{}", bench.attention(HEADS, load)?);
         if context > WINDOW {
@@ -163,8 +179,8 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
     let tuning = number("--chunk")?
         .zip(number("--stages")?)
         .map(|(chunk, stages)| DecodeTuning { chunk, stages });
-    for batch in BATCHES {
-        for context in CONTEXTS {
+    for batch in numbers("--batches", &BATCHES)? {
+        for context in numbers("--contexts", &CONTEXTS)? {
             if 2 * batch * context * HEADS.num_kv_heads * HEADS.head_dim * 2 > MAX_LAYER_BYTES / 2 {
                 continue;
             }
@@ -175,6 +191,7 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
                 window: None,
                 tuning,
                 is_portable: is_portable(),
+                pages: pages()?,
             };
             println!("{}", bench.attention(HEADS, load)?);
             if context > WINDOW {

@@ -318,6 +318,23 @@ void ldmatrix(uint32_t (&d)[Count], uint32_t address) {
   std::memcpy(d, result, sizeof result);
 }
 
+inline uint32_t transposed(uint32_t pair) {
+  const unsigned lane = thread() % 32;
+  Slot* slots = warp_slots();
+  std::memcpy(slots[lane].bytes, &pair, 4);
+  arrive_and_wait_warp();
+  // Row and column of what the lane gets are column and row of what there is.
+  auto at = [&](unsigned row, unsigned column) {
+    uint16_t value;
+    std::memcpy(&value, slots[row * 4 + column / 2].bytes + column % 2 * 2, 2);
+    return uint32_t(value);
+  };
+  const unsigned row = lane / 4, column = lane % 4 * 2;
+  const uint32_t result = at(column, row) | at(column + 1, row) << 16;
+  arrive_and_wait_warp();
+  return result;
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::block_barrier(); }

@@ -1,5 +1,6 @@
-//! Paged attention: sequences with one query token go to `kernels/attention_decode.cu`, the others to
-//! `kernels/attention_prefill.cu`; on Hopper to their namesakes for `sm90a`, of which prefill needs a soft-cap.
+//! Paged attention: sequences with one query token go to `kernels/attention_decode.cu` and, with several chunks of keys, to
+//! `kernels/attention_merge.cu`; the others to `kernels/attention_prefill.cu`. On Hopper decoding and prefill have kernels of
+//! their own (`sm90a`), of which prefill's needs a soft-cap.
 //!
 //! Neither kernel's result for a sequence depends on the batch: chunks and tiles of keys are aligned to absolute
 //! positions and added in their order.
@@ -20,6 +21,8 @@ const KEY_TILE: usize = 16;
 const DECODE_WARPS: usize = 4;
 /// With those that finish units.
 const DECODE_THREADS: u32 = (DECODE_WARPS as u32 + 2) * 32;
+/// Of a block of the kernel that adds what chunks left.
+const MERGE_THREADS: u32 = 128;
 /// Query heads of a kv head that the decode kernel has room for.
 const MAX_GROUP: usize = 8;
 /// Above it exp(cap), and sums of it, come near what f32 can hold.
@@ -51,11 +54,10 @@ struct DecodeParams {
     attention: AttentionParams,
     partial_outputs: DevicePtr,
     partial_sums: DevicePtr,
-    arrivals: DevicePtr,
     max_seqs: i32,
+    max_chunks: i32,
     chunk_shift: i32,
     stages: i32,
-    padding: i32,
 }
 
 /// The kernels' `AttentionPrefill`.
@@ -78,15 +80,13 @@ pub struct DecodeTuning {
 }
 
 impl DecodeTuning {
-    /// Fills half of an SM's shared memory with loads under way: the kernels before and after have the other half. Where
-    /// not even one stage fits there, one stage.
+    /// As many stages as [`RING_BYTES`] hold, if the block may have so much, and at least one.
     fn new(head_dim: usize, group: usize, max_seqs: usize, block_limit: usize) -> Self {
         let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
         let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
-        let room = block_limit.min(HALF_SHARED_BYTES).saturating_sub(fixed);
+        let room = block_limit.saturating_sub(fixed).min(RING_BYTES);
         Self {
-            // Shorter ones are more than the finishing warps keep up with, longer ones leave multiprocessors idle when
-            // sequences are few.
+            // Shorter ones cost more ends of units, longer ones leave multiprocessors idle when sequences are few.
             chunk: 256,
             stages: (room / stage).clamp(1, 8),
         }
@@ -135,6 +135,8 @@ pub(crate) struct AttentionPlan {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AttentionInputs {
     pub(crate) step: StepPointers,
+    /// Sequences of the step, or those of the recorded step it runs as.
+    pub(crate) max_seqs: usize,
     /// bf16 `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`; the q heads are rotated and not scaled.
     pub(crate) qkv: DevicePtr,
     /// bf16 `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, rows permuted as `kernels/rope.cu` writes them, the
@@ -158,10 +160,10 @@ pub(crate) struct Attention {
     limits: StepLimits,
     multiprocessors: usize,
     decode: Kernel,
+    merge: Kernel,
     tuning: DecodeTuning,
     partial_outputs: DevicePtr,
     partial_sums: DevicePtr,
-    arrivals: DevicePtr,
     /// In ascending order of `rows`.
     prefill: Vec<PrefillKernel>,
     tiles: DevicePtr,
@@ -219,6 +221,7 @@ impl Attention {
         }
         let mut attention = Self {
             decode: device.kernel(names.decode(is_hopper), DECODE_THREADS)?,
+            merge: device.kernel(names.merge, MERGE_THREADS)?,
             tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
             multiprocessors: device.multiprocessors(),
             config,
@@ -226,7 +229,6 @@ impl Attention {
             tuning,
             partial_outputs: DevicePtr::NULL,
             partial_sums: DevicePtr::NULL,
-            arrivals: DevicePtr::NULL,
             prefill,
         };
         attention.alloc_scratch(device)?;
@@ -234,22 +236,16 @@ impl Attention {
     }
 
     /// Bytes that [`Attention::new`] reserves for chunks of sequences, at most.
-    pub(crate) fn scratch_bytes(config: &AttentionConfig, limits: &StepLimits, chunk: usize) -> [usize; 3] {
+    pub(crate) fn scratch_bytes(config: &AttentionConfig, limits: &StepLimits, chunk: usize) -> [usize; 2] {
         let chunks = limits.max_seqs * config.num_kv_heads * limits.max_model_len.div_ceil(chunk);
-        let arrivals = limits.max_seqs * config.num_kv_heads * 4;
-        [
-            chunks * group(config) * config.head_dim * 4,
-            chunks * 2 * MAX_GROUP * 4,
-            arrivals,
-        ]
+        [chunks * group(config) * config.head_dim * 4, chunks * 2 * MAX_GROUP * 4]
     }
 
     fn alloc_scratch(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
-        let [outputs, sums, arrivals] = Self::scratch_bytes(&self.config, &self.limits, self.tuning.chunk);
+        let [outputs, sums] = Self::scratch_bytes(&self.config, &self.limits, self.tuning.chunk);
         self.partial_outputs = device.alloc("attention of chunks", outputs)?;
         self.partial_sums = device.alloc("attention of chunks", sums)?;
-        self.arrivals = device.alloc("attention of chunks", arrivals)?;
-        device.zero(self.arrivals, arrivals)
+        Ok(())
     }
 
     /// Splits a step's attention and brings what the prefill kernel must know of it to the device.
@@ -304,7 +300,7 @@ impl Attention {
         }
         let attention = self.params(inputs);
         if plan.has_decode {
-            self.run_decode(device, attention)?;
+            self.run_decode(device, attention, inputs.max_seqs)?;
         }
         if plan.num_tiles > 0 {
             self.run_prefill(device, plan, attention)?;
@@ -332,8 +328,13 @@ impl Attention {
         }
     }
 
-    /// The grid depends on nothing of the step: a captured launch serves any.
-    fn run_decode(&self, device: &mut dyn Device, attention: AttentionParams) -> Result<(), BackendError> {
+    /// The grids depend on nothing of the step but how many sequences it has at most: a captured launch serves any.
+    fn run_decode(
+        &self,
+        device: &mut dyn Device,
+        attention: AttentionParams,
+        max_seqs: usize,
+    ) -> Result<(), BackendError> {
         let DecodeTuning { chunk, stages } = self.tuning;
         let shared_bytes =
             DecodeTuning::shared_bytes(stages, self.config.head_dim, group(&self.config), self.limits.max_seqs);
@@ -342,13 +343,20 @@ impl Attention {
             attention,
             partial_outputs: self.partial_outputs,
             partial_sums: self.partial_sums,
-            arrivals: self.arrivals,
             max_seqs: self.limits.max_seqs as i32,
+            max_chunks: self.limits.max_model_len.div_ceil(chunk) as i32,
             chunk_shift: chunk.ilog2() as i32,
             stages: stages as i32,
-            padding: 0,
         };
-        launch(device, &self.decode, grid, &params)
+        launch(device, &self.decode, grid, &params)?;
+        if self.limits.max_model_len <= chunk {
+            return Ok(());
+        }
+        let merge = Grid {
+            blocks: [self.config.num_kv_heads as u32, max_seqs as u32, 1],
+            shared_bytes: 0,
+        };
+        launch(device, &self.merge, merge, &params)
     }
 
     fn run_prefill(
@@ -401,6 +409,7 @@ type PrefillName = (usize, usize, &'static str);
 /// on one device agree in them. In ascending order of rows.
 struct KernelNames {
     decode: &'static str,
+    merge: &'static str,
     /// For Hopper.
     decode_bulk: &'static str,
     /// For Hopper.
@@ -430,6 +439,7 @@ macro_rules! kernel_names {
     ($variant:literal) => {
         KernelNames {
             decode: concat!("attention_decode_", $variant),
+            merge: concat!("attention_merge_", $variant),
             decode_bulk: concat!("attention_decode_bulk_", $variant),
             wgmma: &[],
             large: &[
@@ -484,8 +494,9 @@ fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
 }
 
 const LARGE_SHARED_BYTES: usize = 227 << 10;
-/// Two blocks of so much fit on a multiprocessor of those.
-const HALF_SHARED_BYTES: usize = 113 << 10;
+/// Keys and values a block of the decode kernel has under way. Half as much, beside which a block of the next kernel would fit
+/// on the multiprocessor, takes up to a third longer (`benches/results`).
+const RING_BYTES: usize = 144 << 10;
 
 /// Shared memory a block may have.
 fn shared_limit(compute_capability: u32) -> usize {

@@ -394,6 +394,7 @@ impl Backend for Cuda {
         let out = out.write(device, out_scheme)?;
         let inputs = AttentionInputs {
             step: *prepared.step.pointers(),
+            max_seqs: plan.tokens.min(prepared.limits.max_seqs),
             qkv: qkv.data,
             kv: kv.data,
             block_size: kv.block_size,

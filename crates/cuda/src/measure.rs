@@ -258,7 +258,6 @@ impl Bench {
         Ok(microseconds / launches as f64)
     }
 
-    /// Attention of `batch` sequences with `context` tokens each, one of them new.
     /// One layer's attention.
     ///
     /// # Errors
@@ -272,6 +271,7 @@ impl Bench {
             window,
             tuning,
             is_portable,
+            ..
         } = load;
         let device = &mut self.device;
         let memory = device.mark();
@@ -304,6 +304,7 @@ impl Bench {
             for launch in 0..launches {
                 let inputs = AttentionInputs {
                     step: pointers,
+                    max_seqs: batch,
                     qkv,
                     kv: layers[launch % copies],
                     block_size: BLOCK,
@@ -340,6 +341,37 @@ pub struct AttentionLoad {
     pub tuning: Option<DecodeTuning>,
     /// Not to use what only Hopper has.
     pub is_portable: bool,
+    /// Where the sequences' blocks lie.
+    pub pages: Pages,
+}
+
+/// Which blocks of the KV cache a sequence has. It matters: memory channels go by address, and blocks read at the same time
+/// may share some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Any, as after long use.
+    Shuffled,
+    /// One after another, as a prompt gets them in a fresh cache.
+    Sequential,
+    /// Those of all sequences take turns, as when they grew together.
+    Interleaved,
+}
+
+impl Pages {
+    /// Blocks by sequence, `each` of them.
+    fn blocks(self, batch: usize, each: usize) -> Vec<u32> {
+        let count = batch * each;
+        let mut blocks: Vec<u32> = match self {
+            Self::Shuffled | Self::Sequential => (0..count as u32).collect(),
+            Self::Interleaved => (0..count).map(|i| (i % each * batch + i / each) as u32).collect(),
+        };
+        if self == Self::Shuffled {
+            for last in (1..count).rev() {
+                blocks.swap(last, (mix(last as u64) % (last as u64 + 1)) as usize);
+            }
+        }
+        blocks
+    }
 }
 
 impl fmt::Display for AttentionLoad {
@@ -366,7 +398,6 @@ impl AttentionLoad {
         (self.context - self.queries..self.context).map(seen).sum()
     }
 
-    /// Every sequence owns blocks spread over the whole cache.
     fn batch(&self, block_size: usize) -> lapidary_engine::Batch {
         use lapidary_engine::{BlockId, RequestId};
         let Self {
@@ -376,7 +407,8 @@ impl AttentionLoad {
             ..
         } = *self;
         let blocks_each = context.div_ceil(block_size);
-        let block = |seq: usize, index: usize| (index * batch + seq) as u32;
+        let blocks = self.pages.blocks(batch, blocks_each);
+        let block = |seq: usize, index: usize| blocks[seq * blocks_each + index];
         let slot = |seq: usize, position: usize| {
             block(seq, position / block_size) * block_size as u32 + (position % block_size) as u32
         };
@@ -391,9 +423,7 @@ impl AttentionLoad {
             query_start: (0..=batch).map(|seq| (seq * queries) as u32).collect(),
             context_lens: vec![context as u32; batch],
             block_start: (0..=batch).map(|seq| (seq * blocks_each) as u32).collect(),
-            block_ids: (0..batch)
-                .flat_map(|seq| (0..blocks_each).map(move |index| BlockId(block(seq, index))))
-                .collect(),
+            block_ids: blocks.iter().copied().map(BlockId).collect(),
             samples: Vec::new(),
         }
     }

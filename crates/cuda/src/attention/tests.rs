@@ -209,6 +209,7 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
     let mut activation = Activation::alloc(device, rows, cols).expect("it is small");
     let inputs = AttentionInputs {
         step: step_on_device(device, &memory.batch, limits.max_seqs),
+        max_seqs: memory.batch.num_seqs(),
         qkv: on_device(device, &memory.qkv),
         kv: on_device(device, &memory.kv),
         block_size: setup.block_size,
