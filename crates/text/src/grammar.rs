@@ -17,6 +17,7 @@ use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokRxInfo, TokTrie};
 
 use crate::tokenizer::Tokenizer;
 use crate::tool_calls::{CallGrammar, OPENING, Otherwise};
+use crate::warm_up::Walker;
 
 /// Bytes of a JSON schema, or of a list of choices, at most.
 pub const MAX_SCHEMA_BYTES: usize = 128 << 10;
@@ -129,6 +130,7 @@ pub enum GrammarError {
 /// Compiles grammars for one model.
 pub struct GrammarCompiler {
     factory: ParserFactory,
+    walker: Walker,
     vocab_size: usize,
 }
 
@@ -157,6 +159,7 @@ impl GrammarCompiler {
             )));
         };
         let words: Vec<Vec<u8>> = (0..num_words).map(|id| word(tokenizer, id)).collect();
+        let walker = Walker::new(&words);
         let trie = TokTrie::from(&TokRxInfo::new(num_words, eos), &words).with_eos_tokens(stop_token_ids);
         // The model decides how it spells what the grammar forces: nothing is tokenised here.
         let env: Arc<dyn toktrie::TokenizerEnv + Sync> = Arc::new(ApproximateTokEnv::new(trie));
@@ -166,7 +169,11 @@ impl GrammarCompiler {
             .map_err(|error| vocabulary(error.to_string()))?;
         factory.quiet();
         *factory.limits_mut() = limits();
-        Ok(Self { factory, vocab_size })
+        Ok(Self {
+            factory,
+            walker,
+            vocab_size,
+        })
     }
 
     /// Compiles a grammar, on a thread of its own for want of stack, and waits for it: milliseconds for what people write,
@@ -176,32 +183,37 @@ impl GrammarCompiler {
     /// All but [`GrammarError::Lost`] and [`GrammarError::Vocabulary`].
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
         let source = source(grammar)?;
-        let matcher = thread::scope(|scope| {
-            let compile = || {
+        let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
+        let hold = if is_optional { Hold::Undecided(0) } else { Hold::Fast };
+        thread::scope(|scope| {
+            let build = || {
                 yield_to_others();
-                Matcher::new(self.factory.create_parser(source))
+                self.build(source, hold)
             };
             let thread = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
             let thread = thread
-                .spawn_scoped(scope, compile)
+                .spawn_scoped(scope, build)
                 .map_err(|error| invalid(&error.to_string()))?;
-            thread.join().map_err(|_| invalid("the compiler panicked"))
-        })?;
+            thread
+                .join()
+                .unwrap_or_else(|_panic| Err(invalid("the compiler panicked")))
+        })
+    }
+
+    fn build(&self, source: TopLevelGrammar, hold: Hold) -> Result<GrammarState, GrammarError> {
+        let mut matcher = Matcher::new(self.factory.create_parser(source));
         if let Some(reason) = matcher.get_error() {
             return Err(invalid(&reason));
         }
-        let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
-        let mut state = GrammarState {
-            matcher,
-            vocab_size: self.vocab_size,
-            hold: if is_optional { Hold::Undecided(0) } else { Hold::Fast },
-        };
         // A grammar that allows nothing at all, or too much to keep track of, shows it here.
-        match state.allowed_tokens() {
-            Ok(_) => Ok(state),
-            Err(GrammarError::Lost { reason }) => Err(GrammarError::Invalid { reason }),
-            Err(error) => Err(error),
-        }
+        matcher
+            .compute_mask_or_eos()
+            .map_err(|error| invalid(&error.to_string()))?;
+        Ok(GrammarState {
+            matcher: self.walker.warm_up(matcher),
+            vocab_size: self.vocab_size,
+            hold,
+        })
     }
 }
 

@@ -55,6 +55,7 @@ pub mod tokenizer;
 mod tokenizer_config;
 pub mod tool_calls;
 mod uncached;
+mod warm_up;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};
