@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokRxInfo, TokTrie};
 
+use crate::grammar_size;
 use crate::tokenizer::Tokenizer;
 use crate::tool_calls::{CallGrammar, OPENING, Otherwise};
 use crate::warm_up::Walker;
@@ -100,6 +101,14 @@ pub enum GrammarError {
         bytes: usize,
         /// The limit.
         limit: usize,
+    },
+    /// It takes too much to compile for what it says, however short.
+    #[error("too many {what}: the limit is {limit}")]
+    TooMany {
+        /// Parts of a grammar.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
     },
     /// Its brackets are nested too deep.
     #[error("the grammar is nested deeper than {limit} levels")]
@@ -353,10 +362,12 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
         )?)),
         Grammar::JsonSchema(schema) => {
             check_size("JSON schema", schema.to_string().len(), MAX_SCHEMA_BYTES)?;
+            grammar_size::check_schema(schema)?;
             Ok(TopLevelGrammar::from_json_schema(with_options(schema.clone())?))
         }
         Grammar::Regex(regex) => {
             check_size("regular expression", regex.len(), MAX_REGEX_BYTES)?;
+            grammar_size::check_regex(regex)?;
             Ok(TopLevelGrammar::from_regex(regex))
         }
         Grammar::Choice(choices) => {
@@ -378,9 +389,11 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
             if lark_nesting(grammar) > MAX_NESTING {
                 return Err(GrammarError::TooDeep { limit: MAX_NESTING });
             }
+            grammar_size::check_lark(grammar)?;
             Ok(TopLevelGrammar::from_lark(grammar.clone()))
         }
         Grammar::Calls(calls) => {
+            calls.schemas().try_for_each(grammar_size::check_schema)?;
             let lark = calls.to_lark(with_options)?;
             check_size("list of functions", lark.len(), MAX_SCHEMA_BYTES)?;
             Ok(TopLevelGrammar::from_lark(lark))

@@ -47,6 +47,7 @@ pub mod chat_template;
 pub mod conversation;
 pub mod detokenizer;
 pub mod grammar;
+mod grammar_size;
 pub mod rendered;
 pub mod stop;
 mod template_functions;

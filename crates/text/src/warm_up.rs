@@ -14,7 +14,7 @@ const MAX_MASKS: usize = 256;
 
 /// A grammar that is dear to walk through is left where it is after so long; one mask more at most. Grammars that people
 /// write take 1 to 4 ms.
-const MAX_TIME: Duration = Duration::from_millis(10);
+const MAX_TIME: Duration = Duration::from_millis(5);
 
 /// Tokens of one walk. A JSON string of a bounded length has a state for each length.
 const MAX_WALK_TOKENS: usize = 128;
