@@ -47,8 +47,10 @@ const MAX_GRAMMAR_SIZE: usize = 200_000;
 /// Stack of the thread that compiles. Rules that name rules that name rules take a frame each.
 const COMPILER_STACK_BYTES: usize = 256 << 20;
 
-/// Of the thread that compiles, where 0 is that of all others: a tenth of what each of them gets on a busy core.
-const COMPILER_NICENESS: i32 = 10;
+/// Of the thread that compiles, where 0 is that of all others: a seventieth of what each of them gets on a busy core. At 10
+/// it is a tenth, and a flood of grammars is felt in every stream; a policy that only takes what nobody wants (`SCHED_IDLE`)
+/// never finishes where the CPU decodes.
+const COMPILER_NICENESS: i32 = 19;
 
 /// Bytes of a message that are passed on.
 const MAX_REASON_BYTES: usize = 300;
