@@ -1,5 +1,6 @@
 //! What hostile grammars cost those who stream meanwhile: time between two tokens of other answers, with and without a
-//! flood of grammars that are as dear as they can be.
+//! flood of grammars that are as dear as they can be, and beside as many senders of requests without a grammar, which
+//! shows what of it is merely more requests. Then what an honest grammar costs its sender while the others stream.
 //!
 //! `cargo bench -p lapidary-tests --bench grammars`. Fails when a grammar is neither compiled nor refused in time.
 //! `LAPIDARY_BINARY` names a binary to use instead of building one.
@@ -22,8 +23,10 @@ use tokio::task::JoinSet;
 mod hostile;
 
 const NUM_STREAMS: usize = 4;
-const NUM_HOSTILE: usize = 4;
-const DURATION: Duration = Duration::from_secs(15);
+const NUM_SENDERS: usize = 4;
+const DURATION: Duration = Duration::from_secs(10);
+/// Without senders, with plain ones, with hostile ones, so many times over: what else runs on the machine shows.
+const NUM_ROUNDS: usize = 2;
 /// Compilation has five seconds, its place in the queue five more; the rest is for a busy machine.
 const MAX_ANSWER_TIME: Duration = Duration::from_secs(20);
 
@@ -80,60 +83,156 @@ fn bodies() -> Vec<(&'static str, String)> {
     all.into_iter().map(|(name, outputs)| (name, body(outputs))).collect()
 }
 
-/// Sends all of them again and again until `until`; returns how often each status came and the longest time.
-async fn flood(address: SocketAddr, first: usize, until: Instant) -> io::Result<(BTreeMap<u16, usize>, Duration)> {
-    let bodies = bodies();
-    let (mut statuses, mut longest) = (BTreeMap::new(), Duration::ZERO);
-    let mut connection = Connection::open(address).await?;
-    for index in first.. {
-        if Instant::now() >= until {
-            break;
-        }
-        let (name, body) = &bodies[index % bodies.len()];
+/// Who sends requests beside the streams.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Senders {
+    Nobody,
+    Plain,
+    Hostile,
+}
+
+/// What senders were answered.
+#[derive(Debug, Default)]
+struct Answers {
+    by_status: BTreeMap<u16, usize>,
+    longest: Duration,
+}
+
+impl Answers {
+    async fn send(&mut self, connection: &mut Connection, name: &str, body: &str) -> io::Result<()> {
         let started = Instant::now();
         let answer = connection.request("POST", "/v1/completions", body).await?;
-        longest = longest.max(started.elapsed());
+        self.longest = self.longest.max(started.elapsed());
         if !matches!(answer.head.status, 200 | 400 | 429) || started.elapsed() > MAX_ANSWER_TIME {
             let what = format!("{name}: {} after {:?}", answer.head.status, started.elapsed());
             return Err(io::Error::other(what));
         }
-        *statuses.entry(answer.head.status).or_default() += 1;
+        *self.by_status.entry(answer.head.status).or_default() += 1;
+        Ok(())
     }
-    Ok((statuses, longest))
+
+    fn add(&mut self, other: &Self) {
+        self.longest = self.longest.max(other.longest);
+        for (status, count) in &other.by_status {
+            *self.by_status.entry(*status).or_default() += count;
+        }
+    }
 }
 
-async fn run(server: &ServerProcess, num_hostile: usize) -> io::Result<f64> {
-    let until = Instant::now() + DURATION;
-    let mut streams = JoinSet::new();
+/// Sends all of `bodies` again and again until `until`.
+async fn send(
+    address: SocketAddr,
+    bodies: Vec<(&'static str, String)>,
+    first: usize,
+    until: Instant,
+) -> io::Result<Answers> {
+    let mut answers = Answers::default();
+    let mut connection = Connection::open(address).await?;
+    for (name, body) in bodies.iter().cycle().skip(first) {
+        if Instant::now() >= until {
+            break;
+        }
+        answers.send(&mut connection, name, body).await?;
+    }
+    Ok(answers)
+}
+
+/// Starts streams and senders; they end at `until`.
+fn start(
+    address: SocketAddr,
+    senders: Senders,
+    until: Instant,
+) -> (JoinSet<io::Result<Vec<Duration>>>, JoinSet<io::Result<Answers>>) {
+    let (mut streams, mut sending) = (JoinSet::new(), JoinSet::new());
     for _ in 0..NUM_STREAMS {
-        streams.spawn(stream(server.address, until));
+        streams.spawn(stream(address, until));
     }
-    let mut floods = JoinSet::new();
-    for index in 0..num_hostile {
-        floods.spawn(flood(server.address, index * 5, until));
+    for index in 0..NUM_SENDERS {
+        let bodies = match senders {
+            Senders::Nobody => continue,
+            Senders::Plain => vec![("no grammar", json!({ "prompt": "x", "max_tokens": 8 }).to_string())],
+            Senders::Hostile => bodies(),
+        };
+        sending.spawn(send(address, bodies, index * 5, until));
     }
+    (streams, sending)
+}
+
+async fn run(server: &ServerProcess, senders: Senders) -> io::Result<f64> {
+    let (mut streams, mut sending) = start(server.address, senders, Instant::now() + DURATION);
     let mut gaps = Vec::new();
     while let Some(done) = streams.join_next().await {
         gaps.extend(done.map_err(io::Error::other)??);
     }
-    let (mut statuses, mut longest) = (BTreeMap::new(), Duration::ZERO);
-    while let Some(done) = floods.join_next().await {
-        let (counts, time) = done.map_err(io::Error::other)??;
-        longest = longest.max(time);
-        for (status, count) in counts {
-            *statuses.entry(status).or_insert(0) += count;
-        }
+    let mut answers = Answers::default();
+    while let Some(done) = sending.join_next().await {
+        answers.add(&done.map_err(io::Error::other)??);
     }
     let p99 = percentile(gaps.iter().copied(), 0.99);
     println!(
-        "{NUM_STREAMS} streams beside {num_hostile} senders of grammars: {} tokens, between two p50 {:.2} p99 {p99:.2} max {:.1} ms; \
-         grammars by status {statuses:?}, longest {:.1} s",
+        "{NUM_STREAMS} streams, senders {senders:?}: {} tokens, between two p50 {:.2} p99 {p99:.2} max {:.1} ms; \
+         senders' answers by status {:?}, longest {:.2} s",
         gaps.len(),
         percentile(gaps.iter().copied(), 0.5),
         percentile(gaps.iter().copied(), 1.0),
-        longest.as_secs_f64(),
+        answers.by_status,
+        answers.longest.as_secs_f64(),
     );
     Ok(p99)
+}
+
+/// A schema that nobody has sent before.
+fn honest_schema(seed: usize, index: usize) -> Value {
+    json!({
+        "type": "object", "additionalProperties": false, "required": ["name", "age", "tags", "address"],
+        "properties": {
+            "name": { "type": "string", "minLength": 1, "maxLength": 60 },
+            "age": { "type": "integer", "minimum": 0, "maximum": 150 },
+            "tags": { "type": "array", "items": { "enum": [format!("tag {seed}"), format!("tag {seed} {index}")] } },
+            "address": {
+                "type": "object", "additionalProperties": false, "required": ["street", "zip"],
+                "properties": { "street": { "type": "string" }, "zip": { "type": "string", "pattern": "^[0-9]{5}$" } },
+            },
+        },
+    })
+}
+
+/// What an honest grammar adds to a request of one token, sent with and without it in turns.
+async fn run_honest(server: &ServerProcess, seed: usize, senders: Senders) -> io::Result<()> {
+    let until = Instant::now() + DURATION;
+    let (streams, sending) = start(server.address, senders, until);
+    let (mut with, mut without, mut num_refused) = (Vec::new(), Vec::new(), 0_usize);
+    let mut connection = Connection::open(server.address).await?;
+    for index in 0.. {
+        if Instant::now() >= until {
+            break;
+        }
+        let plain = json!({ "prompt": "x", "max_tokens": 1 });
+        let outputs = json!({ "json": honest_schema(seed, index) });
+        let held = json!({ "prompt": "x", "max_tokens": 1, "structured_outputs": outputs });
+        for (body, times) in [(plain, &mut without), (held, &mut with)] {
+            let started = Instant::now();
+            let answer = connection.request("POST", "/v1/completions", &body.to_string()).await?;
+            match answer.head.status {
+                200 => times.push(started.elapsed()),
+                429 => num_refused += 1,
+                status => return Err(io::Error::other(format!("an honest request was answered {status}"))),
+            }
+        }
+    }
+    streams.join_all().await.into_iter().collect::<io::Result<Vec<_>>>()?;
+    sending.join_all().await.into_iter().collect::<io::Result<Vec<_>>>()?;
+    let show = |times: &[Duration]| {
+        let of = |share| percentile(times.iter().copied(), share);
+        format!("p50 {:.1} p99 {:.1} max {:.1} ms", of(0.5), of(0.99), of(1.0))
+    };
+    println!(
+        "{NUM_STREAMS} streams, senders {senders:?}: {} honest grammars, {num_refused} refused; a request with one {}, without {}",
+        with.len(),
+        show(&with),
+        show(&without),
+    );
+    Ok(())
 }
 
 #[tokio::main]
@@ -143,9 +242,18 @@ async fn main() -> io::Result<()> {
         Err(_) => lapidary_binary()?.to_string_lossy().into_owned(),
     };
     let server = ServerProcess::start(&binary, &["serve", "demo", "--port", "0"]).await?;
-    run(&server, 0).await?;
-    let calm = run(&server, 0).await?;
-    let flooded = run(&server, NUM_HOSTILE).await?;
-    println!("p99 is {:.2} times what it is without them", flooded / calm);
+    run(&server, Senders::Nobody).await?;
+    for _ in 0..NUM_ROUNDS {
+        let calm = run(&server, Senders::Nobody).await?;
+        let plain = run(&server, Senders::Plain).await?;
+        let hostile = run(&server, Senders::Hostile).await?;
+        println!(
+            "p99 is {:.2} times what it is without senders; with senders of no grammars {:.2} times",
+            hostile / calm,
+            plain / calm
+        );
+    }
+    run_honest(&server, 0, Senders::Nobody).await?;
+    run_honest(&server, 1, Senders::Hostile).await?;
     Ok(())
 }

@@ -144,7 +144,6 @@ impl<E: Executor> Engine<E> {
                 return Ok(());
             }
             self.take_in_mail();
-            lock(&self.callers).expire(&mut self.scheduler);
             self.step()?;
         }
     }
@@ -204,6 +203,8 @@ impl<E: Executor> Engine<E> {
     }
 
     fn launch(&mut self) -> Result<Launched, Death> {
+        // As late as can be: who waits for masks, or for a slot, may have waited too long by now.
+        lock(&self.callers).expire(&mut self.scheduler);
         let Some(batch) = self.scheduler.schedule() else {
             return Ok(Launched::Nothing);
         };

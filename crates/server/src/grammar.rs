@@ -13,8 +13,9 @@ use crate::error::ApiError;
 /// request waits as long for a place before it is sent away.
 const COMPILE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Grammars compiled at the same time; more wait. Whoever sends hostile ones slows other grammars down, not other requests.
-const MAX_COMPILING: usize = 2;
+/// Grammars compiled at the same time; more wait. Whoever sends hostile ones slows other grammars down, not other requests:
+/// two at a time would take twice as much of a busy machine.
+const MAX_COMPILING: usize = 1;
 
 /// The grammars of one model.
 #[derive(Debug)]

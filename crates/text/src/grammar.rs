@@ -15,8 +15,10 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokRxInfo, TokTrie};
 
+use crate::grammar_size;
 use crate::tokenizer::Tokenizer;
 use crate::tool_calls::{CallGrammar, OPENING, Otherwise};
+use crate::warm_up::Walker;
 
 /// Bytes of a JSON schema, or of a list of choices, at most.
 pub const MAX_SCHEMA_BYTES: usize = 128 << 10;
@@ -45,8 +47,10 @@ const MAX_GRAMMAR_SIZE: usize = 200_000;
 /// Stack of the thread that compiles. Rules that name rules that name rules take a frame each.
 const COMPILER_STACK_BYTES: usize = 256 << 20;
 
-/// Of the thread that compiles, where 0 is that of all others: a tenth of what each of them gets on a busy core.
-const COMPILER_NICENESS: i32 = 10;
+/// Of the thread that compiles, where 0 is that of all others: a seventieth of what each of them gets on a busy core. At 10
+/// it is a tenth, and a flood of grammars is felt in every stream; a policy that only takes what nobody wants (`SCHED_IDLE`)
+/// never finishes where the CPU decodes.
+const COMPILER_NICENESS: i32 = 19;
 
 /// Bytes of a message that are passed on.
 const MAX_REASON_BYTES: usize = 300;
@@ -100,6 +104,14 @@ pub enum GrammarError {
         /// The limit.
         limit: usize,
     },
+    /// It takes too much to compile for what it says, however short.
+    #[error("too many {what}: the limit is {limit}")]
+    TooMany {
+        /// Parts of a grammar.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+    },
     /// Its brackets are nested too deep.
     #[error("the grammar is nested deeper than {limit} levels")]
     TooDeep {
@@ -129,6 +141,7 @@ pub enum GrammarError {
 /// Compiles grammars for one model.
 pub struct GrammarCompiler {
     factory: ParserFactory,
+    walker: Walker,
     vocab_size: usize,
 }
 
@@ -157,6 +170,7 @@ impl GrammarCompiler {
             )));
         };
         let words: Vec<Vec<u8>> = (0..num_words).map(|id| word(tokenizer, id)).collect();
+        let walker = Walker::new(&words);
         let trie = TokTrie::from(&TokRxInfo::new(num_words, eos), &words).with_eos_tokens(stop_token_ids);
         // The model decides how it spells what the grammar forces: nothing is tokenised here.
         let env: Arc<dyn toktrie::TokenizerEnv + Sync> = Arc::new(ApproximateTokEnv::new(trie));
@@ -166,7 +180,11 @@ impl GrammarCompiler {
             .map_err(|error| vocabulary(error.to_string()))?;
         factory.quiet();
         *factory.limits_mut() = limits();
-        Ok(Self { factory, vocab_size })
+        Ok(Self {
+            factory,
+            walker,
+            vocab_size,
+        })
     }
 
     /// Compiles a grammar, on a thread of its own for want of stack, and waits for it: milliseconds for what people write,
@@ -176,32 +194,37 @@ impl GrammarCompiler {
     /// All but [`GrammarError::Lost`] and [`GrammarError::Vocabulary`].
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
         let source = source(grammar)?;
-        let matcher = thread::scope(|scope| {
-            let compile = || {
+        let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
+        let hold = if is_optional { Hold::Undecided(0) } else { Hold::Fast };
+        thread::scope(|scope| {
+            let build = || {
                 yield_to_others();
-                Matcher::new(self.factory.create_parser(source))
+                self.build(source, hold)
             };
             let thread = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
             let thread = thread
-                .spawn_scoped(scope, compile)
+                .spawn_scoped(scope, build)
                 .map_err(|error| invalid(&error.to_string()))?;
-            thread.join().map_err(|_| invalid("the compiler panicked"))
-        })?;
+            thread
+                .join()
+                .unwrap_or_else(|_panic| Err(invalid("the compiler panicked")))
+        })
+    }
+
+    fn build(&self, source: TopLevelGrammar, hold: Hold) -> Result<GrammarState, GrammarError> {
+        let mut matcher = Matcher::new(self.factory.create_parser(source));
         if let Some(reason) = matcher.get_error() {
             return Err(invalid(&reason));
         }
-        let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
-        let mut state = GrammarState {
-            matcher,
-            vocab_size: self.vocab_size,
-            hold: if is_optional { Hold::Undecided(0) } else { Hold::Fast },
-        };
         // A grammar that allows nothing at all, or too much to keep track of, shows it here.
-        match state.allowed_tokens() {
-            Ok(_) => Ok(state),
-            Err(GrammarError::Lost { reason }) => Err(GrammarError::Invalid { reason }),
-            Err(error) => Err(error),
-        }
+        matcher
+            .compute_mask_or_eos()
+            .map_err(|error| invalid(&error.to_string()))?;
+        Ok(GrammarState {
+            matcher: self.walker.warm_up(matcher),
+            vocab_size: self.vocab_size,
+            hold,
+        })
     }
 }
 
@@ -341,10 +364,12 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
         )?)),
         Grammar::JsonSchema(schema) => {
             check_size("JSON schema", schema.to_string().len(), MAX_SCHEMA_BYTES)?;
+            grammar_size::check_schema(schema)?;
             Ok(TopLevelGrammar::from_json_schema(with_options(schema.clone())?))
         }
         Grammar::Regex(regex) => {
             check_size("regular expression", regex.len(), MAX_REGEX_BYTES)?;
+            grammar_size::check_regex(regex)?;
             Ok(TopLevelGrammar::from_regex(regex))
         }
         Grammar::Choice(choices) => {
@@ -366,9 +391,11 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
             if lark_nesting(grammar) > MAX_NESTING {
                 return Err(GrammarError::TooDeep { limit: MAX_NESTING });
             }
+            grammar_size::check_lark(grammar)?;
             Ok(TopLevelGrammar::from_lark(grammar.clone()))
         }
         Grammar::Calls(calls) => {
+            calls.schemas().try_for_each(grammar_size::check_schema)?;
             let lark = calls.to_lark(with_options)?;
             check_size("list of functions", lark.len(), MAX_SCHEMA_BYTES)?;
             Ok(TopLevelGrammar::from_lark(lark))

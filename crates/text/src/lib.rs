@@ -47,6 +47,7 @@ pub mod chat_template;
 pub mod conversation;
 pub mod detokenizer;
 pub mod grammar;
+mod grammar_size;
 pub mod rendered;
 pub mod stop;
 mod template_functions;
@@ -55,6 +56,7 @@ pub mod tokenizer;
 mod tokenizer_config;
 pub mod tool_calls;
 mod uncached;
+mod warm_up;
 
 pub use chat_template::{ChatTemplate, PromptEnd, TemplateError, TemplateVariables};
 pub use conversation::{ConversationError, Message, SystemRole};

@@ -67,6 +67,15 @@ impl CallGrammar {
         lenient
     }
 
+    /// All schemas in it.
+    pub(crate) fn schemas(&self) -> impl Iterator<Item = &Value> {
+        let form = match &self.otherwise {
+            Otherwise::Json(schema) => Some(schema),
+            Otherwise::Never | Otherwise::Text => None,
+        };
+        self.functions.iter().map(|function| &function.parameters).chain(form)
+    }
+
     /// In Lark; `prepare` adds what a schema is compiled with.
     pub(crate) fn to_lark<E>(&self, mut prepare: impl FnMut(Value) -> Result<Value, E>) -> Result<String, E> {
         let mut lark = String::new();

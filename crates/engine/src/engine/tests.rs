@@ -578,6 +578,26 @@ fn a_deadline_of_the_queue_is_over_once_a_request_runs() {
 }
 
 #[test]
+fn a_deadline_of_the_queue_that_passes_just_before_a_step_is_scheduled_is_kept() {
+    // This thread is the engine's; it has read its mail and is about to schedule.
+    let config = EngineConfig::default();
+    let executor = ScriptedExecutor::new(depth(1));
+    let shared = Arc::new(Shared::new(config, executor.kv_cache_config()));
+    let mut engine = Engine::new(executor, Arc::clone(&shared), &config);
+    let handle = EngineHandle::new(shared, std::thread::spawn(|| {}));
+    let stream = handle.submit(Request {
+        queue_deadline: Some(Instant::now()),
+        ..Request::for_test([1], 1)
+    });
+    engine.shared.receive(&mut engine.mailbox, false);
+    engine.take_in_mail();
+    engine.step().unwrap();
+    let (tokens, end) = read(stream.unwrap());
+    assert!(tokens.is_empty() && matches!(end, Err(EngineError::QueueDeadlineExceeded)));
+    assert_eq!(handle.stats().num_queued, 0);
+}
+
+#[test]
 fn a_client_that_never_reads_holds_nobody_up() {
     let handle = spawn(EngineConfig::default(), depth(2));
     let lazy = handle.submit(Request::for_test([1], 100)).unwrap();

@@ -17,7 +17,7 @@ const ENGINE: &str = "0";
 /// About the size of a scrape.
 const CAPACITY: usize = 48 << 10;
 
-/// The commit this was built from; whoever builds knows it (`BUILD_COMMIT`).
+/// The commit this was built from, as `build.rs` knows it.
 const COMMIT: &str = match option_env!("BUILD_COMMIT") {
     Some(commit) => commit,
     None => "unknown",

@@ -44,6 +44,7 @@ pub(crate) fn grammars() -> Vec<(&'static str, Grammar)> {
             "many optional properties",
             json!({ "type": "object", "properties": properties(3000) }),
         ),
+        schema("many remainders", json!({ "type": "integer", "multipleOf": 999_999 })),
         schema("a large prime", json!({ "type": "integer", "multipleOf": 982_451_653 })),
         schema(
             "a pattern",
