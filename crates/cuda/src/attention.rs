@@ -83,13 +83,18 @@ impl DecodeTuning {
     /// As many stages as [`RING_BYTES`] hold, if the block may have so much, and at least one.
     fn new(head_dim: usize, group: usize, max_seqs: usize, block_limit: usize) -> Self {
         let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
-        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
-        let room = block_limit.saturating_sub(fixed).min(RING_BYTES);
         Self {
             // Shorter ones cost more ends of units, longer ones leave multiprocessors idle when sequences are few.
             chunk: 256,
-            stages: (room / stage).clamp(1, 8),
+            stages: Self::stages_in(block_limit.min(fixed + RING_BYTES), head_dim, group, max_seqs),
         }
+    }
+
+    /// As many stages as a block has room for in so much shared memory, but at least one.
+    fn stages_in(bytes: usize, head_dim: usize, group: usize, max_seqs: usize) -> usize {
+        let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
+        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
+        (bytes.saturating_sub(fixed) / stage).clamp(1, 8)
     }
 
     /// The kernel's `DecodeShared`.
@@ -162,6 +167,8 @@ pub(crate) struct Attention {
     decode: Kernel,
     merge: Kernel,
     tuning: DecodeTuning,
+    /// Stages of a step of at most [`FEW_SEQS`] sequences.
+    stages_of_few: usize,
     partial_outputs: DevicePtr,
     partial_sums: DevicePtr,
     /// In ascending order of `rows`.
@@ -196,7 +203,10 @@ impl Attention {
     ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
-        let usual = DecodeTuning::new(config.head_dim, group(&config), limits.max_seqs, block_limit);
+        let shape = (config.head_dim, group(&config), limits.max_seqs);
+        let usual = DecodeTuning::new(shape.0, shape.1, shape.2, block_limit);
+        let within_half = DecodeTuning::stages_in(HALF_SHARED_BYTES, shape.0, shape.1, shape.2);
+        let stages_of_few = tuning.map_or(usual.stages.min(within_half), |tuning| tuning.stages);
         let tuning = tuning.unwrap_or(usual);
         let prefill = names
             .prefill(is_hopper, block_limit)
@@ -227,6 +237,7 @@ impl Attention {
             config,
             limits,
             tuning,
+            stages_of_few,
             partial_outputs: DevicePtr::NULL,
             partial_sums: DevicePtr::NULL,
             prefill,
@@ -336,6 +347,11 @@ impl Attention {
         max_seqs: usize,
     ) -> Result<(), BackendError> {
         let DecodeTuning { chunk, stages } = self.tuning;
+        let stages = if max_seqs <= FEW_SEQS {
+            self.stages_of_few
+        } else {
+            stages
+        };
         let shared_bytes =
             DecodeTuning::shared_bytes(stages, self.config.head_dim, group(&self.config), self.limits.max_seqs);
         let grid = Grid::line(self.multiprocessors).shared(shared_bytes);
@@ -494,9 +510,14 @@ fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
 }
 
 const LARGE_SHARED_BYTES: usize = 227 << 10;
-/// Keys and values a block of the decode kernel has under way. Half as much, beside which a block of the next kernel would fit
-/// on the multiprocessor, takes up to a third longer (`benches/results`).
+/// Keys and values a block of the decode kernel has under way. With half as much it takes up to a third longer
+/// (`benches/results`).
 const RING_BYTES: usize = 144 << 10;
+/// Of so few sequences a step reads far more weights than keys: there a block leaves half of the multiprocessor to the kernel
+/// after it, whose weights come meanwhile.
+const FEW_SEQS: usize = 4;
+/// Two blocks of so much fit on a multiprocessor.
+const HALF_SHARED_BYTES: usize = 113 << 10;
 
 /// Shared memory a block may have.
 fn shared_limit(compute_capability: u32) -> usize {
