@@ -336,14 +336,12 @@ struct Loader {
   }
 };
 
-/// A warp's sums over its tiles of a unit. Lane l: head l / 4 in `sum` (its own keys' part) and `maximum`; heads
-/// 2 (l % 4) + {0, 1} in `output`.
+/// A warp's sums over its tiles of a unit; lane l has those of heads 2 (l % 4) + {0, 1}.
 template <int D>
 struct Sums {
   float output[D / 16][4];
-  // Of heads 2 (l % 4) + {0, 1}: over the lane's keys, and over all.
-  float sum[2];
-  float maximum[2];
+  float sum[2];      // over the lane's keys
+  float maximum[2];  // over all
 };
 
 template <int D>
