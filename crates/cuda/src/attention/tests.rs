@@ -24,6 +24,8 @@ struct Setup {
     /// Of keys; with 30, logits are far beyond a soft-cap of 50.
     key_size: f32,
     scheme: ActivationScheme,
+    /// Of keys; the usual one if none is given.
+    chunk: Option<usize>,
 }
 
 impl Setup {
@@ -37,6 +39,7 @@ impl Setup {
             block_size: 16,
             key_size: 1.0,
             scheme: ActivationScheme::Fp8Token,
+            chunk: None,
         }
     }
 
@@ -203,8 +206,9 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
         max_seqs: sequences.len() + 35,
         max_model_len: sequences.iter().map(|s| s.context).max().unwrap_or(0),
     };
+    let tuning = setup.chunk.map(|chunk| DecodeTuning { chunk, stages: 1 });
     let attention =
-        Attention::tuned(device, setup.config(), limits, None, is_hopper).expect("there are kernels for this shape");
+        Attention::tuned(device, setup.config(), limits, tuning, is_hopper).expect("there are kernels for this shape");
     let (rows, cols) = (memory.batch.num_tokens(), setup.heads * setup.head_dim);
     let mut activation = Activation::alloc(device, rows, cols).expect("it is small");
     let inputs = AttentionInputs {
@@ -354,6 +358,7 @@ fn decode_matches_f64_around_tile_and_chunk_borders() {
         for softcap in [Some(50.0), None] {
             let setup = Setup {
                 softcap,
+                chunk: Some(64),
                 ..Setup::new(head_dim, heads, kv_heads)
             };
             check(
@@ -370,6 +375,7 @@ fn decode_matches_f64_at_the_border_of_the_window() {
         for window in [64, 100] {
             let setup = Setup {
                 window: Some(window),
+                chunk: Some(64),
                 ..Setup::new(head_dim, heads, kv_heads)
             };
             check(
@@ -377,6 +383,22 @@ fn decode_matches_f64_at_the_border_of_the_window() {
                 &[1, 63, 64, 65, 80, 99, 100, 101, 127, 128, 129, 230].map(Sequence::decode),
             );
         }
+    }
+}
+
+/// Parts are read eight at a time: less, as many and more, twice over.
+#[test]
+fn any_number_of_chunks_is_merged() {
+    for softcap in [Some(50.0), None] {
+        let setup = Setup {
+            softcap,
+            chunk: Some(64),
+            ..Setup::new(64, 4, 2)
+        };
+        check(
+            &setup,
+            &[192, 511, 512, 513, 576, 1024, 1025, 1100].map(Sequence::decode),
+        );
     }
 }
 
