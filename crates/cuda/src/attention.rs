@@ -203,9 +203,9 @@ impl Attention {
     ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
-        let shape = (config.head_dim, group(&config), limits.max_seqs);
-        let usual = DecodeTuning::new(shape.0, shape.1, shape.2, block_limit);
-        let within_half = DecodeTuning::stages_in(HALF_SHARED_BYTES, shape.0, shape.1, shape.2);
+        let (head_dim, group, max_seqs) = (config.head_dim, group(&config), limits.max_seqs);
+        let usual = DecodeTuning::new(head_dim, group, max_seqs, block_limit);
+        let within_half = DecodeTuning::stages_in(HALF_SHARED_BYTES, head_dim, group, max_seqs);
         let stages_of_few = tuning.map_or(usual.stages.min(within_half), |tuning| tuning.stages);
         let tuning = tuning.unwrap_or(usual);
         let prefill = names
@@ -217,7 +217,7 @@ impl Attention {
                 Ok(PrefillKernel { kernel, rows, keys })
             })
             .collect::<Result<Vec<_>, BackendError>>()?;
-        let shared_bytes = DecodeTuning::shared_bytes(tuning.stages, config.head_dim, group(&config), limits.max_seqs);
+        let shared_bytes = DecodeTuning::shared_bytes(tuning.stages, head_dim, group, max_seqs);
         let Some(smallest) = prefill.first().filter(|_| shared_bytes <= block_limit) else {
             return Err(BackendError::Unsupported(format!(
                 "attention over {} positions and {} sequences: it does not fit this device's shared memory",
