@@ -6,7 +6,7 @@
 //
 // CUPTI comes with the CUDA toolkit (extras/CUPTI) and, as nvidia-cuda-cupti, from the Python registry. Kernels that overlap
 // (dependent launches do) share time: "own" is what a kernel adds after all before it have ended, so that the column sums to
-// the time the GPU was busy.
+// the time the GPU was busy. KERNEL_TIMES_AFTER=1 tells apart what a kernel came after.
 
 #include <cupti.h>
 
@@ -63,8 +63,11 @@ void print_table() {
   std::sort(launches.begin(), launches.end(), [](const Launch& a, const Launch& b) { return a.end < b.end; });
   std::map<std::string, Total> totals;
   uint64_t last_end = 0, busy = 0, gaps = 0;
+  const bool by_predecessor = getenv("KERNEL_TIMES_AFTER") != nullptr;
+  std::string before;
   for (const Launch& launch : launches) {
-    Total& total = totals[launch.what];
+    Total& total = totals[by_predecessor ? launch.what + "  after " + before : launch.what];
+    before = launch.what.substr(0, launch.what.find(' '));
     const uint64_t own = launch.end - std::max(launch.start, std::min(last_end, launch.end));
     total.count++;
     total.own += own;
