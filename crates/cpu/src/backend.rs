@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
 use lapidary_model::{
-    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, LastHidden, LinearWeights, MemoryInfo,
-    NormArgs, StepLimits, Width,
+    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, KvCacheDtype, KvScales, LastHidden,
+    LinearWeights, MemoryInfo, NormArgs, StepLimits, Width,
 };
 
 use crate::memory;
@@ -154,6 +154,9 @@ impl Backend for Cpu {
             head_dim,
             ..
         } = attention;
+        if attention.kv_cache_dtype != KvCacheDtype::Native {
+            return Err(BackendError::Unsupported("a KV cache of e4m3".to_owned()));
+        }
         if num_kv_heads == 0 || num_heads % num_kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
             let shape = format!("{num_heads} query heads, {num_kv_heads} key/value heads of {head_dim}");
             return Err(BackendError::Unsupported(shape));
@@ -220,7 +223,12 @@ impl Backend for Cpu {
         })
     }
 
-    fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<KvLayer, BackendError> {
+    fn alloc_kv_layer(
+        &mut self,
+        num_blocks: usize,
+        block_size: usize,
+        _scales: KvScales,
+    ) -> Result<KvLayer, BackendError> {
         let bytes = num_blocks as u64 * self.kv_block_bytes(block_size);
         self.reserve("the KV cache of a layer", bytes)?;
         let len = bytes as usize / 2 / size_of::<f32>();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use lapidary_cpu::{Cpu, CpuConfig, Isa};
-use lapidary_model::{Checkpoint, ConfigOverrides, KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{Checkpoint, ConfigOverrides, KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 
 /// Fewer would mean that fixtures got lost.
 const MIN_CASES: usize = 15;
@@ -115,6 +115,7 @@ fn runner(case: &Path, isa: Isa) -> ModelRunner<Cpu> {
         max_model_len: Some(128),
         block_size: 16,
         kv_cache: KvCacheSize::Blocks(8),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     ModelRunner::load(backend, &checkpoint, config, &mut |_| ()).unwrap()
 }

@@ -10,7 +10,7 @@ use lapidary_engine::{
     Batch, BlockId, Executor, FedToken, RequestId, SampleRow, SampledToken, SamplingParams, TokenHistory,
 };
 use lapidary_model::testing::{TinyModel, TinyWeights};
-use lapidary_model::{KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 use proptest::prelude::*;
 
 const BLOCK_SIZE: usize = 16;
@@ -97,6 +97,7 @@ fn runner(weights: TinyWeights, isa: Isa, threads: usize) -> ModelRunner<Cpu> {
         max_model_len: Some(256),
         block_size: BLOCK_SIZE as u32,
         kv_cache: KvCacheSize::Blocks(NUM_BLOCKS as u32),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     let checkpoint = TinyModel::new(weights).checkpoint().unwrap();
     ModelRunner::load(backend, &checkpoint, config, &mut |_| ()).unwrap()

@@ -3,7 +3,7 @@
 use std::fs;
 
 use lapidary_cpu::{Cpu, CpuConfig};
-use lapidary_model::{AttentionConfig, Backend, StepLimits};
+use lapidary_model::{AttentionConfig, Backend, KvCacheDtype, KvScales, StepLimits};
 
 const NUM_BLOCKS: usize = 256;
 const BLOCK_SIZE: usize = 16;
@@ -25,6 +25,7 @@ fn all_pages_of_the_kv_cache_are_made_when_it_is_reserved() {
         scale: 1.0,
         softcap: None,
         rope_theta: 10_000.0,
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     let limits = StepLimits {
         max_tokens: 16,
@@ -33,7 +34,9 @@ fn all_pages_of_the_kv_cache_are_made_when_it_is_reserved() {
     };
     backend.prepare(limits, attention).unwrap();
     let Some(before) = resident_bytes() else { return };
-    let layer = backend.alloc_kv_layer(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+    let layer = backend
+        .alloc_kv_layer(NUM_BLOCKS, BLOCK_SIZE, KvScales::default())
+        .unwrap();
     let grown = resident_bytes().unwrap().saturating_sub(before);
     let reserved = NUM_BLOCKS as u64 * backend.kv_block_bytes(BLOCK_SIZE);
     assert!(grown >= reserved / 100 * 99, "{grown} of {reserved} bytes are there");

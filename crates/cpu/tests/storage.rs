@@ -3,7 +3,7 @@
 
 use lapidary_cpu::{Cpu, CpuConfig, Storage};
 use lapidary_model::testing::{TinyModel, TinyShape, TinyWeights};
-use lapidary_model::{KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 
 fn logits(weights: TinyWeights, storage: Storage) -> Vec<f32> {
     let config = CpuConfig {
@@ -17,6 +17,7 @@ fn logits(weights: TinyWeights, storage: Storage) -> Vec<f32> {
         max_model_len: Some(64),
         block_size: 16,
         kv_cache: KvCacheSize::Blocks(4),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     let checkpoint = TinyModel::with_shape(weights, TinyShape::ALIGNED).checkpoint().unwrap();
     let mut runner = ModelRunner::load(Cpu::new(config).unwrap(), &checkpoint, limits, &mut |_| ()).unwrap();

@@ -11,7 +11,7 @@
 use std::error::Error;
 
 use lapidary_cuda::measure::{AttentionLoad, Bench, DecodeTuning, MODELS, Pages};
-use lapidary_model::AttentionConfig;
+use lapidary_model::{AttentionConfig, KvCacheDtype};
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
 const SWEPT_TOKENS: [usize; 4] = [1, 16, 32, 64];
@@ -108,6 +108,7 @@ const HEADS: AttentionConfig = AttentionConfig {
     scale: 1.0 / 16.0,
     softcap: Some(50.0),
     rope_theta: 1e4,
+    kv_cache_dtype: KvCacheDtype::Native,
 };
 const WINDOW: usize = 4096;
 

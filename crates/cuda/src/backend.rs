@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
 use lapidary_model::{
-    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, LastHidden, LinearWeights, MemoryInfo,
-    NormArgs, StepLimits, Width,
+    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, KvCacheDtype, KvScales, LastHidden,
+    LinearWeights, MemoryInfo, NormArgs, StepLimits, Width,
 };
 
 use crate::attention::{Attention, AttentionInputs, AttentionPlan};
@@ -179,6 +179,9 @@ impl Backend for Cuda {
     type Plan = Plan;
 
     fn prepare(&mut self, limits: StepLimits, geometry: AttentionConfig) -> Result<(), BackendError> {
+        if geometry.kv_cache_dtype != KvCacheDtype::Native {
+            return Err(BackendError::Unsupported("a KV cache of e4m3".to_owned()));
+        }
         if limits.max_seqs > MAX_SAMPLES {
             let what = format!("{} sequences in a step, the most is {MAX_SAMPLES}", limits.max_seqs);
             return Err(BackendError::Unsupported(what));
@@ -268,7 +271,12 @@ impl Backend for Cuda {
         })
     }
 
-    fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<KvLayer, BackendError> {
+    fn alloc_kv_layer(
+        &mut self,
+        num_blocks: usize,
+        block_size: usize,
+        _scales: KvScales,
+    ) -> Result<KvLayer, BackendError> {
         if !block_size.is_multiple_of(SMALLEST_BLOCK) {
             let what = format!("KV blocks of {block_size} tokens: a multiple of {SMALLEST_BLOCK} it must be");
             return Err(BackendError::Unsupported(what));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use cudarc::driver::sys::CUresult as Code;
 use lapidary_engine::{Engine, EngineConfig, EngineError, EngineHandle, Request, SpawnError, SubmitError, TokenId};
 use lapidary_model::testing::{TinyModel, TinyShape, TinyWeights};
-use lapidary_model::{KvCacheSize, ModelRunner, RunnerConfig, RunnerError};
+use lapidary_model::{KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig, RunnerError};
 
 use crate::device::{Emulator, Faulty, Next, Trouble};
 use crate::{Cuda, CudaConfig};
@@ -36,6 +36,7 @@ fn load(
             max_model_len: Some(64),
             block_size: 16,
             kv_cache: KvCacheSize::Blocks(8),
+            kv_cache_dtype: KvCacheDtype::Native,
         };
         *of_device.lock().expect("nobody panics with it") = first;
         ModelRunner::load(backend, &checkpoint, config, &mut |_| ())

@@ -113,6 +113,8 @@ fn table(attention: &AttentionConfig, num_positions: usize) -> Vec<f32> {
 mod tests {
     use half::bf16;
 
+    use lapidary_model::KvCacheDtype;
+
     use super::*;
     use crate::device::read_back;
     use crate::step::tests::{buffers, sequence};
@@ -131,6 +133,7 @@ mod tests {
             scale: 1.0,
             softcap: None,
             rope_theta: 1e4,
+            kv_cache_dtype: KvCacheDtype::Native,
         };
         let rope = Rope::load(&mut *device, &attention, 8192).expect("the table is small");
         let mut step = buffers(&mut *device, TOKENS + 1);

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use lapidary_cpu::{Cpu, CpuConfig, Storage};
 use lapidary_cuda::{Cuda, CudaConfig};
-use lapidary_model::{Backend, Checkpoint, ConfigOverrides, KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{Backend, Checkpoint, ConfigOverrides, KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 use lapidary_text::Tokenizer;
 
 /// Of the logits of one position on both backends; less only on a GPU, where the model itself is so sensitive that the CPU's
@@ -57,6 +57,7 @@ fn runner<B: Backend>(backend: B, checkpoint: &Checkpoint, max_tokens: usize) ->
         max_model_len: Some(256),
         block_size: 16,
         kv_cache: KvCacheSize::Blocks(16),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     ModelRunner::load(backend, checkpoint, config, &mut |_| ()).unwrap()
 }

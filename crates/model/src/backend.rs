@@ -94,6 +94,34 @@ pub struct AttentionConfig {
     pub softcap: Option<f32>,
     /// Base of the rotary embedding (neox style: halves rotated) over the whole head.
     pub rope_theta: f32,
+    /// How keys and values are kept.
+    pub kv_cache_dtype: KvCacheDtype,
+}
+
+/// How the cache keeps keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// As a backend keeps other values between operations: f32 on the CPU, bf16 on CUDA.
+    #[default]
+    Native,
+    /// e4m3, with the scales of [`KvScales`]. What attention reads is what is stored, for a step's own tokens too.
+    Fp8E4m3,
+}
+
+/// What a layer's keys and values are divided by before they become e4m3: `round(clamp(x / scale, -448, 448))`, where `x`
+/// is not rounded to anything else before. Positive and finite; without meaning where the cache is not e4m3.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KvScales {
+    /// Of rotated keys.
+    pub key: f32,
+    /// Of values.
+    pub value: f32,
+}
+
+impl Default for KvScales {
+    fn default() -> Self {
+        Self { key: 1.0, value: 1.0 }
+    }
 }
 
 /// How precisely a tensor is kept between operations.
@@ -187,7 +215,12 @@ pub trait Backend: 'static {
 
     /// # Errors
     /// Not enough memory.
-    fn alloc_kv_layer(&mut self, num_blocks: usize, block_size: usize) -> Result<Self::KvLayer, BackendError>;
+    fn alloc_kv_layer(
+        &mut self,
+        num_blocks: usize,
+        block_size: usize,
+        scales: KvScales,
+    ) -> Result<Self::KvLayer, BackendError>;
 
     /// Steps worth having in flight: 1 where the operations themselves do the work, 2 where a device works behind them.
     fn max_steps_in_flight(&self) -> usize {

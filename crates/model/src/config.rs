@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::backend::AttentionConfig;
+use crate::backend::{AttentionConfig, KvCacheDtype};
 use crate::quantization::{Quantization, QuantizationError};
 use crate::warning::Warning;
 
@@ -196,7 +196,7 @@ impl ModelConfig {
 
     /// The geometry that attention operations need.
     #[must_use]
-    pub fn attention(&self) -> AttentionConfig {
+    pub fn attention(&self, kv_cache_dtype: KvCacheDtype) -> AttentionConfig {
         AttentionConfig {
             num_heads: self.num_heads,
             num_kv_heads: self.num_kv_heads,
@@ -204,6 +204,7 @@ impl ModelConfig {
             scale: (1.0 / f64::from(self.query_pre_attn_scalar).sqrt()) as f32,
             softcap: self.attn_logit_softcapping,
             rope_theta: self.rope_theta,
+            kv_cache_dtype,
         }
     }
 

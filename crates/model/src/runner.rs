@@ -7,7 +7,7 @@ use lapidary_engine::{
     Batch, BlockId, Executor, ExecutorError, KvCacheConfig, RequestId, SampleRow, SampledToken, SamplingParams, TokenId,
 };
 
-use crate::backend::{Backend, BackendError, StepLimits, Width};
+use crate::backend::{Backend, BackendError, KvCacheDtype, KvScales, StepLimits, Width};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Scratch, scratch_bytes};
@@ -28,6 +28,8 @@ pub struct RunnerConfig {
     pub block_size: u32,
     /// How much KV cache.
     pub kv_cache: KvCacheSize,
+    /// How it keeps keys and values.
+    pub kv_cache_dtype: KvCacheDtype,
 }
 
 /// How large the KV cache is.
@@ -146,6 +148,7 @@ impl Default for RunnerConfig {
             max_model_len: None,
             block_size: 16,
             kv_cache: KvCacheSize::DeviceShare(0.9),
+            kv_cache_dtype: KvCacheDtype::Native,
         }
     }
 }
@@ -244,7 +247,7 @@ impl<B: Backend> ModelRunner<B> {
         let mut plan = MemoryPlan::before_load(&backend, model, limits, config.block_size, tensors.total_bytes());
         plan.check_before_load()?;
         backend
-            .prepare(limits, model.attention())
+            .prepare(limits, model.attention(config.kv_cache_dtype))
             .map_err(|error| plan.name_in(error))?;
         let weights = load(&mut backend, &tensors, progress).map_err(|error| match error {
             LoadError::Upload {
@@ -574,7 +577,8 @@ fn alloc_kv_layers<B: Backend>(
     let (total_bytes, num_layers) = (plan.kv_cache_bytes, model.num_layers as u64);
     (1..=num_layers)
         .map(|done| {
-            let layer = backend.alloc_kv_layer(plan.num_blocks as usize, plan.block_size as usize)?;
+            let layer =
+                backend.alloc_kv_layer(plan.num_blocks as usize, plan.block_size as usize, KvScales::default())?;
             let done_bytes = total_bytes / num_layers * done;
             progress(LoadProgress {
                 phase: LoadPhase::KvCache,

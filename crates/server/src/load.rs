@@ -287,6 +287,7 @@ fn start_engine(
         } else {
             shared_kv_cache_size(&config.load.source, scheduling, max_num_seqs, max_model_len)
         },
+        kv_cache_dtype: lapidary_model::KvCacheDtype::Native,
     };
     let state = state.clone();
     let start = StartRunner {

@@ -175,6 +175,8 @@ impl fmt::Display for Shortage {
 
 #[cfg(test)]
 mod tests {
+    use lapidary_model::KvCacheDtype;
+
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -201,6 +203,7 @@ mod tests {
             max_model_len: Some(8192),
             block_size: 16,
             kv_cache: KvCacheSize::DeviceShare(0.9),
+            kv_cache_dtype: KvCacheDtype::Native,
         }
     }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use lapidary_cpu::{Cpu, CpuConfig, Isa};
 use lapidary_engine::{Engine, EngineConfig};
-use lapidary_model::{Checkpoint, ConfigOverrides, KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{Checkpoint, ConfigOverrides, KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 use lapidary_server::{AppState, Limits, Metrics, Phase};
 use serde_json::{Value, json};
 
@@ -50,6 +50,7 @@ fn serve(case: &Path) -> Server {
         max_model_len: Some(128),
         block_size: 16,
         kv_cache: KvCacheSize::Blocks(32),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     let limits = EngineConfig {
         max_num_batched_tokens: 24,

@@ -24,7 +24,7 @@ use std::time::Instant;
 
 use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{Batch, BlockId, Executor, RequestId, SampleRow, SamplingParams};
-use lapidary_model::{KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
 
 use random::Shape;
 
@@ -191,6 +191,7 @@ fn load(shape: Shape, config: CpuConfig, max_seqs: u32) -> ModelRunner<Cpu> {
         max_model_len: Some(1024),
         block_size: BLOCK_SIZE,
         kv_cache: KvCacheSize::Blocks((max_seqs * blocks_per_seq()).max(64)),
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     let backend = Cpu::new(config).expect("the default configuration fits the machine");
     let runner = ModelRunner::load(backend, &checkpoint, limits, &mut |_| ()).expect("the checkpoint is whole");

@@ -4,7 +4,8 @@ use half::bf16;
 use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{Batch, BlockId, RequestId};
 use lapidary_model::{
-    ActivationScheme, AttentionConfig, Backend, DType, HostTensor, LinearWeights, NormArgs, StepLimits, Width,
+    ActivationScheme, AttentionConfig, Backend, DType, HostTensor, KvCacheDtype, KvScales, LinearWeights, NormArgs,
+    StepLimits, Width,
 };
 
 use crate::best_of;
@@ -19,6 +20,7 @@ const ATTENTION: AttentionConfig = AttentionConfig {
     scale: 0.0625,
     softcap: Some(50.0),
     rope_theta: 1e4,
+    kv_cache_dtype: KvCacheDtype::Native,
 };
 
 pub(crate) fn run(config: CpuConfig) {
@@ -181,7 +183,9 @@ fn attention(cpu: &mut Cpu, num_tokens: usize, context: usize) {
     } = ATTENTION;
     let plan = cpu.begin(&batch(num_tokens, context)).expect("it keeps the limits");
     let mut qkv = random_tensor(cpu, &plan, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim);
-    let mut kv = cpu.alloc_kv_layer(context.div_ceil(16), 16).expect("it fits");
+    let mut kv = cpu
+        .alloc_kv_layer(context.div_ceil(16), 16, KvScales::default())
+        .expect("it fits");
     let mut out = cpu.alloc_activation(num_tokens, num_heads * head_dim).expect("it fits");
     let rope = best_of(5, || cpu.rope_append(&plan, &mut qkv, &mut kv).expect("it runs"));
     let scheme = ActivationScheme::Fp8Token;

@@ -4,7 +4,7 @@
 
 use half::bf16;
 use lapidary_engine::{BlockId, RequestId};
-use lapidary_model::ActivationScheme;
+use lapidary_model::{ActivationScheme, KvCacheDtype};
 
 use super::*;
 use crate::device::{on_device, read_back};
@@ -51,6 +51,7 @@ impl Setup {
             scale: (self.head_dim as f32).powf(-0.5),
             softcap: self.softcap,
             rope_theta: 1e4,
+            kv_cache_dtype: KvCacheDtype::Native,
         }
     }
 

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use half::bf16;
 use lapidary_cpu::{Cpu, CpuConfig};
 use lapidary_engine::{BlockId, FedToken, RequestId, SampleRow, SamplingParams, TokenHistory};
-use lapidary_model::{AttentionConfig, Backend, DType, HostTensor, StepLimits, Width};
+use lapidary_model::{AttentionConfig, Backend, DType, HostTensor, KvCacheDtype, StepLimits, Width};
 
 use super::*;
 use crate::step::tests::buffers;
@@ -116,6 +116,7 @@ fn reference(samples: &[SampleRow], logits: &[f32]) -> Vec<SampledToken> {
         scale: 1.0,
         softcap: None,
         rope_theta: 1e4,
+        kv_cache_dtype: KvCacheDtype::Native,
     };
     cpu.prepare(limits, attention).expect("limits are small");
     let (rows, batch) = (samples.len(), batch(samples));

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use crate::backend::KvCacheDtype;
+
 use super::{ConfigError, ConfigOverrides, GenerationDefaults, ModelConfig};
 use crate::warning::Warning;
 
@@ -67,8 +69,8 @@ fn the_three_published_sizes_are_read() {
     );
     assert_eq!(twenty_seven.num_parameters(), 27_227_128_320);
     assert_eq!([two.q_size(), nine.q_size(), twenty_seven.q_size()], [2048, 4096, 4096]);
-    assert_eq!(twenty_seven.attention().scale, 1.0 / 12.0);
-    assert_eq!(nine.attention().scale, 1.0 / 16.0);
+    assert_eq!(twenty_seven.attention(KvCacheDtype::Native).scale, 1.0 / 12.0);
+    assert_eq!(nine.attention(KvCacheDtype::Native).scale, 1.0 / 16.0);
     assert_eq!(nine.windows[..4], [Some(4096), None, Some(4096), None]);
     assert_eq!(
         (nine.attn_logit_softcapping, nine.final_logit_softcapping),

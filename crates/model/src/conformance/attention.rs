@@ -4,7 +4,7 @@ use super::Bounds;
 use super::rig::{
     BLOCK_SIZE, Error, Numbers, Rig, SCHEMES, SequenceStep, assert_close, assert_quantized, batch_of, exact,
 };
-use crate::backend::{ActivationScheme, AttentionConfig, Backend};
+use crate::backend::{ActivationScheme, AttentionConfig, Backend, KvCacheDtype, KvScales};
 
 const ROPE_THETA: f32 = 10_000.0;
 /// A position `p` turns by `p` times a frequency: one rounding of that frequency, or of the product, turns the result by
@@ -42,7 +42,7 @@ pub fn rope_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
         let mut qkv = rig.tensor(&plan, &values, positions.len());
         let mut kv = rig
             .backend
-            .alloc_kv_layer(8192 / BLOCK_SIZE, BLOCK_SIZE)
+            .alloc_kv_layer(8192 / BLOCK_SIZE, BLOCK_SIZE, KvScales::default())
             .expect("the cache is small");
         rig.backend.rope_append(&plan, &mut qkv, &mut kv).expect("rope runs");
         let got = rig.read(&qkv, positions.len());
@@ -158,6 +158,7 @@ fn attention_config(
         scale,
         softcap,
         rope_theta: ROPE_THETA,
+        kv_cache_dtype: KvCacheDtype::Native,
     }
 }
 
@@ -246,7 +247,7 @@ impl<B: Backend> Cache<B> {
         let mut rig = Rig::with_attention(make, max_tokens, num_blocks * BLOCK_SIZE, case.attention);
         let kv = rig
             .backend
-            .alloc_kv_layer(num_blocks, BLOCK_SIZE)
+            .alloc_kv_layer(num_blocks, BLOCK_SIZE, KvScales::default())
             .expect("the cache is small");
         let cols = (num_heads + 2 * num_kv_heads) * head_dim;
         let mut cache = Self {

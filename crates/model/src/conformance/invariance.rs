@@ -4,7 +4,7 @@ use lapidary_engine::{Executor, SampleRow, SampledToken, SamplingParams, TokenId
 
 use super::Bounds;
 use super::rig::{BLOCK_SIZE, SequenceStep, batch_of};
-use crate::backend::Backend;
+use crate::backend::{Backend, KvCacheDtype};
 use crate::runner::{KvCacheSize, ModelRunner, RunnerConfig};
 use crate::testing::{TinyModel, TinyShape, TinyWeights};
 
@@ -127,6 +127,7 @@ pub(super) fn tiny_config(max_num_batched_tokens: usize, max_num_seqs: usize) ->
         max_model_len: Some(BLOCKS_EACH * BLOCK_SIZE),
         block_size: BLOCK_SIZE as u32,
         kv_cache: KvCacheSize::Blocks((BLOCKS_EACH * MAX_SEQS) as u32),
+        kv_cache_dtype: KvCacheDtype::Native,
     }
 }
 

@@ -5,8 +5,8 @@ use lapidary_engine::{Batch, BlockId, RequestId, SampleRow};
 
 use super::Bounds;
 use crate::backend::{
-    ActivationScheme, AttentionConfig, Backend, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, LinearWeights,
-    StepLimits, Width,
+    ActivationScheme, AttentionConfig, Backend, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, KvCacheDtype,
+    LinearWeights, StepLimits, Width,
 };
 
 /// Tokens of a KV block in all checks.
@@ -145,6 +145,7 @@ pub(super) fn small_attention() -> AttentionConfig {
         scale: 0.125,
         softcap: Some(50.0),
         rope_theta: 1e4,
+        kv_cache_dtype: KvCacheDtype::Native,
     }
 }
 
