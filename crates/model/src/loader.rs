@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use crate::backend::{ActivationScheme, Backend, BackendError, HostTensor, LinearWeights};
+use crate::backend::{ActivationScheme, Backend, BackendError, HostTensor, KvCacheDtype, KvScales, LinearWeights};
 use crate::checkpoint::Checkpoint;
 use crate::problem::{Problem, Problems};
 use crate::scalars::count_not_finite;
@@ -85,6 +85,8 @@ pub struct CheckpointReport {
     pub weight_bytes: u64,
     /// Of every projection of every layer, in order.
     pub scales: Vec<ProjectionScales>,
+    /// What each layer's keys and values are divided by in an FP8 KV cache; of no other are there any.
+    pub kv_scales: Vec<KvScales>,
     /// What is not an error.
     pub warnings: Vec<Warning>,
 }
@@ -117,14 +119,18 @@ impl ProjectionScales {
 }
 
 impl Checkpoint {
-    /// Checks every tensor without a device: names, shapes, types, scales, and every value.
+    /// Checks every tensor without a device: names, shapes, types, scales (those of such a KV cache too), and every value.
     ///
     /// `progress` is told the bytes read so far.
     ///
     /// # Errors
     /// All faults found.
-    pub fn verify(&self, progress: &mut dyn FnMut(LoadProgress)) -> Result<CheckpointReport, Problems> {
-        let (tensors, mut warnings) = verify(self)?;
+    pub fn verify(
+        &self,
+        kv_cache_dtype: KvCacheDtype,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<CheckpointReport, Problems> {
+        let (tensors, warnings) = verify(self, kv_cache_dtype)?;
         let total_bytes = tensors.total_bytes();
         let mut problems = Problems::default();
         let (mut done_bytes, mut num_tensors) = (0, 0);
@@ -141,7 +147,7 @@ impl Checkpoint {
         if !problems.is_empty() {
             return Err(problems);
         }
-        warnings.splice(0..0, self.warnings().iter().cloned());
+        let warnings = self.warnings_for(kv_cache_dtype).chain(warnings).collect();
         let layers = tensors.layers.iter().enumerate();
         let scales = layers.flat_map(|(index, layer)| {
             let linears = [&layer.qkv, &layer.o, &layer.gate_up, &layer.down];
@@ -151,8 +157,22 @@ impl Checkpoint {
             num_tensors,
             weight_bytes: total_bytes,
             scales: scales.collect(),
+            kv_scales: match kv_cache_dtype {
+                KvCacheDtype::Native => Vec::new(),
+                KvCacheDtype::Fp8E4m3 => tensors.layers.iter().map(|layer| layer.kv_scales).collect(),
+            },
             warnings,
         })
+    }
+}
+
+impl Checkpoint {
+    /// What opening it found, as far as it concerns a model with such a KV cache.
+    pub(crate) fn warnings_for(&self, kv_cache_dtype: KvCacheDtype) -> impl Iterator<Item = Warning> {
+        let concerns = move |warning: &&Warning| {
+            kv_cache_dtype == KvCacheDtype::Native || **warning != Warning::KvCacheSchemeIgnored
+        };
+        self.warnings().iter().filter(concerns).cloned()
     }
 }
 

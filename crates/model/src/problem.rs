@@ -69,6 +69,20 @@ pub enum Problem {
         /// Modules.
         modules: Vec<String>,
     },
+    /// Two dialects' scales of the same keys or values.
+    #[error("{} must be equal: they scale the same, and are {scales:?}", names.join(", "))]
+    KvScalesDiffer {
+        /// Tensors.
+        names: Vec<String>,
+        /// Their values.
+        scales: Vec<f32>,
+    },
+    /// Scales that are not of 8-bit floats.
+    #[error("kv_cache_scheme {scheme} is not of 8-bit floats: its scales do not fit an FP8 KV cache")]
+    KvCacheScheme {
+        /// What the configuration says.
+        scheme: String,
+    },
     /// NaN or infinite weights.
     #[error("{name} has {count} values that are not finite numbers")]
     NotFinite {

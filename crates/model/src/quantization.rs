@@ -11,6 +11,7 @@ use crate::warning::Warning;
 pub struct Quantization {
     groups: Vec<Group>,
     ignored: Vec<Pattern>,
+    kv_cache_scheme: Option<Value>,
 }
 
 /// How one linear layer is stored.
@@ -97,16 +98,18 @@ impl Quantization {
             return Err(unsupported("quantization_config", section, "it must be an object"));
         };
         let mut warnings = Vec::new();
-        if section.get("kv_cache_scheme").is_some_and(|scheme| !scheme.is_null()) {
+        let kv_cache_scheme = section.get("kv_cache_scheme").filter(|scheme| !scheme.is_null());
+        if kv_cache_scheme.is_some() {
             warnings.push(Warning::KvCacheSchemeIgnored);
         }
-        let quantization = match section.get("quant_method").and_then(Value::as_str) {
+        let mut quantization = match section.get("quant_method").and_then(Value::as_str) {
             Some("fp8") => auto_fp8(section),
             Some("compressed-tensors") => compressed_tensors(section),
             None if section.contains_key("config_groups") => compressed_tensors(section),
             None => Err(QuantizationError::Missing { key: "quant_method" }),
             Some(method) => Err(unsupported("quant_method", &method.into(), refusal(method))),
         }?;
+        quantization.kv_cache_scheme = kv_cache_scheme.cloned();
         Ok((quantization, warnings))
     }
 
@@ -130,6 +133,17 @@ impl Quantization {
         matched.map_or(LinearScheme::Unquantized, |(_, group)| LinearScheme::Fp8 {
             input: group.input,
         })
+    }
+
+    /// What the checkpoint says of its KV cache, if its scales were made for anything but 8-bit floats.
+    pub(crate) fn foreign_kv_cache_scheme(&self) -> Option<String> {
+        let scheme = self.kv_cache_scheme.as_ref()?;
+        let is_foreign = |key, expected: Value| {
+            scheme
+                .get(key)
+                .is_some_and(|found| !found.is_null() && *found != expected)
+        };
+        (is_foreign("num_bits", 8.into()) || is_foreign("type", "float".into())).then(|| shorten(scheme))
     }
 
     /// Whether any linear layer is quantised.
@@ -207,6 +221,7 @@ fn auto_fp8(section: &Map<String, Value>) -> Result<Quantization, QuantizationEr
             input,
         }],
         ignored,
+        kv_cache_scheme: None,
     })
 }
 
@@ -238,6 +253,7 @@ fn compressed_tensors(section: &Map<String, Value>) -> Result<Quantization, Quan
     Ok(Quantization {
         groups,
         ignored: patterns(section, "ignore")?,
+        kv_cache_scheme: None,
     })
 }
 

@@ -7,12 +7,12 @@ use lapidary_engine::{
     Batch, BlockId, Executor, ExecutorError, KvCacheConfig, RequestId, SampleRow, SampledToken, SamplingParams, TokenId,
 };
 
-use crate::backend::{Backend, BackendError, KvCacheDtype, KvScales, StepLimits, Width};
+use crate::backend::{Backend, BackendError, KvCacheDtype, StepLimits, Width};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Scratch, scratch_bytes};
 use crate::loader::{LoadError, LoadPhase, LoadProgress, load};
-use crate::tensors::verify;
+use crate::tensors::{ModelTensors, verify};
 use crate::warning::Warning;
 
 /// What a runner reserves at start.
@@ -187,11 +187,15 @@ impl MemoryPlan {
         model: &ModelConfig,
         weight_bytes: u64,
         limits: StepLimits,
-        block_size: u32,
+        (block_size, kv_cache_dtype): (u32, KvCacheDtype),
         device_bytes: u64,
         share: f64,
     ) -> Self {
         const NATIVE_BYTES: usize = size_of::<half::bf16>();
+        let kv_bytes = match kv_cache_dtype {
+            KvCacheDtype::Native => NATIVE_BYTES,
+            KvCacheDtype::Fp8E4m3 => 1,
+        };
         let tensor = |rows, cols, width| {
             let element = match width {
                 Width::Native => NATIVE_BYTES,
@@ -201,7 +205,7 @@ impl MemoryPlan {
         };
         let activation = |rows, cols| tensor(rows, cols, Width::Native);
         let scratch_bytes = scratch_bytes(model, limits, tensor, activation);
-        let kv_bytes_per_token = (2 * model.num_layers * model.kv_size() * NATIVE_BYTES) as u64;
+        let kv_bytes_per_token = (2 * model.num_layers * model.kv_size() * kv_bytes) as u64;
         let block_bytes = (kv_bytes_per_token * u64::from(block_size)).max(1);
         let usable = (device_bytes as f64 * share) as u64;
         let blocks = usable.saturating_sub(weight_bytes + scratch_bytes) / block_bytes;
@@ -242,8 +246,8 @@ impl<B: Backend> ModelRunner<B> {
     ) -> Result<Self, RunnerError> {
         let model = checkpoint.config();
         let limits = step_limits(model, config)?;
-        let (tensors, warnings) =
-            verify(checkpoint).map_err(|problems| RunnerError::Load(LoadError::Problems(problems)))?;
+        let (tensors, warnings) = verify(checkpoint, config.kv_cache_dtype)
+            .map_err(|problems| RunnerError::Load(LoadError::Problems(problems)))?;
         let mut plan = MemoryPlan::before_load(&backend, model, limits, config.block_size, tensors.total_bytes());
         plan.check_before_load()?;
         backend
@@ -272,9 +276,10 @@ impl<B: Backend> ModelRunner<B> {
             });
         }
         plan.check_kv_cache(&backend)?;
-        let kv_layers = alloc_kv_layers(&mut backend, model, &plan, progress).map_err(|error| plan.name_in(error))?;
+        let kv_layers =
+            alloc_kv_layers(&mut backend, &tensors, &plan, progress).map_err(|error| plan.name_in(error))?;
         let decoder = Decoder::new(model, weights, kv_layers, scratch);
-        let warnings = checkpoint.warnings().iter().cloned().chain(warnings).collect();
+        let warnings = checkpoint.warnings_for(config.kv_cache_dtype).chain(warnings).collect();
         let mut runner = Self {
             backend,
             decoder,
@@ -570,15 +575,16 @@ fn step_limits(model: &ModelConfig, config: RunnerConfig) -> Result<StepLimits, 
 
 fn alloc_kv_layers<B: Backend>(
     backend: &mut B,
-    model: &ModelConfig,
+    tensors: &ModelTensors<'_>,
     plan: &MemoryPlan,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Vec<B::KvLayer>, BackendError> {
-    let (total_bytes, num_layers) = (plan.kv_cache_bytes, model.num_layers as u64);
+    let (total_bytes, num_layers) = (plan.kv_cache_bytes, tensors.layers.len() as u64);
     (1..=num_layers)
-        .map(|done| {
-            let layer =
-                backend.alloc_kv_layer(plan.num_blocks as usize, plan.block_size as usize, KvScales::default())?;
+        .zip(&tensors.layers)
+        .map(|(done, layer)| {
+            let (num_blocks, block_size) = (plan.num_blocks as usize, plan.block_size as usize);
+            let layer = backend.alloc_kv_layer(num_blocks, block_size, layer.kv_scales)?;
             let done_bytes = total_bytes / num_layers * done;
             progress(LoadProgress {
                 phase: LoadPhase::KvCache,

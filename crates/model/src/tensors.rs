@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::backend::{ActivationScheme, DType, HostTensor, LinearWeights};
+use crate::backend::{ActivationScheme, DType, HostTensor, KvCacheDtype, KvScales, LinearWeights};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::problem::{Problem, Problems};
@@ -32,6 +32,8 @@ pub(crate) struct LayerTensors<'a> {
     pub(crate) gate_up: Named<LinearWeights<'a>>,
     pub(crate) down: Named<LinearWeights<'a>>,
     pub(crate) post_feedforward_norm: Named<HostTensor<'a>>,
+    /// Of an e4m3 cache; 1 for any other.
+    pub(crate) kv_scales: KvScales,
 }
 
 /// A tensor or stack of tensors, and what the checkpoint calls its parts.
@@ -41,14 +43,20 @@ pub(crate) struct Named<T> {
     pub(crate) value: T,
 }
 
-/// Matches a checkpoint's tensors with what its configuration asks for.
+/// Matches a checkpoint's tensors with what its configuration asks for. The scales of keys and values are read for an
+/// e4m3 cache alone.
 ///
 /// # Errors
 /// Everything that is missing, unknown, or of the wrong shape, type or scale, at once.
-pub(crate) fn verify(checkpoint: &Checkpoint) -> Result<(ModelTensors<'_>, Vec<Warning>), Problems> {
+pub(crate) fn verify(
+    checkpoint: &Checkpoint,
+    kv_cache_dtype: KvCacheDtype,
+) -> Result<(ModelTensors<'_>, Vec<Warning>), Problems> {
     let mut verifier = Verifier {
         checkpoint,
         config: checkpoint.config(),
+        kv_cache_dtype,
+        layers_without_kv_scales: 0,
         used: BTreeSet::new(),
         problems: Problems::default(),
         warnings: Vec::new(),
@@ -59,6 +67,7 @@ pub(crate) fn verify(checkpoint: &Checkpoint) -> Result<(ModelTensors<'_>, Vec<W
         layers: (0..config.num_layers).map(|layer| verifier.layer(layer)).collect(),
         final_norm: verifier.dense("model.norm.weight", &[config.hidden_size]),
     };
+    verifier.check_kv_scales();
     verifier.check_extras();
     if verifier.problems.is_empty() {
         Ok((tensors, verifier.warnings))
@@ -107,6 +116,8 @@ impl<'a> LayerTensors<'a> {
 struct Verifier<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
+    kv_cache_dtype: KvCacheDtype,
+    layers_without_kv_scales: usize,
     used: BTreeSet<String>,
     problems: Problems,
     warnings: Vec<Warning>,
@@ -140,6 +151,7 @@ impl<'a> Verifier<'a> {
             gate_up: self.linear(&gate_up.map(|(module, out)| (name(module), out)), hidden),
             down: self.linear(&[(name("mlp.down_proj"), hidden)], inner),
             post_feedforward_norm: self.dense(&name("post_feedforward_layernorm.weight"), &[hidden]),
+            kv_scales: self.kv_scales(index),
         }
     }
 
@@ -224,7 +236,7 @@ impl<'a> Verifier<'a> {
         }
         let scales: Vec<f32> = modules
             .iter()
-            .filter_map(|(module, _)| self.input_scale(&format!("{module}.input_scale")))
+            .filter_map(|(module, _)| self.one_scale(&format!("{module}.input_scale")))
             .collect();
         let scale = scales.iter().copied().fold(0.0, f32::max);
         if scales.iter().any(|other| *other != scale) {
@@ -239,7 +251,44 @@ impl<'a> Verifier<'a> {
         ActivationScheme::Fp8Static { scale }
     }
 
-    fn input_scale(&mut self, name: &str) -> Option<f32> {
+    /// What a layer's keys and values are divided by. Each has a name of its own in several dialects, which must agree where
+    /// there is more than one; the common `kv_scale` is for whichever has none. All that is there must be valid, used or not.
+    fn kv_scales(&mut self, layer: usize) -> KvScales {
+        if self.kv_cache_dtype == KvCacheDtype::Native {
+            return KvScales::default();
+        }
+        let common = self.agreed_scale(layer, &[KEY_VALUE_SCALE]);
+        let [key, value] = [KEY_SCALES, VALUE_SCALES].map(|names| self.agreed_scale(layer, &names).or(common));
+        if key.is_none() || value.is_none() {
+            self.layers_without_kv_scales += 1;
+        }
+        KvScales {
+            key: key.unwrap_or(1.0),
+            value: value.unwrap_or(1.0),
+        }
+    }
+
+    /// The scale that those of `names` that are there agree on.
+    fn agreed_scale(&mut self, layer: usize, names: &[&str]) -> Option<f32> {
+        let mut found: Vec<(String, f32)> = Vec::new();
+        for name in names {
+            let name = format!("model.layers.{layer}.self_attn.{name}");
+            if self.checkpoint.weights().get(&name).is_some()
+                && let Some(scale) = self.one_scale(&name)
+            {
+                found.push((name, scale));
+            }
+        }
+        let (_, first) = *found.first()?;
+        if found.iter().any(|(_, scale)| *scale != first) {
+            let (names, scales) = found.into_iter().unzip();
+            self.problems.push(Problem::KvScalesDiffer { names, scales });
+        }
+        Some(first)
+    }
+
+    /// A scale for a whole tensor.
+    fn one_scale(&mut self, name: &str) -> Option<f32> {
         let stored = self.stored(name)?;
         if !matches!(*stored.shape, [] | [1] | [1, 1]) {
             let (expected, found) = ("[] or [1]".to_owned(), stored.shape.to_vec());
@@ -319,9 +368,24 @@ impl<'a> Verifier<'a> {
         }
     }
 
+    fn check_kv_scales(&mut self) {
+        if self.kv_cache_dtype == KvCacheDtype::Native {
+            return;
+        }
+        if let Some(scheme) = self.config.quantization.foreign_kv_cache_scheme() {
+            self.problems.push(Problem::KvCacheScheme { scheme });
+        }
+        if self.layers_without_kv_scales > 0 {
+            self.warnings.push(Warning::KvScalesMissing {
+                layers: self.layers_without_kv_scales,
+                num_layers: self.config.num_layers,
+            });
+        }
+    }
+
     fn check_extras(&mut self) {
-        let mut ignored = 0;
-        let mut first = None;
+        let mut ignored = Ignored::default();
+        let mut kv_scales = Ignored::default();
         for (name, stored) in self.checkpoint.weights().iter() {
             if self.used.contains(name) {
                 continue;
@@ -330,15 +394,42 @@ impl<'a> Verifier<'a> {
                 if stored.data.iter().any(|byte| *byte != 0) {
                     self.problems.push(Problem::ZeroPoint { name: name.to_owned() });
                 }
+            } else if is_kv_scale(name) && self.kv_cache_dtype == KvCacheDtype::Native {
+                kv_scales.add(name);
+                continue;
             } else if !is_harmless(name) {
                 self.problems.push(Problem::Unexpected { name: name.to_owned() });
             }
-            ignored += 1;
-            first.get_or_insert_with(|| name.to_owned());
+            ignored.add(name);
         }
-        if let Some(first) = first {
-            self.warnings.push(Warning::TensorsIgnored { count: ignored, first });
+        if let Ignored {
+            count,
+            first: Some(first),
+        } = kv_scales
+        {
+            self.warnings.push(Warning::KvScalesIgnored { count, first });
         }
+        if let Ignored {
+            count,
+            first: Some(first),
+        } = ignored
+        {
+            self.warnings.push(Warning::TensorsIgnored { count, first });
+        }
+    }
+}
+
+/// Tensors that are not used.
+#[derive(Debug, Default)]
+struct Ignored {
+    count: usize,
+    first: Option<String>,
+}
+
+impl Ignored {
+    fn add(&mut self, name: &str) {
+        self.count += 1;
+        self.first.get_or_insert_with(|| name.to_owned());
     }
 }
 
@@ -347,24 +438,33 @@ fn differ(mut values: impl Iterator<Item = DType>) -> bool {
     values.any(|value| Some(value) != first)
 }
 
-/// Tensors that exporters leave behind and that change nothing here: the tied output projection, scales of an FP8 KV
-/// cache in all the places they have been seen, and rotary frequencies that are computed.
+/// The scale of a layer's keys in all the places it has been seen, after `self_attn.`.
+const KEY_SCALES: [&str; 4] = ["k_scale", "k_proj.k_scale", "k_proj.output_scale", "qkv_proj.k_scale"];
+/// The same of its values.
+const VALUE_SCALES: [&str; 4] = ["v_scale", "v_proj.v_scale", "v_proj.output_scale", "qkv_proj.v_scale"];
+/// One for both.
+const KEY_VALUE_SCALE: &str = "kv_scale";
+
+/// Whether an FP8 KV cache would use it.
+fn is_kv_scale(name: &str) -> bool {
+    let of_layer = name.strip_prefix("model.layers.");
+    of_layer
+        .and_then(|name| name.split_once(".self_attn."))
+        .is_some_and(|(_, name)| name == KEY_VALUE_SCALE || KEY_SCALES.contains(&name) || VALUE_SCALES.contains(&name))
+}
+
+/// Tensors that exporters leave behind and that change nothing here: the tied output projection, scales of other steps of
+/// attention than the KV cache, and rotary frequencies that are computed.
 fn is_harmless(name: &str) -> bool {
-    const SUFFIXES: [&str; 13] = [
-        ".self_attn.k_scale",
-        ".self_attn.v_scale",
+    const SUFFIXES: [&str; 4] = [
         ".self_attn.q_scale",
         ".self_attn.prob_scale",
-        ".self_attn.kv_scale",
         ".self_attn.q_proj.output_scale",
-        ".self_attn.k_proj.output_scale",
-        ".self_attn.v_proj.output_scale",
-        ".self_attn.k_proj.k_scale",
-        ".self_attn.v_proj.v_scale",
-        ".self_attn.qkv_proj.k_scale",
-        ".self_attn.qkv_proj.v_scale",
         ".self_attn.rotary_emb.inv_freq",
     ];
     let of_layer = name.starts_with("model.layers.") && SUFFIXES.iter().any(|suffix| name.ends_with(suffix));
     of_layer || name == "lm_head.weight" || name == "model.rotary_emb.inv_freq"
 }
+
+#[cfg(test)]
+mod tests;

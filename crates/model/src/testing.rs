@@ -6,6 +6,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
+use crate::backend::KvScales;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::ConfigOverrides;
 
@@ -183,6 +184,17 @@ impl TinyModel {
             }
             _ => {
                 add("weight_scale", TinyTensor::new("F32", &[1], &[scale]));
+            }
+        }
+    }
+
+    /// Gives every layer `self_attn.k_scale` and `self_attn.v_scale`, for an FP8 KV cache.
+    pub fn add_kv_scales(&mut self, scales: KvScales) {
+        let layers = self.config["num_hidden_layers"].as_u64().unwrap_or_default();
+        for layer in 0..layers {
+            for (name, scale) in [("k_scale", scales.key), ("v_scale", scales.value)] {
+                let name = format!("model.layers.{layer}.self_attn.{name}");
+                self.tensors.insert(name, TinyTensor::new("F32", &[], &[scale]));
             }
         }
     }

@@ -15,9 +15,25 @@ pub enum Warning {
         /// Instead.
         used: f32,
     },
-    /// The checkpoint asks for an FP8 KV cache.
-    #[error("kv_cache_scheme is ignored: the KV cache is not quantised")]
+    /// The checkpoint was calibrated for an FP8 KV cache, which was not asked for.
+    #[error("kv_cache_scheme is ignored: the KV cache is not quantised (--kv-cache-dtype fp8 quantises it)")]
     KvCacheSchemeIgnored,
+    /// The same, by its tensors.
+    #[error("{count} scales of an FP8 KV cache are ignored (the first is {first}): --kv-cache-dtype fp8 uses them")]
+    KvScalesIgnored {
+        /// How many.
+        count: usize,
+        /// For example.
+        first: String,
+    },
+    /// An FP8 KV cache without calibration.
+    #[error("{layers} of {num_layers} layers have no scale for keys or values of the FP8 KV cache: it is 1 there")]
+    KvScalesMissing {
+        /// How many have none for keys, for values or for both.
+        layers: usize,
+        /// In all.
+        num_layers: usize,
+    },
     /// Projections that read the same input were calibrated apart.
     #[error("{group}: input scales {scales:?} differ, using the largest")]
     InputScalesDiffer {

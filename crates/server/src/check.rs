@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 
 use lapidary_engine::TokenId;
 use lapidary_model::{
-    ActivationScheme, Checkpoint, CheckpointReport, MemoryPlan, ModelConfig, Problems, ProjectionScales, StepLimits,
+    ActivationScheme, Checkpoint, CheckpointReport, KvCacheDtype, MemoryPlan, ModelConfig, Problems, ProjectionScales,
+    StepLimits,
 };
 use lapidary_text::Tokenizer;
 use serde::Serialize;
@@ -232,7 +233,9 @@ impl Report {
         self.architecture = Some(Architecture::of(checkpoint.config()));
         self.examine_tokenizer(config, checkpoint);
         let progress = Progress::start(state, Phase::LoadingWeights);
-        let verified = checkpoint.verify(&mut |step| progress.set(step.done_bytes, step.total_bytes));
+        let verified = checkpoint.verify(KvCacheDtype::Native, &mut |step| {
+            progress.set(step.done_bytes, step.total_bytes)
+        });
         drop(progress);
         match verified {
             Ok(found) => {
@@ -338,7 +341,7 @@ impl Report {
             model,
             found.weight_bytes,
             limits,
-            config.scheduling.block_size,
+            (config.scheduling.block_size, KvCacheDtype::Native),
             device_bytes,
             args.gpu_memory_utilization,
         );

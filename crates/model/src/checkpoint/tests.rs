@@ -3,6 +3,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::Checkpoint;
+use crate::backend::KvCacheDtype;
 use crate::config::ConfigOverrides;
 use crate::problem::Problems;
 use crate::testing::{TinyModel, TinyTensor, TinyWeights};
@@ -12,7 +13,9 @@ const UP: &str = "model.layers.1.mlp.up_proj";
 
 fn verify(model: &TinyModel) -> Result<Vec<Warning>, Problems> {
     let checkpoint = model.checkpoint().expect("only tensors are broken");
-    checkpoint.verify(&mut |_| ()).map(|report| report.warnings)
+    checkpoint
+        .verify(KvCacheDtype::Native, &mut |_| ())
+        .map(|report| report.warnings)
 }
 
 /// The message of the faults of a model after one change.
@@ -375,11 +378,15 @@ fn what_exporters_leave_behind_is_skipped_with_a_note() {
     for name in extras {
         model.tensors.insert(name.to_owned(), zero.clone());
     }
-    let expected = Warning::TensorsIgnored {
-        count: extras.len(),
+    let kv_scales = Warning::KvScalesIgnored {
+        count: 7,
+        first: "model.layers.0.self_attn.k_proj.k_scale".to_owned(),
+    };
+    let others = Warning::TensorsIgnored {
+        count: extras.len() - 7,
         first: "lm_head.weight".to_owned(),
     };
-    assert_eq!(verify(&model), Ok(vec![expected]));
+    assert_eq!(verify(&model), Ok(vec![kv_scales, others]));
 }
 
 #[test]
@@ -389,7 +396,7 @@ fn the_largest_of_differing_input_scales_is_used_with_a_warning() {
         .tensors
         .insert("model.layers.1.self_attn.v_proj.input_scale".into(), scale(0.05));
     let checkpoint = model.checkpoint().unwrap();
-    let (tensors, warnings) = crate::tensors::verify(&checkpoint).unwrap();
+    let (tensors, warnings) = crate::tensors::verify(&checkpoint, KvCacheDtype::Native).unwrap();
     assert_eq!(
         tensors.layers[1].qkv.value.input,
         crate::ActivationScheme::Fp8Static { scale: 0.05 }
@@ -416,7 +423,7 @@ fn each_projection_of_a_stack_keeps_its_own_scale_for_its_rows() {
         .tensors
         .insert("model.layers.0.self_attn.v_proj.weight_scale".into(), scale(0.5));
     let checkpoint = model.checkpoint().unwrap();
-    let (tensors, _) = crate::tensors::verify(&checkpoint).unwrap();
+    let (tensors, _) = crate::tensors::verify(&checkpoint, KvCacheDtype::Native).unwrap();
     let scales = &tensors.layers[0].qkv.value.scales;
     assert_eq!(scales.len(), 128 + 64 + 64);
     assert_eq!(
@@ -437,7 +444,7 @@ fn the_golden_checkpoints_are_accepted() {
         let checkpoint = Checkpoint::open_dir(&dir, ConfigOverrides::default())
             .unwrap_or_else(|error| panic!("{}: {error:?}", dir.display()));
         let report = checkpoint
-            .verify(&mut |_| ())
+            .verify(KvCacheDtype::Native, &mut |_| ())
             .unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         assert!(
             report.weight_bytes > 0 && checkpoint.stop_token_ids().contains(&1),
