@@ -17,8 +17,8 @@ use crate::ops::rope::{self, RopeTable};
 use crate::parallel::Pool;
 use crate::plan::Plan;
 use crate::sample::{Choose, SampleScratch};
-use crate::simd::{Buffer, Dispatch, Isa, make_pages};
-use crate::tensor::{Activation, Embedding, KvLayer, Linear, Matrix, Norm, Tensor};
+use crate::simd::{Buffer, Dispatch, Isa, Plain, make_pages};
+use crate::tensor::{Activation, Embedding, KvElements, KvLayer, Linear, Matrix, Norm, Tensor};
 
 /// How the CPU is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +56,7 @@ impl Default for CpuConfig {
 }
 
 /// KV cache that a task of the thread pool makes pages for: a millisecond or so.
-const FLOATS_PER_TOUCH: usize = 1 << 20;
+const BYTES_PER_TOUCH: usize = 4 << 20;
 
 /// The backend that every machine has.
 #[derive(Debug)]
@@ -138,6 +138,15 @@ impl Cpu {
     }
 }
 
+/// Zeros, all pages of which are made by the whole pool.
+fn resident<T: Plain>(pool: &Pool, bytes: usize) -> Buffer<T> {
+    let mut buffer = Buffer::zeroed(bytes / size_of::<T>());
+    pool.for_chunks(&mut buffer, BYTES_PER_TOUCH / size_of::<T>(), |_, _, chunk| {
+        make_pages(chunk);
+    });
+    buffer
+}
+
 impl Backend for Cpu {
     type Tensor = Tensor;
     type Activation = Activation;
@@ -154,9 +163,6 @@ impl Backend for Cpu {
             head_dim,
             ..
         } = attention;
-        if attention.kv_cache_dtype != KvCacheDtype::Native {
-            return Err(BackendError::Unsupported("a KV cache of e4m3".to_owned()));
-        }
         if num_kv_heads == 0 || num_heads % num_kv_heads != 0 || head_dim == 0 || head_dim % 2 != 0 {
             let shape = format!("{num_heads} query heads, {num_kv_heads} key/value heads of {head_dim}");
             return Err(BackendError::Unsupported(shape));
@@ -219,7 +225,11 @@ impl Backend for Cpu {
     fn kv_block_bytes(&self, block_size: usize) -> u64 {
         self.prepared.as_ref().map_or(0, |prepared| {
             let Geometry { config, padded_dim, .. } = prepared.geometry;
-            (2 * block_size * config.num_kv_heads * padded_dim * size_of::<f32>()) as u64
+            let element_bytes = match config.kv_cache_dtype {
+                KvCacheDtype::Native => size_of::<f32>(),
+                KvCacheDtype::Fp8E4m3 => 1,
+            };
+            (2 * block_size * config.num_kv_heads * padded_dim * element_bytes) as u64
         })
     }
 
@@ -227,20 +237,31 @@ impl Backend for Cpu {
         &mut self,
         num_blocks: usize,
         block_size: usize,
-        _scales: KvScales,
+        scales: KvScales,
     ) -> Result<KvLayer, BackendError> {
         let bytes = num_blocks as u64 * self.kv_block_bytes(block_size);
         self.reserve("the KV cache of a layer", bytes)?;
-        let len = bytes as usize / 2 / size_of::<f32>();
-        let resident = || {
-            let mut buffer = Buffer::zeroed(len);
-            self.pool
-                .for_chunks(&mut buffer, FLOATS_PER_TOUCH, |_, _, chunk| make_pages(chunk));
-            buffer
+        let Prepared {
+            geometry,
+            attention_scratch,
+            ..
+        } = self.prepared();
+        for scratch in attention_scratch {
+            let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+            scratch.reserve_page(geometry, block_size);
+        }
+        let bytes_each = bytes as usize / 2;
+        let (elements, scales): (fn(&Pool, usize) -> KvElements, _) = match geometry.config.kv_cache_dtype {
+            KvCacheDtype::Native => (
+                |pool, bytes| KvElements::F32(resident(pool, bytes)),
+                KvScales::default(),
+            ),
+            KvCacheDtype::Fp8E4m3 => (|pool, bytes| KvElements::E4m3(resident(pool, bytes)), scales),
         };
         Ok(KvLayer {
-            keys: resident(),
-            values: resident(),
+            keys: elements(&self.pool, bytes_each),
+            values: elements(&self.pool, bytes_each),
+            scales,
             block_size,
         })
     }

@@ -54,19 +54,18 @@ pub fn round(x: f32) -> f32 {
 }
 
 /// Code of the e4m3 number nearest to `x`; as [`round`].
+#[inline(always)]
 #[must_use]
 pub fn encode(x: f32) -> u8 {
     let rounded = round(x);
-    let sign = ((rounded.to_bits() >> 24) & 0x80) as u8;
+    let sign = (rounded.to_bits() >> 24) & 0x80;
     let magnitude = rounded.abs();
-    let code = if magnitude.is_nan() {
-        0x7f
-    } else if magnitude < MIN_NORMAL {
-        (magnitude * 512.0) as u8
-    } else {
-        ((magnitude.to_bits() >> 20) - ((127 - 7) << 3)) as u8
-    };
-    sign | code
+    let normal = (magnitude.to_bits() >> 20).wrapping_sub((127 - 7) << 3);
+    // At 2^14, the last bits of a float count steps of 2^-9.
+    let subnormal = (magnitude + SUBNORMAL_ROUNDER).to_bits() & 7;
+    let code = if magnitude < MIN_NORMAL { subnormal } else { normal };
+    let code = if magnitude.is_nan() { 0x7f } else { code };
+    (sign | code) as u8
 }
 
 #[cfg(test)]

@@ -1,12 +1,16 @@
 //! What the backend's associated types are in memory. Rows of inputs and weights are padded with zeros to whole blocks,
 //! so that no kernel has a remainder in K.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
-use lapidary_model::{ActivationScheme, BackendError, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, LinearWeights};
+use lapidary_model::{
+    ActivationScheme, BackendError, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor, KvScales, LinearWeights,
+};
 
 use crate::backend::Storage;
 use crate::e4m3;
-use crate::simd::{Buffer, Isa};
+use crate::simd::{Buffer, Isa, LANES, Simd};
 
 /// K is padded to multiples of this.
 pub(crate) const K_BLOCK: usize = 64;
@@ -349,7 +353,38 @@ pub struct Embedding {
 /// block are adjacent.
 #[derive(Debug)]
 pub struct KvLayer {
-    pub(crate) keys: Buffer<f32>,
-    pub(crate) values: Buffer<f32>,
+    pub(crate) keys: KvElements,
+    pub(crate) values: KvElements,
+    /// What stored elements are to be multiplied by: 1 unless they are e4m3.
+    pub(crate) scales: KvScales,
     pub(crate) block_size: usize,
+}
+
+/// Keys or values as stored.
+#[derive(Debug)]
+pub(crate) enum KvElements {
+    F32(Buffer<f32>),
+    E4m3(Buffer<u8>),
+}
+
+impl KvElements {
+    /// As floats, without their scale: where they are, or widened into `scratch`, which holds as many at least.
+    #[inline(always)]
+    pub(crate) fn widen<'a, S: Simd>(
+        &'a self,
+        simd: S,
+        range: Range<usize>,
+        scratch: &'a mut [f32],
+    ) -> &'a [[f32; LANES]] {
+        match self {
+            Self::F32(elements) => elements[range].as_chunks().0,
+            Self::E4m3(codes) => {
+                let floats = &mut scratch[..range.len()];
+                for (to, from) in floats.as_chunks_mut().0.iter_mut().zip(codes[range].as_chunks().0) {
+                    simd.store(simd.load_e4m3_lanes(from), to);
+                }
+                floats.as_chunks().0
+            }
+        }
+    }
 }

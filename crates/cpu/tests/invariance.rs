@@ -10,7 +10,7 @@ use lapidary_engine::{
     Batch, BlockId, Executor, FedToken, RequestId, SampleRow, SampledToken, SamplingParams, TokenHistory,
 };
 use lapidary_model::testing::{TinyModel, TinyWeights};
-use lapidary_model::{KvCacheDtype, KvCacheSize, ModelRunner, RunnerConfig};
+use lapidary_model::{KvCacheDtype, KvCacheSize, KvScales, ModelRunner, RunnerConfig};
 use proptest::prelude::*;
 
 const BLOCK_SIZE: usize = 16;
@@ -32,21 +32,23 @@ const WEIGHTS: [TinyWeights; 7] = [
 ];
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
 
     #[test]
     fn any_schedule_gives_the_bits_of_each_sequence_alone(
         weights in prop::sample::select(WEIGHTS.to_vec()),
+        kv_cache_dtype in prop::sample::select(vec![KvCacheDtype::Native, KvCacheDtype::Fp8E4m3]),
         seed in any::<u64>(),
     ) {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let requests = requests(&mut Random(seed));
-            let alone = alone(&mut runner(weights, isa, 1), &requests);
+            let runner = |threads| runner(weights, kv_cache_dtype, isa, threads);
+            let alone = alone(&mut runner(1), &requests);
             for threads in 1..=3 {
                 let schedule = Random(seed ^ threads as u64);
-                let together = Scheduler::new(&requests, schedule).run(&mut runner(weights, isa, threads));
+                let together = Scheduler::new(&requests, schedule).run(&mut runner(threads));
                 for (together, alone) in together.iter().zip(&alone) {
-                    prop_assert_eq!(together, alone, "{:?} on {} threads of {:?}", weights, threads, isa);
+                    prop_assert_eq!(together, alone, "{:?} over {:?} on {} threads of {:?}", weights, kv_cache_dtype, threads, isa);
                 }
             }
         }
@@ -84,7 +86,7 @@ fn requests(random: &mut Random) -> Vec<Request> {
     (0..NUM_SEQUENCES).map(request).collect()
 }
 
-fn runner(weights: TinyWeights, isa: Isa, threads: usize) -> ModelRunner<Cpu> {
+fn runner(weights: TinyWeights, kv_cache_dtype: KvCacheDtype, isa: Isa, threads: usize) -> ModelRunner<Cpu> {
     let backend = Cpu::new(CpuConfig {
         threads,
         isa,
@@ -97,9 +99,14 @@ fn runner(weights: TinyWeights, isa: Isa, threads: usize) -> ModelRunner<Cpu> {
         max_model_len: Some(256),
         block_size: BLOCK_SIZE as u32,
         kv_cache: KvCacheSize::Blocks(NUM_BLOCKS as u32),
-        kv_cache_dtype: KvCacheDtype::Native,
+        kv_cache_dtype,
     };
-    let checkpoint = TinyModel::new(weights).checkpoint().unwrap();
+    let mut model = TinyModel::new(weights);
+    model.add_kv_scales(KvScales {
+        key: 0.0021,
+        value: 0.0034,
+    });
+    let checkpoint = model.checkpoint().unwrap();
     ModelRunner::load(backend, &checkpoint, config, &mut |_| ()).unwrap()
 }
 

@@ -3,11 +3,15 @@
 //! A task is one key/value head and up to [`TILE_TOKENS`] tokens of one sequence, which share every load of keys and
 //! values. Whatever shares them, a query's scores are dot products of its own, its weights are summed in the order of
 //! its own positions, and its values are added one position after another: chunks and neighbours change no bit.
+//!
+//! An e4m3 cache is widened a page at a time, exactly, and a tile's queries share that too. Its scales cost nothing: that
+//! of keys goes into the scale of scores, that of values into the division by the sum of weights.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use lapidary_engine::BlockId;
-use lapidary_model::{ActivationScheme, AttentionConfig};
+use lapidary_model::{ActivationScheme, AttentionConfig, KvCacheDtype};
 
 use super::elementwise::On;
 use super::linear::dot_rows;
@@ -61,9 +65,19 @@ pub(crate) struct AttentionScratch {
     sums: Buffer<f32>,
     /// `[queries]`
     totals: Buffer<f32>,
+    /// `[block_size, padded_dim]` where the cache is not of floats.
+    widened: Buffer<f32>,
 }
 
 impl AttentionScratch {
+    /// Room for keys or values of a page that have to be widened.
+    pub(crate) fn reserve_page(&mut self, geometry: &Geometry, block_size: usize) {
+        let len = block_size * geometry.padded_dim;
+        if geometry.config.kv_cache_dtype != KvCacheDtype::Native && self.widened.len() < len {
+            self.widened = Buffer::resident(len);
+        }
+    }
+
     pub(crate) fn new(geometry: &Geometry, max_model_len: usize) -> Self {
         let queries = TILE_TOKENS * geometry.group;
         Self {
@@ -71,6 +85,7 @@ impl AttentionScratch {
             scores: Buffer::resident(queries * max_model_len),
             sums: Buffer::resident(queries * geometry.padded_dim),
             totals: Buffer::resident(queries),
+            widened: Buffer::default(),
         }
     }
 }
@@ -104,9 +119,7 @@ pub(crate) fn attention(
         let kv_head = index / plan.tiles.len();
         let tile = plan.tiles[index % plan.tiles.len()];
         on.dispatch.run(AttendTile {
-            inputs,
-            kv_head,
-            tile,
+            task: Task { inputs, kv_head, tile },
             storage: on.storage,
             scratch: &mut scratch,
             out,
@@ -131,28 +144,23 @@ struct Page {
     end: usize,
 }
 
-struct AttendTile<'a> {
-    inputs: Inputs<'a>,
-    kv_head: usize,
-    tile: Tile,
-    storage: Storage,
-    scratch: &'a mut AttentionScratch,
-    /// `[tile tokens, group * head_dim]`
-    out: &'a mut [f32],
-}
-
-impl Kernel for AttendTile<'_> {
-    type Output = ();
-
+impl Page {
+    /// Where its positions are in the cache.
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        self.load_queries();
-        self.score(simd);
-        self.add_values(simd);
+    fn elements(&self, padded_dim: usize) -> Range<usize> {
+        self.offset..self.offset + (self.end - self.first) * padded_dim
     }
 }
 
-impl AttendTile<'_> {
+/// What a task attends for.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    inputs: Inputs<'a>,
+    kv_head: usize,
+    tile: Tile,
+}
+
+impl Task<'_> {
     #[inline(always)]
     fn num_queries(&self) -> usize {
         self.tile.num_rows * self.inputs.geometry.group
@@ -192,15 +200,36 @@ impl AttendTile<'_> {
             end,
         }
     }
+}
 
+struct AttendTile<'a> {
+    task: Task<'a>,
+    storage: Storage,
+    scratch: &'a mut AttentionScratch,
+    /// `[tile tokens, group * head_dim]`
+    out: &'a mut [f32],
+}
+
+impl Kernel for AttendTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        self.load_queries();
+        self.score(simd);
+        self.add_values(simd);
+    }
+}
+
+impl AttendTile<'_> {
     #[inline(always)]
     fn load_queries(&mut self) {
         let Geometry {
             config,
             group,
             padded_dim,
-        } = self.inputs.geometry;
-        let num_queries = self.num_queries();
+        } = self.task.inputs.geometry;
+        let num_queries = self.task.num_queries();
         for (index, query) in self
             .scratch
             .queries
@@ -208,8 +237,8 @@ impl AttendTile<'_> {
             .take(num_queries)
             .enumerate()
         {
-            let head = self.kv_head * group + index % group;
-            let row = self.inputs.qkv.row(self.tile.first_row + index / group);
+            let head = self.task.kv_head * group + index % group;
+            let row = self.task.inputs.qkv.row(self.task.tile.first_row + index / group);
             query[..config.head_dim].copy_from_slice(&row[head * config.head_dim..][..config.head_dim]);
         }
     }
@@ -217,16 +246,20 @@ impl AttendTile<'_> {
     /// Fills `scores` with unnormalised softmax weights and `totals` with their sums.
     #[inline(always)]
     fn score<S: Simd>(&mut self, simd: S) {
-        let Geometry { config, padded_dim, .. } = self.inputs.geometry;
-        let (num_queries, per_row) = (self.num_queries(), padded_dim / LANES);
-        let (begin, end) = self.seen();
+        let task = self.task;
+        let (kv, Geometry { config, padded_dim, .. }) = (task.inputs.kv, task.inputs.geometry);
+        let (num_queries, per_row) = (task.num_queries(), padded_dim / LANES);
+        let (begin, end) = task.seen();
         let span = end - begin;
-        for index in 0..self.num_pages() {
-            let page = self.page(index);
-            let keys = self.inputs.kv.keys[page.offset..][..(page.end - page.first) * padded_dim]
-                .as_chunks()
-                .0;
-            let AttentionScratch { queries, scores, .. } = &mut *self.scratch;
+        for index in 0..task.num_pages() {
+            let page = task.page(index);
+            let AttentionScratch {
+                queries,
+                scores,
+                widened,
+                ..
+            } = &mut *self.scratch;
+            let keys = kv.keys.widen(simd, page.elements(padded_dim), widened);
             let queries = queries.as_chunks().0;
             let mut first = 0;
             while first < num_queries {
@@ -245,30 +278,32 @@ impl AttendTile<'_> {
             }
         }
         for query in 0..num_queries {
-            let (from, to) = self.visible(query);
+            let (from, to) = task.visible(query);
             let scores = &mut self.scratch.scores[query * span..][from - begin..to - begin];
-            self.scratch.totals[query] = softmax_weights(scores, config.scale, config.softcap, self.storage);
+            let scale = config.scale * kv.scales.key;
+            self.scratch.totals[query] = softmax_weights(scores, scale, config.softcap, self.storage);
         }
     }
 
     /// Adds up the values by their weights.
     #[inline(always)]
     fn add_values<S: Simd>(&mut self, simd: S) {
-        let Geometry { config, padded_dim, .. } = self.inputs.geometry;
-        let (num_queries, per_row) = (self.num_queries(), padded_dim / LANES);
-        let (begin, end) = self.seen();
+        let task = self.task;
+        let (kv, Geometry { config, padded_dim, .. }) = (task.inputs.kv, task.inputs.geometry);
+        let (num_queries, per_row) = (task.num_queries(), padded_dim / LANES);
+        let (begin, end) = task.seen();
         let span = end - begin;
         self.scratch.sums[..num_queries * padded_dim].fill(0.0);
-        for index in 0..self.num_pages() {
-            let page = self.page(index);
-            let values = self.inputs.kv.values[page.offset..][..(page.end - page.first) * padded_dim]
-                .as_chunks()
-                .0;
+        for index in 0..task.num_pages() {
+            let page = task.page(index);
+            let AttentionScratch {
+                scores, sums, widened, ..
+            } = &mut *self.scratch;
+            let values = kv.values.widen(simd, page.elements(padded_dim), widened);
             for query in 0..num_queries {
-                let (from, to) = self.visible(query);
+                let (from, to) = task.visible(query);
                 let (from, to) = (from.max(page.first), to.min(page.end));
                 if from < to {
-                    let AttentionScratch { scores, sums, .. } = &mut *self.scratch;
                     let weights = &scores[query * span..][from - begin..to - begin];
                     let values = &values[(from - page.first) * per_row..(to - page.first) * per_row];
                     let sums = &mut sums.as_chunks_mut().0[query * per_row..][..per_row];
@@ -277,7 +312,7 @@ impl AttendTile<'_> {
             }
         }
         for (query, out) in self.out.chunks_exact_mut(config.head_dim).enumerate() {
-            let factor = 1.0 / self.scratch.totals[query];
+            let factor = kv.scales.value / self.scratch.totals[query];
             for (out, sum) in out.iter_mut().zip(&self.scratch.sums[query * padded_dim..]) {
                 *out = sum * factor;
             }

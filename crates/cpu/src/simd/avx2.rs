@@ -85,6 +85,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_e4m3_lanes(self, from: &[u8; LANES]) -> Self::V {
+        // SAFETY: `self` exists, so the CPU has the instructions; the load takes the whole array.
+        unsafe {
+            let halves = e4m3_or_nan_to_halves(_mm_loadu_si128(from.as_ptr().cast()));
+            halves_to_f32(halves)
+        }
+    }
+
+    #[inline(always)]
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // SAFETY: `self` exists, so the CPU has the instructions.
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
@@ -103,13 +112,35 @@ impl Simd for Avx2 {
     }
 }
 
-/// By way of half precision, whose bias is 8 more: the codes, shifted into place, are numbers 2^-8 times as large.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn e4m3_to_f32(codes: __m128i) -> [__m256; 2] {
+    halves_to_f32(e4m3_to_halves(codes))
+}
+
+/// By way of half precision, whose bias is 8 more: the codes, shifted into place, are numbers 2^-8 times as large.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn e4m3_to_halves(codes: __m128i) -> __m256i {
     // The arithmetic shift leaves two copies of the sign; the mask clears the second.
     let signed = _mm256_srai_epi16::<1>(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(codes)));
-    let halves = _mm256_and_si256(signed, _mm256_set1_epi16(0xbfff_u16.cast_signed()));
+    _mm256_and_si256(signed, _mm256_set1_epi16(0xbfff_u16.cast_signed()))
+}
+
+/// As [`e4m3_to_halves`]; NaN stays NaN, which shifted would be 480.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn e4m3_or_nan_to_halves(codes: __m128i) -> __m256i {
+    let halves = e4m3_to_halves(codes);
+    let magnitude = _mm256_set1_epi16(0x3f80);
+    let is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(halves, magnitude), magnitude);
+    _mm256_or_si256(halves, is_nan)
+}
+
+/// What [`e4m3_to_halves`] made smaller becomes what it was.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn halves_to_f32(halves: __m256i) -> [__m256; 2] {
     let scale = _mm256_set1_ps(256.0);
     let low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
     let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves));

@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::sum8;
+use super::avx2::{e4m3_or_nan_to_halves, sum8};
 use super::{LANES, PairDot, Simd};
 use crate::e4m3;
 
@@ -76,6 +76,15 @@ impl Simd for Avx512 {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b)),
                 _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
             ]
+        }
+    }
+
+    #[inline(always)]
+    fn load_e4m3_lanes(self, from: &[u8; LANES]) -> Self::V {
+        // SAFETY: `self` exists, so the CPU has the instructions; the load takes the whole array.
+        unsafe {
+            let halves = e4m3_or_nan_to_halves(_mm_loadu_si128(from.as_ptr().cast()));
+            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
         }
     }
 

@@ -298,6 +298,7 @@ impl<P: PairDot> Arith for Bf16Pairs<P> {
 mod tests {
     use super::super::{Dispatch, Isa, Kernel};
     use super::*;
+    use crate::e4m3;
 
     struct SumBothWays([[f32; LANES]; 4]);
 
@@ -308,6 +309,34 @@ mod tests {
         fn run<S: Simd>(self, simd: S) -> Self::Output {
             let v = self.0.map(|lanes| simd.load(&lanes));
             [v.map(|v| simd.sum(v).to_bits()), simd.sum4(v).map(f32::to_bits)]
+        }
+    }
+
+    struct WidenLanes([u8; LANES]);
+
+    impl Kernel for WidenLanes {
+        type Output = [f32; LANES];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            let mut floats = [0.0; LANES];
+            simd.store(simd.load_e4m3_lanes(&self.0), &mut floats);
+            floats
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_widens_every_e4m3_code_to_its_value() {
+        let codes: Vec<u8> = (0..=255).collect();
+        for dispatch in Isa::ALL.into_iter().filter_map(Dispatch::new) {
+            for codes in codes.as_chunks::<LANES>().0 {
+                let widened = dispatch.run(WidenLanes(*codes));
+                for (code, float) in codes.iter().zip(widened) {
+                    let value = e4m3::decode(*code);
+                    let is_same = float.to_bits() == value.to_bits() || (float.is_nan() && value.is_nan());
+                    assert!(is_same, "{dispatch:?}: code {code:#x} is {float}, not {value}");
+                }
+            }
         }
     }
 

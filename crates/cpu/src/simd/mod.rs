@@ -39,6 +39,8 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, from: &[u16; LANES]) -> Self::V;
     /// 64 finite e4m3 codes, stored in [`Isa::e4m3_order`], widened in their natural order.
     fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4];
+    /// 16 e4m3 codes in their natural order, NaN among them, widened.
+    fn load_e4m3_lanes(self, from: &[u8; LANES]) -> Self::V;
     /// `a * b + c`, in one rounding where the CPU can.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Sum of the lanes: halves are added until one lane is left.

@@ -44,14 +44,18 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn load_e4m3(self, from: &[u8; 64]) -> [Self::V; 4] {
-        let decode = |from: &[u8; LANES]| from.map(|code| e4m3::DECODED[usize::from(code)]);
         let (quarters, _) = from.as_chunks();
         [
-            decode(&quarters[0]),
-            decode(&quarters[1]),
-            decode(&quarters[2]),
-            decode(&quarters[3]),
+            self.load_e4m3_lanes(&quarters[0]),
+            self.load_e4m3_lanes(&quarters[1]),
+            self.load_e4m3_lanes(&quarters[2]),
+            self.load_e4m3_lanes(&quarters[3]),
         ]
+    }
+
+    #[inline(always)]
+    fn load_e4m3_lanes(self, from: &[u8; LANES]) -> Self::V {
+        from.map(|code| e4m3::DECODED[usize::from(code)])
     }
 
     #[inline(always)]
