@@ -25,6 +25,7 @@
 
 mod attention;
 mod elementwise;
+mod fp8_cache;
 mod invariance;
 mod linear;
 mod logits;
@@ -35,7 +36,14 @@ mod sampling_reference;
 
 pub use attention::{attention_matches_f64, rope_matches_f64, unused_cache_is_never_read};
 pub use elementwise::{add_norm_matches_f64, embed_matches_f64, geglu_matches_f64, norm_matches_f64};
-pub use invariance::{chunks_do_not_change_logits, neighbours_do_not_change_logits};
+pub use fp8_cache::{
+    attention_over_fp8_cache_matches_f64, fp8_cache_holds_more_tokens, fp8_cache_rounds_half_to_even_and_saturates,
+    fp8_cache_uses_the_scales_of_each_layer,
+};
+pub use invariance::{
+    chunks_do_not_change_logits, chunks_do_not_change_logits_over_fp8_cache, neighbours_do_not_change_logits,
+    neighbours_do_not_change_logits_over_fp8_cache,
+};
 pub use linear::linear_matches_f64;
 pub use logits::logits_match_f64;
 pub use runner::{
@@ -112,6 +120,9 @@ macro_rules! conformance_tests {
             fed_tokens_are_read_and_counted, given_tokens_are_scored, neighbours_do_not_change_logits, chunks_do_not_change_logits,
             chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints,
             runner_refuses_what_was_not_reserved, runner_sizes_its_cache,
+            attention_over_fp8_cache_matches_f64, fp8_cache_rounds_half_to_even_and_saturates,
+            chunks_do_not_change_logits_over_fp8_cache, neighbours_do_not_change_logits_over_fp8_cache,
+            fp8_cache_holds_more_tokens, fp8_cache_uses_the_scales_of_each_layer,
         );
     };
     (@each $make:expr, $bounds:expr; $($check:ident),* $(,)?) => {

@@ -2,7 +2,7 @@
 
 use super::Bounds;
 use super::rig::{
-    BLOCK_SIZE, Error, Numbers, Rig, SCHEMES, SequenceStep, assert_close, assert_quantized, batch_of, exact,
+    BLOCK_SIZE, Error, Numbers, Rig, SCHEMES, SequenceStep, assert_close, assert_quantized, batch_of, exact, round_e4m3,
 };
 use crate::backend::{ActivationScheme, AttentionConfig, Backend, KvCacheDtype, KvScales};
 
@@ -12,14 +12,15 @@ const ROPE_THETA: f32 = 10_000.0;
 const ERROR_PER_POSITION: f64 = 2.4e-7;
 
 /// Query heads, key/value heads.
-const HEADS: [(usize, usize); 5] = [(1, 1), (2, 1), (4, 2), (4, 1), (8, 1)];
+pub(super) const HEADS: [(usize, usize); 5] = [(1, 1), (2, 1), (4, 2), (4, 1), (8, 1)];
 
-struct Case<'a> {
-    attention: AttentionConfig,
-    window: Option<usize>,
-    scheme: ActivationScheme,
+pub(super) struct Case<'a> {
+    pub(super) attention: AttentionConfig,
+    pub(super) scales: KvScales,
+    pub(super) window: Option<usize>,
+    pub(super) scheme: ActivationScheme,
     /// For each sequence: positions already in the cache, new ones.
-    sequences: &'a [(usize, usize)],
+    pub(super) sequences: &'a [(usize, usize)],
 }
 
 /// q turns by its position, near and far.
@@ -73,6 +74,7 @@ pub fn attention_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) 
             &mut numbers,
             &Case {
                 attention,
+                scales: KvScales::default(),
                 window,
                 scheme,
                 sequences,
@@ -135,6 +137,7 @@ pub fn unused_cache_is_never_read<B: Backend>(make: &dyn Fn() -> B, bounds: &Bou
             &mut numbers,
             &Case {
                 attention,
+                scales: KvScales::default(),
                 window: None,
                 scheme,
                 sequences: &sequences,
@@ -144,7 +147,7 @@ pub fn unused_cache_is_never_read<B: Backend>(make: &dyn Fn() -> B, bounds: &Bou
     }
 }
 
-fn attention_config(
+pub(super) fn attention_config(
     (num_heads, num_kv_heads): (usize, usize),
     head_dim: usize,
     softcap: Option<f32>,
@@ -162,7 +165,7 @@ fn attention_config(
     }
 }
 
-fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: &Case<'_>, bounds: &Bounds) {
+pub(super) fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: &Case<'_>, bounds: &Bounds) {
     let AttentionConfig {
         num_heads, head_dim, ..
     } = case.attention;
@@ -200,22 +203,25 @@ fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: &Case<'_
         .expect("attention runs");
     let got = rig.read_activation(&plan, &out, [num_new, num_heads * head_dim], case.scheme);
 
-    let want: Vec<f64> = case
+    let what = format!(
+        "attention {:?} {:?} window {:?} sequences {:?}",
+        case.attention, case.scales, case.window, case.sequences
+    );
+    let width = num_heads * head_dim;
+    let want = case
         .sequences
         .iter()
         .zip(&histories)
-        .flat_map(|((cached, _), values)| attend(case, values, *cached))
-        .collect();
-    // Values reach 1, so this is relative to the largest.
-    let error = Error {
-        relative: 0.0,
-        absolute: bounds.attention + longest as f64 * ERROR_PER_POSITION,
-    };
-    let what = format!(
-        "attention {:?} window {:?} sequences {:?}",
-        case.attention, case.window, case.sequences
-    );
-    assert_quantized(&what, &got, &want, num_heads * head_dim, case.scheme, error);
+        .flat_map(|((cached, _), values)| attend(case, values, *cached));
+    for (index, (got, want)) in got.chunks(width).zip(want).enumerate() {
+        // Values reach 1, so this is relative to the largest.
+        let error = Error {
+            relative: 0.0,
+            absolute: bounds.attention + longest as f64 * ERROR_PER_POSITION + want.leeway,
+        };
+        let what = format!("{what}, new row {index}");
+        assert_quantized(&what, got, &want.values, width, case.scheme, error);
+    }
 }
 
 /// One layer's cache and the backend that owns it.
@@ -247,7 +253,7 @@ impl<B: Backend> Cache<B> {
         let mut rig = Rig::with_attention(make, max_tokens, num_blocks * BLOCK_SIZE, case.attention);
         let kv = rig
             .backend
-            .alloc_kv_layer(num_blocks, BLOCK_SIZE, KvScales::default())
+            .alloc_kv_layer(num_blocks, BLOCK_SIZE, case.scales)
             .expect("the cache is small");
         let cols = (num_heads + 2 * num_kv_heads) * head_dim;
         let mut cache = Self {
@@ -282,8 +288,110 @@ impl<B: Backend> Cache<B> {
     }
 }
 
+/// What attention makes of one row.
+struct Attended {
+    /// `[num_heads * head_dim]`
+    values: Vec<f64>,
+    /// How far any of them may be off because a key or value lies so close to the middle of two e4m3 numbers that
+    /// arithmetic which errs a little may round it to either.
+    leeway: f64,
+}
+
+/// A sequence's queries, keys and values as attention reads them: rotated, and rounded as the cache rounds.
+struct History {
+    /// `[num_heads + 2 * num_kv_heads][head_dim]` of each position.
+    rows: Vec<Vec<f64>>,
+    /// How far each element may be off; of queries, nothing.
+    leeway: Vec<Vec<f64>>,
+}
+
+impl History {
+    fn new(case: &Case<'_>, qkv: &[f32]) -> Self {
+        let AttentionConfig {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            ..
+        } = case.attention;
+        let cols = (num_heads + 2 * num_kv_heads) * head_dim;
+        let first_key = num_heads * head_dim;
+        let first_value = first_key + num_kv_heads * head_dim;
+        let mut rows: Vec<Vec<f64>> = qkv.chunks(cols).map(exact).collect();
+        let mut leeway = vec![vec![0.0; cols]; rows.len()];
+        for (position, (row, leeway)) in rows.iter_mut().zip(&mut leeway).enumerate() {
+            rotate(&mut row[..first_value], position, head_dim);
+            if case.attention.kv_cache_dtype == KvCacheDtype::Native {
+                continue;
+            }
+            // Of a rotated pair, whose length is at most sqrt(2); the quotient of a value is rounded once.
+            let key_error = 1.5 * (Bounds::F32.element + position as f64 * ERROR_PER_POSITION);
+            for column in first_key..cols {
+                let (scale, error) = if column < first_value {
+                    (case.scales.key, key_error)
+                } else {
+                    (case.scales.value, row[column].abs() * f64::from(f32::EPSILON))
+                };
+                (row[column], leeway[column]) = store(row[column], error, scale);
+            }
+        }
+        Self { rows, leeway }
+    }
+
+    fn key(&self, case: &Case<'_>, position: usize, kv_head: usize) -> (&[f64], &[f64]) {
+        let AttentionConfig {
+            num_heads, head_dim, ..
+        } = case.attention;
+        let key = (num_heads + kv_head) * head_dim..(num_heads + kv_head + 1) * head_dim;
+        (&self.rows[position][key.clone()], &self.leeway[position][key])
+    }
+}
+
+/// What an e4m3 cache gives back for `value`, and how far that may be off if `value` is off by up to `error`. Rounding is
+/// monotone, so what lies in between rounds to something in between.
+fn store(value: f64, error: f64, scale: f32) -> (f64, f64) {
+    let round = |value: f64| round_e4m3(value / f64::from(scale)) * f64::from(scale);
+    let stored = round(value);
+    (
+        stored,
+        f64::max(round(value + error) - stored, stored - round(value - error)),
+    )
+}
+
 /// Attention of the positions from `first` on of one sequence, given its q, k and v rows before rotation.
-fn attend(case: &Case<'_>, qkv: &[f32], first: usize) -> Vec<f64> {
+fn attend(case: &Case<'_>, qkv: &[f32], first: usize) -> Vec<Attended> {
+    let AttentionConfig {
+        num_heads,
+        num_kv_heads,
+        ..
+    } = case.attention;
+    let history = History::new(case, qkv);
+    (first..history.rows.len())
+        .map(|position| {
+            let mut row = Attended {
+                values: Vec::new(),
+                leeway: 0.0,
+            };
+            for head in 0..num_heads {
+                attend_head(
+                    case,
+                    &history,
+                    position,
+                    (head, head / (num_heads / num_kv_heads)),
+                    &mut row,
+                );
+            }
+            row
+        })
+        .collect()
+}
+
+fn attend_head(
+    case: &Case<'_>,
+    history: &History,
+    position: usize,
+    (head, kv_head): (usize, usize),
+    out: &mut Attended,
+) {
     let AttentionConfig {
         num_heads,
         num_kv_heads,
@@ -292,39 +400,43 @@ fn attend(case: &Case<'_>, qkv: &[f32], first: usize) -> Vec<f64> {
         softcap,
         ..
     } = case.attention;
-    let cols = (num_heads + 2 * num_kv_heads) * head_dim;
-    let mut rows: Vec<Vec<f64>> = qkv.chunks(cols).map(exact).collect();
-    for (position, row) in rows.iter_mut().enumerate() {
-        rotate(&mut row[..(num_heads + num_kv_heads) * head_dim], position, head_dim);
+    let begin = case.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let q = &history.rows[position][head * head_dim..][..head_dim];
+    let seen = || {
+        history.rows[begin..=position]
+            .iter()
+            .zip(&history.leeway[begin..=position])
+    };
+    let score = |j: usize| {
+        let (key, leeway) = history.key(case, j, kv_head);
+        let score = q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(scale);
+        // The soft-cap only makes it smaller.
+        let off = q.iter().zip(leeway).map(|(q, off)| q.abs() * off).sum::<f64>() * f64::from(scale);
+        let capped = softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+        (capped.exp(), off)
+    };
+    let weights: Vec<(f64, f64)> = (begin..=position).map(score).collect();
+    let total: f64 = weights.iter().map(|(weight, _)| weight).sum();
+    let least_total: f64 = weights.iter().map(|(weight, off)| weight * (-off).exp()).sum();
+    for dim in 0..head_dim {
+        let column = (num_heads + num_kv_heads + kv_head) * head_dim + dim;
+        let sum: f64 = weights
+            .iter()
+            .zip(seen())
+            .map(|((weight, _), (row, _))| weight * row[column])
+            .sum();
+        let mean = sum / total;
+        // Weights w become w e^d, with d at most `off`: the mean moves by sum(w (e^d - 1) (v - mean)) / sum(w e^d).
+        let moved: f64 = weights
+            .iter()
+            .zip(seen())
+            .map(|((weight, off), (row, leeway))| {
+                weight * (off.exp_m1() * (row[column] - mean).abs() + off.exp() * leeway[column])
+            })
+            .sum();
+        out.leeway = out.leeway.max(moved / least_total);
+        out.values.push(mean);
     }
-    let mut out = Vec::new();
-    for i in first..rows.len() {
-        let begin = case.window.map_or(0, |window| (i + 1).saturating_sub(window));
-        for head in 0..num_heads {
-            let kv_head = head / (num_heads / num_kv_heads);
-            let q = &rows[i][head * head_dim..][..head_dim];
-            let weights: Vec<f64> = (begin..=i)
-                .map(|j| {
-                    let k = &rows[j][(num_heads + kv_head) * head_dim..][..head_dim];
-                    let score = q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() * f64::from(scale);
-                    softcap
-                        .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
-                        .exp()
-                })
-                .collect();
-            let total: f64 = weights.iter().sum();
-            for dim in 0..head_dim {
-                let column = (num_heads + num_kv_heads + kv_head) * head_dim + dim;
-                let sum: f64 = weights
-                    .iter()
-                    .zip(&rows[begin..])
-                    .map(|(weight, row)| weight * row[column])
-                    .sum();
-                out.push(sum / total);
-            }
-        }
-    }
-    out
 }
 
 /// Rotates the halves of every head against each other, by angles in f32 as transformers computes them.

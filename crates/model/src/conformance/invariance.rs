@@ -4,7 +4,7 @@ use lapidary_engine::{Executor, SampleRow, SampledToken, SamplingParams, TokenId
 
 use super::Bounds;
 use super::rig::{BLOCK_SIZE, SequenceStep, batch_of};
-use crate::backend::{Backend, KvCacheDtype};
+use crate::backend::{Backend, KvCacheDtype, KvScales};
 use crate::runner::{KvCacheSize, ModelRunner, RunnerConfig};
 use crate::testing::{TinyModel, TinyShape, TinyWeights};
 
@@ -17,17 +17,39 @@ const ALL_WEIGHTS: [TinyWeights; 7] = [
     TinyWeights::CompressedChannel,
     TinyWeights::CompressedWeightOnly,
 ];
+/// Of the tiny model's keys and values, some of which they clip.
+pub(super) const KV_SCALES: KvScales = KvScales {
+    key: 0.0021,
+    value: 0.0034,
+};
 /// Blocks each sequence of a check owns.
 pub(super) const BLOCKS_EACH: usize = 8;
 pub(super) const MAX_SEQS: usize = 8;
 
+/// Of a check over an e4m3 cache: what is stored does not depend on how the weights are.
+const FP8_CACHE_WEIGHTS: [TinyWeights; 2] = [TinyWeights::Dense("BF16"), TinyWeights::AutoFp8Static];
+
 /// Long prompts, cut into chunks of every awkward size, give the logits of the uncut prompt: bit by bit, or closely.
 pub fn chunks_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    compare_chunks(make, bounds, &ALL_WEIGHTS, KvCacheDtype::Native);
+}
+
+/// The same over an e4m3 cache: a chunk's own keys and values are read as rounded as those of chunks before it.
+pub fn chunks_do_not_change_logits_over_fp8_cache<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    compare_chunks(make, bounds, &FP8_CACHE_WEIGHTS, KvCacheDtype::Fp8E4m3);
+}
+
+fn compare_chunks<B: Backend>(
+    make: &dyn Fn() -> B,
+    bounds: &Bounds,
+    all_weights: &[TinyWeights],
+    kv_cache_dtype: KvCacheDtype,
+) {
     let tokens = prompt(0, 70);
-    for weights in ALL_WEIGHTS {
+    for weights in all_weights {
         let mut reference: Option<Vec<f32>> = None;
         for chunk in [70, 1, 7, 16, 33, 64] {
-            let logits = runner(make, weights, chunk, chunk)
+            let logits = load(make, *weights, kv_cache_dtype, [chunk, chunk])
                 .forward_logits(&tokens)
                 .expect("the prompt fits");
             let reference = reference.get_or_insert_with(|| logits.clone());
@@ -39,10 +61,28 @@ pub fn chunks_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bo
 
 /// Log-probabilities of a greedy continuation, alone and among neighbours that come, grow and go.
 pub fn neighbours_do_not_change_logits<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
-    for weights in ALL_WEIGHTS {
-        let alone = continuation(&mut runner(make, weights, 128, MAX_SEQS), 0);
+    compare_neighbours(make, bounds, &ALL_WEIGHTS, KvCacheDtype::Native);
+}
+
+/// The same over an e4m3 cache.
+pub fn neighbours_do_not_change_logits_over_fp8_cache<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    compare_neighbours(make, bounds, &FP8_CACHE_WEIGHTS, KvCacheDtype::Fp8E4m3);
+}
+
+fn compare_neighbours<B: Backend>(
+    make: &dyn Fn() -> B,
+    bounds: &Bounds,
+    all_weights: &[TinyWeights],
+    kv_cache_dtype: KvCacheDtype,
+) {
+    let run = |weights, neighbours| {
+        let mut runner = load(make, weights, kv_cache_dtype, [128, MAX_SEQS]);
+        continuation(&mut runner, neighbours)
+    };
+    for weights in all_weights {
+        let alone = run(*weights, 0);
         for neighbours in [1, 2, MAX_SEQS - 1] {
-            let crowded = continuation(&mut runner(make, weights, 128, MAX_SEQS), neighbours);
+            let crowded = run(*weights, neighbours);
             let what = format!("{weights:?} with {neighbours} neighbours");
             assert_eq!(alone.0, crowded.0, "{what}: tokens");
             assert_same(&what, &crowded.1, &alone.1, bounds.bit_exact_neighbours);
@@ -113,10 +153,29 @@ pub(super) fn runner<B: Backend>(
     max_num_batched_tokens: usize,
     max_num_seqs: usize,
 ) -> ModelRunner<B> {
-    let checkpoint = TinyModel::with_shape(weights, TinyShape::ALIGNED)
-        .checkpoint()
-        .expect("the tiny model is whole");
-    let config = tiny_config(max_num_batched_tokens, max_num_seqs);
+    load(
+        make,
+        weights,
+        KvCacheDtype::Native,
+        [max_num_batched_tokens, max_num_seqs],
+    )
+}
+
+fn load<B: Backend>(
+    make: &dyn Fn() -> B,
+    weights: TinyWeights,
+    kv_cache_dtype: KvCacheDtype,
+    [max_num_batched_tokens, max_num_seqs]: [usize; 2],
+) -> ModelRunner<B> {
+    let mut model = TinyModel::with_shape(weights, TinyShape::ALIGNED);
+    if kv_cache_dtype == KvCacheDtype::Fp8E4m3 {
+        model.add_kv_scales(KV_SCALES);
+    }
+    let checkpoint = model.checkpoint().expect("the tiny model is whole");
+    let config = RunnerConfig {
+        kv_cache_dtype,
+        ..tiny_config(max_num_batched_tokens, max_num_seqs)
+    };
     ModelRunner::load(make(), &checkpoint, config, &mut |_| ()).expect("the tiny model loads")
 }
 

@@ -318,7 +318,7 @@ fn encode_e4m3(value: f32) -> u8 {
     code.expect("the value is an e4m3 value") | if value < 0.0 { 0x80 } else { 0 }
 }
 
-fn decode_e4m3(code: u8) -> f32 {
+pub(super) fn decode_e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 0xf), f32::from(code & 7));
     match exponent {
         0 => mantissa / 8.0 * 2_f32.powi(-6),
