@@ -133,6 +133,7 @@ fn model(tokenizer: Tokenizer, executor: impl FnOnce() -> FreeExecutor + Send + 
         eos_token_id: 1,
         stop_token_ids,
         device: "cpu".to_owned(),
+        kv_cache_dtype: "auto",
         defaults: SamplingDefaults::default(),
         system_fingerprint: "bench".to_owned(),
         engine,

@@ -118,6 +118,7 @@ impl FuzzedServer {
             eos_token_id: stop_token_ids[0],
             stop_token_ids,
             device: "cpu".to_owned(),
+            kv_cache_dtype: "auto",
             defaults: SamplingDefaults::default(),
             system_fingerprint: "fp".to_owned(),
             engine: engine.clone(),

@@ -7,7 +7,7 @@
 //! Whatever a row of the result depends on is in that row's own sequence: how many other rows share the step must not
 //! change a bit of it.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 
 use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
@@ -106,6 +106,15 @@ pub enum KvCacheDtype {
     Native,
     /// e4m3, with the scales of [`KvScales`]. What attention reads is what is stored, for a step's own tokens too.
     Fp8E4m3,
+}
+
+impl fmt::Display for KvCacheDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Fp8E4m3 => "fp8_e4m3",
+        })
+    }
 }
 
 /// What a layer's keys and values are divided by before they become e4m3: `round(clamp(x / scale, -448, 448))`, where `x`

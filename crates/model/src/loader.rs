@@ -168,7 +168,7 @@ impl Checkpoint {
 
 impl Checkpoint {
     /// What opening it found, as far as it concerns a model with such a KV cache.
-    pub(crate) fn warnings_for(&self, kv_cache_dtype: KvCacheDtype) -> impl Iterator<Item = Warning> {
+    pub fn warnings_for(&self, kv_cache_dtype: KvCacheDtype) -> impl Iterator<Item = Warning> {
         let concerns = move |warning: &&Warning| {
             kv_cache_dtype == KvCacheDtype::Native || **warning != Warning::KvCacheSchemeIgnored
         };

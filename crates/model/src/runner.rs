@@ -187,7 +187,8 @@ impl MemoryPlan {
         model: &ModelConfig,
         weight_bytes: u64,
         limits: StepLimits,
-        (block_size, kv_cache_dtype): (u32, KvCacheDtype),
+        block_size: u32,
+        kv_cache_dtype: KvCacheDtype,
         device_bytes: u64,
         share: f64,
     ) -> Self {

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use lapidary_engine::TokenId;
 use lapidary_model::{
-    ActivationScheme, Checkpoint, CheckpointReport, KvCacheDtype, MemoryPlan, ModelConfig, Problems, ProjectionScales,
-    StepLimits,
+    ActivationScheme, Checkpoint, CheckpointReport, KvCacheDtype, KvScales, MemoryPlan, ModelConfig, Problems,
+    ProjectionScales, StepLimits,
 };
 use lapidary_text::Tokenizer;
 use serde::Serialize;
@@ -51,6 +51,8 @@ pub struct Report {
     pub tensors: Option<Tensors>,
     /// Of the projections of every layer; empty without FP8.
     pub scales: Vec<Scales>,
+    /// Of keys and values, layer by layer; empty unless they are to be kept as FP8.
+    pub kv_scales: Vec<KeyValueScales>,
     /// Text to tokens.
     pub tokenizer: Option<TokenizerFacts>,
     /// Tokens that end an answer.
@@ -123,6 +125,17 @@ pub struct Scales {
     pub input_scale: Option<f32>,
 }
 
+/// What a layer's keys and values are divided by before they become FP8.
+#[derive(Debug, Serialize)]
+pub struct KeyValueScales {
+    /// Decoder layer.
+    pub layer: usize,
+    /// Of keys.
+    pub key: f32,
+    /// Of values.
+    pub value: f32,
+}
+
 /// What the tokenizer is.
 #[derive(Debug, Serialize)]
 pub struct TokenizerFacts {
@@ -154,6 +167,8 @@ pub struct Memory {
     pub weight_bytes: u64,
     /// Activations of the largest step.
     pub scratch_bytes: u64,
+    /// How keys and values are kept: `bf16` or `fp8_e4m3`.
+    pub kv_cache_dtype: &'static str,
     /// Keys and values of all layers.
     pub kv_bytes_per_token: u64,
     /// For a device of the size that was named.
@@ -202,6 +217,7 @@ fn serve_args(args: &CheckArgs) -> ServeArgs {
             max_model_len: args.max_model_len,
             max_num_seqs: args.max_num_seqs,
             max_num_batched_tokens: args.max_num_batched_tokens,
+            kv_cache_dtype: args.kv_cache_dtype,
             query_pre_attn_scalar: args.query_pre_attn_scalar,
             ..Settings::default()
         },
@@ -218,6 +234,7 @@ impl Report {
             architecture: None,
             tensors: None,
             scales: Vec::new(),
+            kv_scales: Vec::new(),
             tokenizer: None,
             stop_tokens: Vec::new(),
             memory: None,
@@ -232,8 +249,9 @@ impl Report {
     fn examine(&mut self, args: &CheckArgs, config: &Config, state: &AppState, checkpoint: &Checkpoint) {
         self.architecture = Some(Architecture::of(checkpoint.config()));
         self.examine_tokenizer(config, checkpoint);
+        let kv_cache_dtype = config.scheduling.kv_cache_dtype.dtype();
         let progress = Progress::start(state, Phase::LoadingWeights);
-        let verified = checkpoint.verify(KvCacheDtype::Native, &mut |step| {
+        let verified = checkpoint.verify(kv_cache_dtype, &mut |step| {
             progress.set(step.done_bytes, step.total_bytes)
         });
         drop(progress);
@@ -244,12 +262,12 @@ impl Report {
                     count: found.num_tensors,
                     bytes: found.weight_bytes,
                 });
-                self.examine_scales(&found.scales);
+                self.examine_scales(&found);
                 self.examine_memory(args, config, checkpoint.config(), &found);
             }
             Err(problems) => {
-                self.warnings
-                    .extend(checkpoint.warnings().iter().map(ToString::to_string));
+                let warnings = checkpoint.warnings_for(kv_cache_dtype);
+                self.warnings.extend(warnings.map(|warning| warning.to_string()));
                 self.take_problems(&problems);
             }
         }
@@ -313,8 +331,14 @@ impl Report {
         });
     }
 
-    fn examine_scales(&mut self, found: &[ProjectionScales]) {
-        self.scales = found.iter().filter_map(Scales::of).collect();
+    fn examine_scales(&mut self, found: &CheckpointReport) {
+        self.scales = found.scales.iter().filter_map(Scales::of).collect();
+        let of_layer = |(layer, scales): (usize, &KvScales)| KeyValueScales {
+            layer,
+            key: scales.key,
+            value: scales.value,
+        };
+        self.kv_scales = found.kv_scales.iter().enumerate().map(of_layer).collect();
         for scales in &self.scales {
             self.warnings.extend(scales.suspicions());
         }
@@ -330,6 +354,7 @@ impl Report {
                 message,
             });
         }
+        let kv_cache_dtype = config.scheduling.kv_cache_dtype.dtype();
         let (max_seqs, max_tokens) = config.scheduling.batch_limits(GPU_BATCH);
         let limits = StepLimits {
             max_tokens: max_tokens as usize,
@@ -341,7 +366,8 @@ impl Report {
             model,
             found.weight_bytes,
             limits,
-            (config.scheduling.block_size, KvCacheDtype::Native),
+            config.scheduling.block_size,
+            kv_cache_dtype,
             device_bytes,
             args.gpu_memory_utilization,
         );
@@ -369,6 +395,10 @@ impl Report {
         self.memory = Some(Memory {
             weight_bytes: plan.weight_bytes,
             scratch_bytes: plan.scratch_bytes,
+            kv_cache_dtype: match kv_cache_dtype {
+                KvCacheDtype::Native => "bf16",
+                KvCacheDtype::Fp8E4m3 => "fp8_e4m3",
+            },
             kv_bytes_per_token: plan.kv_bytes_per_token,
             device,
         });

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::KeyFileError;
 use crate::cli::{
-    Cli, Command, DeviceSetting, GenerationConfigSource, LogFormat, SchedulingPolicy, ServeArgs, Settings,
-    SystemRoleSetting,
+    Cli, Command, DeviceSetting, GenerationConfigSource, KvCacheDtypeSetting, LogFormat, SchedulingPolicy, ServeArgs,
+    Settings, SystemRoleSetting,
 };
 use crate::state::Limits;
 use crate::units::Span;
@@ -97,6 +97,8 @@ pub struct SchedulingConfig {
     pub enable_prefix_caching: bool,
     /// Tokens of a block.
     pub block_size: u32,
+    /// How keys and values are kept.
+    pub kv_cache_dtype: KvCacheDtypeSetting,
     /// Memory of the cache; absent: decided from what is free.
     pub kv_cache_memory_bytes: Option<u64>,
     /// Share of a GPU's memory to use in all.
@@ -541,6 +543,7 @@ impl SchedulingConfig {
             max_num_queued_tokens: given(settings.max_num_queued_tokens),
             enable_prefix_caching: given(settings.enable_prefix_caching),
             block_size: given(settings.block_size),
+            kv_cache_dtype: given(settings.kv_cache_dtype),
             kv_cache_memory_bytes: settings.kv_cache_memory_bytes.map(|size| size.0),
             gpu_memory_utilization: given(settings.gpu_memory_utilization),
             enforce_eager: given(settings.enforce_eager),

@@ -1,19 +1,20 @@
 //! One short name for everything that decides what an answer is, besides the request.
 
-use lapidary_model::{Checkpoint, CheckpointError};
+use lapidary_model::{Checkpoint, CheckpointError, KvCacheDtype};
 use ring::digest::{Context, SHA256};
 
 /// Bytes hashed at the beginning and in the middle of each tensor. Whole files would take seconds to minutes; a
 /// fine-tuned copy differs from its base nearly everywhere.
 const SAMPLE_BYTES: usize = 4096;
 
-/// Names build, checkpoint and backend: equal fingerprints and seeds give equal answers.
+/// Names build, checkpoint, KV cache and backend: equal fingerprints and seeds give equal answers.
 ///
 /// # Errors
 /// A file of the checkpoint cannot be read.
 pub(crate) fn fingerprint(
     checkpoint: &Checkpoint,
     query_pre_attn_scalar: Option<f32>,
+    kv_cache_dtype: KvCacheDtype,
     backend: &str,
 ) -> Result<String, CheckpointError> {
     let mut hash = Context::new(&SHA256);
@@ -23,6 +24,7 @@ pub(crate) fn fingerprint(
     };
     add(env!("CARGO_PKG_VERSION").as_bytes());
     add(backend.as_bytes());
+    add(kv_cache_dtype.to_string().as_bytes());
     add(&query_pre_attn_scalar.map_or([0; 4], f32::to_le_bytes));
     for name in [
         "config.json",

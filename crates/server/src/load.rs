@@ -130,7 +130,13 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         GenerationConfigSource::Vllm => SamplingDefaults::default(),
     };
     let vocab_size = checkpoint.config().vocab_size as u32;
-    let system_fingerprint = fingerprint(&checkpoint, config.load.query_pre_attn_scalar, device.name())?;
+    let kv_cache_dtype = config.scheduling.kv_cache_dtype;
+    let system_fingerprint = fingerprint(
+        &checkpoint,
+        config.load.query_pre_attn_scalar,
+        kv_cache_dtype.dtype(),
+        device.name(),
+    )?;
     let device_name = device.full_name();
     let grammars = Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids));
     // While the weights are read.
@@ -150,6 +156,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         stop_token_ids,
         grammars,
         device: device_name,
+        kv_cache_dtype: kv_cache_dtype.as_str(),
         defaults,
         system_fingerprint,
         engine,
@@ -287,7 +294,7 @@ fn start_engine(
         } else {
             shared_kv_cache_size(&config.load.source, scheduling, max_num_seqs, max_model_len)
         },
-        kv_cache_dtype: lapidary_model::KvCacheDtype::Native,
+        kv_cache_dtype: scheduling.kv_cache_dtype.dtype(),
     };
     let state = state.clone();
     let start = StartRunner {
@@ -340,7 +347,7 @@ impl StartRunner {
         for warning in runner.warnings() {
             tracing::warn!("{warning}");
         }
-        memory_plan::log(runner.memory_plan());
+        memory_plan::log(runner.memory_plan(), self.runner.kv_cache_dtype);
         lifecycle.enter(Phase::WarmingUp);
         lifecycle.expect_progress_within(self.step_timeout);
         check_logits(&mut runner, &self.warm_up)?;
@@ -399,9 +406,9 @@ fn check_logits<B: Backend>(runner: &mut ModelRunner<B>, tokens: &[TokenId]) -> 
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use lapidary_model::EmbeddedFiles;
+    use lapidary_model::{EmbeddedFiles, KvCacheDtype};
 
-    use crate::cli::{Cli, Command};
+    use crate::cli::{Cli, Command, KvCacheDtypeSetting};
     use crate::config::Environment;
 
     use super::*;
@@ -459,11 +466,14 @@ mod tests {
 
     #[test]
     fn a_fingerprint_names_the_configuration_and_its_overrides() {
-        let of = |checkpoint: &Checkpoint, scalar| fingerprint(checkpoint, scalar, "cpu").unwrap();
+        let native = KvCacheDtype::Native;
+        let of = |checkpoint: &Checkpoint, scalar| fingerprint(checkpoint, scalar, native, "cpu").unwrap();
         assert_eq!(of(&demo(), None), of(&demo(), None));
         assert_ne!(of(&demo(), None), of(&demo(), Some(1.0)));
         let other = demo_with("config.json", |json| set(json, "rms_norm_eps", 1e-5.into()));
         assert_ne!(of(&demo(), None), of(&other, None));
+        let fp8 = fingerprint(&demo(), None, KvCacheDtype::Fp8E4m3, "cpu").unwrap();
+        assert_ne!(of(&demo(), None), fp8);
     }
 
     #[test]
@@ -475,6 +485,7 @@ mod tests {
             max_num_queued_tokens: 1,
             enable_prefix_caching: true,
             block_size: 16,
+            kv_cache_dtype: KvCacheDtypeSetting::Auto,
             kv_cache_memory_bytes,
             gpu_memory_utilization: 0.9,
             enforce_eager: false,

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use lapidary_model::{BackendError, KvCacheSize, MemoryPlan, RunnerConfig, RunnerError};
+use lapidary_model::{BackendError, KvCacheDtype, KvCacheSize, MemoryPlan, RunnerConfig, RunnerError};
 
 use crate::units::ByteSize;
 
@@ -12,12 +12,12 @@ const MAX_TAKEN_SHARE: f64 = 0.05;
 const MAX_UTILIZATION: f64 = 0.95;
 
 /// Writes the plan to the log, a line each.
-pub(crate) fn log(plan: &MemoryPlan) {
+pub(crate) fn log(plan: &MemoryPlan, kv_cache_dtype: KvCacheDtype) {
     for (what, bytes) in rows(plan) {
         tracing::info!("memory plan: {what:<20}{:>12}", ByteSize(bytes));
     }
     let (tokens, per_token) = (plan.capacity_tokens(), ByteSize(plan.kv_bytes_per_token));
-    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, "kv cache");
+    tracing::info!(blocks = plan.num_blocks, tokens, %per_token, dtype = %kv_cache_dtype, "kv cache");
 }
 
 fn rows(plan: &MemoryPlan) -> [(&'static str, u64); 8] {
@@ -83,10 +83,10 @@ impl Shortage {
         if self.is_cache_too_small {
             if let KvCacheSize::Bytes(_) = kv_cache {
                 let enough = ByteSize(plan.kv_cache_bytes + self.missing_bytes.unwrap_or(0));
-                return vec![
-                    format!("--kv-cache-memory-bytes of {enough} or more"),
-                    self.shorter_sequences(),
-                ];
+                advice.push(format!("--kv-cache-memory-bytes of {enough} or more"));
+                advice.extend(self.narrower_cache());
+                advice.push(self.shorter_sequences());
+                return advice;
             }
             advice.extend(self.taken_by_others());
             if let KvCacheSize::DeviceShare(share) = kv_cache
@@ -96,6 +96,7 @@ impl Shortage {
                     "--gpu-memory-utilization above {share}: how much of the memory may be used"
                 ));
             }
+            advice.extend(self.narrower_cache());
             advice.push(self.shorter_sequences());
         } else {
             advice.extend(self.taken_by_others());
@@ -126,6 +127,11 @@ impl Shortage {
         let is_much = taken as f64 > MAX_TAKEN_SHARE * total as f64;
         let taken = ByteSize(taken);
         is_much.then(|| format!("ending what else uses the memory: {taken} were taken before loading"))
+    }
+
+    fn narrower_cache(&self) -> Option<String> {
+        let is_native = self.config.kv_cache_dtype == KvCacheDtype::Native;
+        is_native.then(|| "--kv-cache-dtype fp8: keys and values take half the memory or less".to_owned())
     }
 
     fn shorter_sequences(&self) -> String {
@@ -175,8 +181,6 @@ impl fmt::Display for Shortage {
 
 #[cfg(test)]
 mod tests {
-    use lapidary_model::KvCacheDtype;
-
     use super::*;
 
     const GIB: u64 = 1 << 30;
@@ -242,6 +246,7 @@ mod tests {
   device                 24.00 GiB
 what helps:
   --gpu-memory-utilization above 0.9: how much of the memory may be used
+  --kv-cache-dtype fp8: keys and values take half the memory or less
   --max-model-len 2048: a sequence of full length must fit the KV cache
   --max-num-seqs below 256, --max-num-batched-tokens below 4096: less scratch"
         );
@@ -270,9 +275,16 @@ what helps:
         let text = Shortage::of(&error, config).expect("it is a shortage").to_string();
         let (_, advice) = text.split_once("what helps:").expect("there is advice");
         let lines: Vec<_> = advice.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        assert_eq!(lines.len(), 2, "{text}");
+        assert_eq!(lines.len(), 3, "{text}");
         assert_eq!(lines[0], "--kv-cache-memory-bytes of 8.00 GiB or more");
-        assert!(lines[1].starts_with("--max-model-len 2048"), "{text}");
+        assert!(lines[1].starts_with("--kv-cache-dtype fp8"), "{text}");
+        assert!(lines[2].starts_with("--max-model-len 2048"), "{text}");
+        let narrow = RunnerConfig {
+            kv_cache_dtype: KvCacheDtype::Fp8E4m3,
+            ..config
+        };
+        let text = Shortage::of(&error, narrow).expect("it is a shortage").to_string();
+        assert!(!text.contains("--kv-cache-dtype"), "{text}");
     }
 
     #[test]

@@ -165,9 +165,11 @@ pub struct ServedModel {
     pub stop_token_ids: Arc<[TokenId]>,
     /// What runs it: `cpu`, or the GPU's name.
     pub device: String,
+    /// How keys and values are kept, as it was set.
+    pub kv_cache_dtype: &'static str,
     /// Used where a request is silent.
     pub defaults: SamplingDefaults,
-    /// Identifies build, checkpoint and backend: equal fingerprints and seeds give equal answers.
+    /// Identifies build, checkpoint, KV cache and backend: equal fingerprints and seeds give equal answers.
     pub system_fingerprint: String,
     /// Runs it.
     pub engine: EngineHandle,

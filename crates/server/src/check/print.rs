@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Architecture, Capacity, Memory, Report, Scales};
+use super::{Architecture, Capacity, KeyValueScales, Memory, Report, Scales};
 use crate::units::ByteSize;
 
 /// Where values begin.
@@ -47,6 +47,7 @@ impl fmt::Display for Report {
             write_memory(f, memory)?;
         }
         write_scales(f, &self.scales)?;
+        write_kv_scales(f, &self.kv_scales)?;
         for (index, warning) in self.warnings.iter().enumerate() {
             line(f, if index == 0 { "warnings" } else { "" }, warning)?;
         }
@@ -91,11 +92,11 @@ fn describe(model: &Architecture) -> String {
 
 fn write_memory(f: &mut fmt::Formatter<'_>, memory: &Memory) -> fmt::Result {
     let (weights, scratch) = (ByteSize(memory.weight_bytes), ByteSize(memory.scratch_bytes));
-    let per_token = ByteSize(memory.kv_bytes_per_token);
+    let (per_token, dtype) = (ByteSize(memory.kv_bytes_per_token), memory.kv_cache_dtype);
     line(
         f,
         "memory",
-        &format!("weights {weights}, scratch {scratch}, keys and values {per_token} a token (in bf16)"),
+        &format!("weights {weights}, scratch {scratch}, keys and values {per_token} a token (in {dtype})"),
     )?;
     let Some(capacity) = &memory.device else { return Ok(()) };
     let Capacity {
@@ -114,6 +115,18 @@ fn write_memory(f: &mut fmt::Formatter<'_>, memory: &Memory) -> fmt::Result {
              {max_model_len}"
         ),
     )
+}
+
+fn write_kv_scales(f: &mut fmt::Formatter<'_>, scales: &[KeyValueScales]) -> fmt::Result {
+    for (index, KeyValueScales { layer, key, value }) in scales.iter().enumerate() {
+        let label = if index == 0 { "KV scales" } else { "" };
+        line(
+            f,
+            label,
+            &format!("layer {layer:2}  keys {key:.3e}  values {value:.3e}"),
+        )?;
+    }
+    Ok(())
 }
 
 fn write_scales(f: &mut fmt::Formatter<'_>, scales: &[Scales]) -> fmt::Result {

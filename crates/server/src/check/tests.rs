@@ -36,7 +36,7 @@ impl Copy {
     }
 
     /// Header and data of the weights.
-    fn edit_weights(&self, edit: impl FnOnce(&mut Map<String, Value>, &mut [u8])) {
+    fn edit_weights(&self, edit: impl FnOnce(&mut Map<String, Value>, &mut Vec<u8>)) {
         let path = self.0.join("model.safetensors");
         let bytes = std::fs::read(&path).unwrap();
         let length = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
@@ -46,6 +46,18 @@ impl Copy {
         let header = serde_json::to_vec(&header).unwrap();
         let length = (header.len() as u64).to_le_bytes();
         std::fs::write(path, [&length[..], &header, &data].concat()).unwrap();
+    }
+
+    /// Adds tensors of one F32 each.
+    fn add_scalars(&self, scalars: &[(&str, f32)]) {
+        self.edit_weights(|header, data| {
+            for (name, scalar) in scalars {
+                let start = data.len();
+                data.extend(scalar.to_le_bytes());
+                let tensor = json!({"dtype": "F32", "shape": [], "data_offsets": [start, data.len()]});
+                header.insert((*name).to_owned(), tensor);
+            }
+        });
     }
 
     /// Overwrites the beginning of a tensor.
@@ -275,4 +287,60 @@ fn what_cannot_be_opened_or_does_not_fit_is_a_fault() {
     );
     std::fs::remove_file(copy.0.join("config.json")).unwrap();
     assert!(copy.fault().contains("no config.json"));
+}
+
+#[test]
+fn an_fp8_kv_cache_is_planned_with_its_scales() {
+    let flags = &["--memory", "1GiB", "--max-model-len", "1000"];
+    let native = report_on("demo", flags);
+    assert!(
+        native.kv_scales.is_empty() && native.to_string().contains("a token (in bf16)"),
+        "{native}"
+    );
+    let copy = Copy::new("kv-scales");
+    copy.add_scalars(&[
+        ("model.layers.0.self_attn.k_scale", 0.5),
+        ("model.layers.0.self_attn.v_scale", 0.25),
+        ("model.layers.2.self_attn.kv_scale", 0.125),
+    ]);
+    for name in ["fp8", "fp8_e4m3"] {
+        let report = copy.report(&[&flags[..], &["--kv-cache-dtype", name]].concat());
+        assert!(report.is_sound, "{report}");
+        let [memory, wider] = [&report, &native].map(|report| report.memory.as_ref().unwrap());
+        assert_eq!((memory.kv_cache_dtype, wider.kv_cache_dtype), ("fp8_e4m3", "bf16"));
+        assert_eq!(2 * memory.kv_bytes_per_token, wider.kv_bytes_per_token);
+        let [tokens, fewer] = [memory, wider].map(|memory| memory.device.as_ref().unwrap().kv_cache_tokens);
+        // Whole blocks of 16.
+        assert!(tokens / 2 - fewer < 16, "{tokens} tokens instead of {fewer}");
+        let scales: Vec<_> = report
+            .kv_scales
+            .iter()
+            .map(|scales| (scales.key, scales.value))
+            .collect();
+        assert_eq!(scales, [(0.5, 0.25), (1.0, 1.0), (0.125, 0.125), (1.0, 1.0)]);
+        assert!(
+            report
+                .warnings
+                .iter()
+                .any(|warning| warning.starts_with("2 of 4 layers have no scale")),
+            "{report}"
+        );
+        let text = report.to_string();
+        assert!(
+            text.contains("(in fp8_e4m3)") && text.contains("layer  2  keys 1.250e-1"),
+            "{text}"
+        );
+    }
+    let ignored = copy.report(&[]);
+    assert!(ignored.is_sound, "{ignored}");
+    let hint = "3 scales of an FP8 KV cache are ignored (the first is model.layers.0.self_attn.k_scale): \
+                --kv-cache-dtype fp8 uses them";
+    assert!(ignored.warnings.iter().any(|warning| warning == hint), "{ignored}");
+    copy.add_scalars(&[("model.layers.3.self_attn.v_scale", -1.0)]);
+    let broken = copy.report(&["--kv-cache-dtype", "fp8"]);
+    let fault = "model.layers.3.self_attn.v_scale: scale -1 at 0 is not positive and finite";
+    assert!(
+        !broken.is_sound && broken.faults.iter().any(|found| found.message.contains(fault)),
+        "{broken}"
+    );
 }

@@ -1,3 +1,5 @@
+use lapidary_model::KvCacheDtype;
+
 use super::*;
 
 const COMPLETE_FILE: &str = include_str!("../../../../config/lapidary.toml");
@@ -115,6 +117,7 @@ fn every_setting_can_be_a_variable() {
             "generation-config" => "vllm",
             "device" => "cpu",
             "scheduling-policy" => "priority",
+            "kv-cache-dtype" => "fp8",
             "log-format" => "json",
             "ssl-cert-reqs" => "optional",
             "unauthenticated-metrics" | "allow-credentials" | "ui" => "false",
@@ -369,4 +372,34 @@ fn api_keys_are_never_printed() {
 #[test]
 fn the_command_line_is_well_formed() {
     <Cli as clap::CommandFactory>::command().debug_assert();
+}
+
+#[test]
+fn fp8_keys_and_values_are_e4m3_by_both_names_and_nothing_else_is_known() {
+    let dtype = |flags: &[&str]| {
+        let config = resolve(flags, &Environment::default()).unwrap();
+        config.scheduling.kv_cache_dtype.dtype()
+    };
+    assert_eq!(dtype(&[]), KvCacheDtype::Native);
+    assert_eq!(dtype(&["--kv-cache-dtype", "auto"]), KvCacheDtype::Native);
+    assert_eq!(dtype(&["--kv-cache-dtype", "fp8"]), KvCacheDtype::Fp8E4m3);
+    assert_eq!(dtype(&["--kv-cache-dtype=fp8_e4m3"]), KvCacheDtype::Fp8E4m3);
+    let variable = Environment::from([("LAPIDARY_KV_CACHE_DTYPE", "fp8_e4m3")]);
+    let config = resolve(&[], &variable).unwrap();
+    assert_eq!(config.scheduling.kv_cache_dtype.as_str(), "fp8_e4m3");
+
+    for unknown in ["fp8_e5m2", "int8", "bfloat16"] {
+        let message = Cli::try_parse_from(["lapidary", "serve", "--kv-cache-dtype", unknown])
+            .unwrap_err()
+            .to_string();
+        let named = ["--kv-cache-dtype", unknown, "[possible values: auto, fp8, fp8_e4m3]"];
+        assert!(named.iter().all(|part| message.contains(part)), "{message}");
+        let file = TestFile::new(&format!("{unknown}.toml"), &format!("kv-cache-dtype = \"{unknown}\"\n"));
+        let error = resolve(&["--config", file.path()], &Environment::default()).unwrap_err();
+        let message = format!("{:#}", crate::logging::CauseChain(&error));
+        assert!(
+            message.contains(unknown) && message.contains("`auto`, `fp8`, `fp8_e4m3`"),
+            "{message}"
+        );
+    }
 }

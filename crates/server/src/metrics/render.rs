@@ -36,7 +36,7 @@ impl Metrics {
             .with("model_name", &*self.model_name)
             .with("engine", ENGINE);
         if let Some(model) = model {
-            write_engine(&mut out, &labels, &model.engine);
+            write_engine(&mut out, &labels, model);
         }
         self.write_tokens(&mut out, &labels);
         // The buckets are complete while no model says where they end.
@@ -228,10 +228,11 @@ impl Metrics {
     }
 }
 
-fn write_engine(out: &mut Exposition, labels: &Labels, engine: &EngineHandle) {
+fn write_engine(out: &mut Exposition, labels: &Labels, model: &ServedModel) {
+    let engine = &model.engine;
     let stats = engine.stats();
     write_engine_gauges(out, labels, &stats);
-    write_cache_config(out, engine);
+    write_cache_config(out, model.kv_cache_dtype, engine);
     write_engine_counters(out, labels, &stats);
     write_iterations(out, labels, &stats);
     let heartbeat = engine.heartbeat();
@@ -373,13 +374,14 @@ fn write_iterations(out: &mut Exposition, labels: &Labels, stats: &StatsSnapshot
     out.histogram(name, "Tokens of a step.", labels, tokens);
 }
 
-fn write_cache_config(out: &mut Exposition, engine: &EngineHandle) {
+fn write_cache_config(out: &mut Exposition, kv_cache_dtype: &str, engine: &EngineHandle) {
     let (kv_cache, config) = (engine.kv_cache_config(), engine.config());
     let is_caching = if config.enable_prefix_caching { "True" } else { "False" };
     let labels = Labels::default()
         .with("engine", ENGINE)
         .with("block_size", kv_cache.block_size.to_string())
         .with("num_gpu_blocks", kv_cache.num_blocks.to_string())
+        .with("cache_dtype", kv_cache_dtype)
         .with("enable_prefix_caching", is_caching);
     out.gauge("vllm:cache_config_info", "The KV cache, in labels.", &labels, 1.0);
 }

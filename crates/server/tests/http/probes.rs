@@ -275,7 +275,7 @@ async fn the_inference_gateway_finds_its_gauges() {
         .lines()
         .find(|line| line.starts_with("vllm:cache_config_info{"))
         .unwrap();
-    for label in ["block_size=\"16\"", "num_gpu_blocks=\"256\""] {
+    for label in ["block_size=\"16\"", "num_gpu_blocks=\"256\"", "cache_dtype=\"auto\""] {
         assert!(config.contains(label), "{config}");
     }
 }

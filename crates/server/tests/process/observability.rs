@@ -81,3 +81,32 @@ fn the_last_traces_are_exported_before_the_process_ends() {
     write!(stream.get_mut(), "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
     assert_eq!(server.exit_status().code(), Some(0));
 }
+
+#[test]
+fn an_fp8_kv_cache_answers_and_is_named_wherever_the_cache_is() {
+    let server = Server::start(&["serve", "demo", "--kv-cache-dtype", "fp8"]);
+    let missing = server.log_line("have no scale for keys or values");
+    assert!(
+        missing.contains("4 of 4 layers") && missing.contains("WARN"),
+        "{missing}"
+    );
+    let cache = server.log_line("\"kv cache\"");
+    // 4 layers, 2 heads of 128, keys and values, a byte each.
+    for part in [r#""per_token":"2.00 KiB""#, r#""dtype":"fp8_e4m3""#] {
+        assert!(cache.contains(part), "{part} in {cache}");
+    }
+    server.log_line("\"ready\"");
+    let body = r#"{"model":"demo","messages":[{"role":"user","content":"What is 12 + 7?"}],"temperature":0}"#;
+    let (status, answer) = read_response(server.send("POST", "/v1/chat/completions", body));
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(
+        (status, &answer["choices"][0]["message"]["content"]),
+        (200, &"19".into())
+    );
+    let (_, metrics) = server.get("/metrics");
+    let info = metrics
+        .lines()
+        .find(|line| line.starts_with("vllm:cache_config_info{"))
+        .unwrap();
+    assert!(info.contains("cache_dtype=\"fp8\""), "{info}");
+}

@@ -143,6 +143,7 @@ pub(crate) fn served(tokenizer: Arc<Tokenizer>, engine: EngineHandle) -> ServedM
         eos_token_id: EOS,
         stop_token_ids,
         device: "cpu".to_owned(),
+        kv_cache_dtype: "auto",
         defaults: SamplingDefaults::default(),
         system_fingerprint: "fp_test".to_owned(),
         engine,
