@@ -9,8 +9,8 @@
 //! still tells about compute-bound operations.
 //!
 //! Parts: `bandwidth`, `demo` (the size of the bundled model), `2b` (random weights in the shape of Gemma-2 2b, AutoFP8
-//! static), `ops` (single operations). Every figure is the best of several runs: whatever else runs on the machine only
-//! ever adds time.
+//! static), `ops` (single operations), `attention` (over either kind of KV cache). Every figure is the best of several
+//! runs: whatever else runs on the machine only ever adds time.
 
 #![expect(clippy::print_stdout, reason = "the figures are the output")]
 
@@ -73,6 +73,9 @@ fn main() {
     println!("{} threads, {:?}", config.threads, config.isa);
     if wants("ops") {
         ops::run(config);
+    }
+    if wants("attention") {
+        ops::run_attention(config);
     }
     if wants("demo") {
         run_model("demo", DEMO, config, &[1, 8, 64], None);

@@ -24,13 +24,7 @@ const ATTENTION: AttentionConfig = AttentionConfig {
 };
 
 pub(crate) fn run(config: CpuConfig) {
-    let mut cpu = Cpu::new(config).expect("the default configuration fits the machine");
-    let limits = StepLimits {
-        max_tokens: MAX_TOKENS,
-        max_seqs: MAX_TOKENS,
-        max_model_len: 4096,
-    };
-    cpu.prepare(limits, ATTENTION).expect("the shapes are Gemma's");
+    let mut cpu = prepared(config, KvCacheDtype::Native);
     let fp8 = ActivationScheme::Fp8Static { scale: 0.02 };
     for (rows, cols) in [(4096, 2304), (18_432, 2304), (2304, 9216), (1024, 256)] {
         for (dtype, input) in [
@@ -45,10 +39,31 @@ pub(crate) fn run(config: CpuConfig) {
     for num_tokens in [1, 8, 512] {
         elementwise(&mut cpu, num_tokens);
     }
-    attention(&mut cpu, 1, 128);
-    attention(&mut cpu, 1, 4096);
-    attention(&mut cpu, 512, 512);
-    attention(&mut cpu, 512, 4096);
+}
+
+pub(crate) fn run_attention(config: CpuConfig) {
+    for kv_cache_dtype in [KvCacheDtype::Native, KvCacheDtype::Fp8E4m3] {
+        println!("attention over a KV cache that is {kv_cache_dtype}:");
+        let mut cpu = prepared(config, kv_cache_dtype);
+        for (num_tokens, context) in [(1, 128), (1, 4096), (512, 512), (512, 4096)] {
+            attention(&mut cpu, num_tokens, context);
+        }
+    }
+}
+
+fn prepared(config: CpuConfig, kv_cache_dtype: KvCacheDtype) -> Cpu {
+    let mut cpu = Cpu::new(config).expect("the default configuration fits the machine");
+    let limits = StepLimits {
+        max_tokens: MAX_TOKENS,
+        max_seqs: MAX_TOKENS,
+        max_model_len: 4096,
+    };
+    let attention = AttentionConfig {
+        kv_cache_dtype,
+        ..ATTENTION
+    };
+    cpu.prepare(limits, attention).expect("the shapes are Gemma's");
+    cpu
 }
 
 fn linear(cpu: &mut Cpu, [rows, cols]: [usize; 2], dtype: DType, input: ActivationScheme) {

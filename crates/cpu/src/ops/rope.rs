@@ -164,28 +164,29 @@ mod tests {
         value: 0.007,
     };
 
-    /// Codes of the keys and of the values of one block, and the rotated query and key rows.
+    const ATTENTION: AttentionConfig = AttentionConfig {
+        num_heads: 1,
+        num_kv_heads: 1,
+        head_dim: HEAD_DIM,
+        scale: 1.0,
+        softcap: None,
+        rope_theta: 1e4,
+        kv_cache_dtype: KvCacheDtype::Fp8E4m3,
+    };
+
+    /// Codes of one block's keys, and of its values.
     fn append(storage: Storage, element: impl Fn(usize) -> f32) -> [Vec<u8>; 2] {
         let config = CpuConfig {
             storage,
             ..CpuConfig::default()
         };
         let mut cpu = Cpu::new(config).expect("the default configuration fits the machine");
-        let attention = AttentionConfig {
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim: HEAD_DIM,
-            scale: 1.0,
-            softcap: None,
-            rope_theta: 1e4,
-            kv_cache_dtype: KvCacheDtype::Fp8E4m3,
-        };
         let limits = StepLimits {
             max_tokens: NUM_TOKENS,
             max_seqs: 1,
             max_model_len: NUM_TOKENS,
         };
-        cpu.prepare(limits, attention).expect("limits are small");
+        cpu.prepare(limits, ATTENTION).expect("limits are small");
         let mut kv = cpu.alloc_kv_layer(1, NUM_TOKENS, SCALES).expect("the cache is small");
         let batch = Batch {
             request_ids: vec![RequestId(0)],
@@ -217,18 +218,7 @@ mod tests {
         let codes = append(Storage::F32, element);
         assert_eq!(codes, append(Storage::Bf16, element));
 
-        let table = RopeTable::new(
-            &AttentionConfig {
-                num_heads: 1,
-                num_kv_heads: 1,
-                head_dim: HEAD_DIM,
-                scale: 1.0,
-                softcap: None,
-                rope_theta: 1e4,
-                kv_cache_dtype: KvCacheDtype::Fp8E4m3,
-            },
-            NUM_TOKENS,
-        );
+        let table = RopeTable::new(&ATTENTION, NUM_TOKENS);
         let mut clipped = 0;
         for token in 0..NUM_TOKENS {
             let row: Vec<f32> = (0..3 * HEAD_DIM)
