@@ -1,7 +1,7 @@
 //! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
-//! [--only fp8,output,slabs,tiles,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
+//! [--only fp8,output,slabs,tiles,rows,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
 //! [--contexts 512,2048] [--chunk 128 --stages 3] [--pages shuffled|sequential|interleaved] [--portable]`: the shapes and tokens
-//! are those of products, the last ones are for attention.
+//! are those of products and of operations on rows, the last ones are for attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -15,6 +15,7 @@ use lapidary_model::{AttentionConfig, KvCacheDtype};
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
 const SWEPT_TOKENS: [usize; 4] = [1, 16, 32, 64];
+const ROWS: [usize; 3] = [1, 64, 4096];
 const MANY_TOKENS: [usize; 6] = [128, 256, 512, 1024, 2048, 8192];
 /// Of a sweep over tilings, the chosen one and the fastest.
 const SHOWN_TILINGS: usize = 8;
@@ -91,6 +92,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     if wanted("tiles") {
         tiles(&mut bench, &models)?;
     }
+    if wanted("rows") {
+        rows(&mut bench, &models)?;
+    }
     if wanted("decode") {
         decode(&mut bench)?;
     }
@@ -135,6 +139,22 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
         if context > WINDOW {
             load.window = Some(WINDOW);
             println!("{}", bench.attention(HEADS, load)?);
+        }
+    }
+    Ok(())
+}
+
+/// What runs between the products. Heads are those of 9b.
+fn rows(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
+        let [(_, hidden), _, _, (_, inner)] = matrices.linears;
+        for rows in tokens_of(&ROWS)? {
+            println!("{}", bench.add_norm(rows, hidden)?);
+            println!("{}", bench.geglu(rows, inner)?);
+            println!("{}", bench.rope_append(HEADS, rows)?);
         }
     }
     Ok(())

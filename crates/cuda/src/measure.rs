@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use lapidary_model::{AttentionConfig, BackendError, StepLimits};
+use lapidary_model::{ActivationScheme, AttentionConfig, BackendError, StepLimits};
 
 pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
@@ -10,11 +10,18 @@ use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
 use crate::gemm::Tuning;
 use crate::matmul::{Matmul, Product};
 use crate::pack::{Element, PANEL_BYTES, Panels, ROW_MULTIPLE};
-use crate::tensor::{Activation, Tensor};
+use crate::rope::Rope;
+use crate::rows::{Branch, RowCount, RowKernels};
+use crate::step::StepBuffers;
+use crate::tensor::{Activation, ActivationParams, KvLayer, Norm, Tensor};
 
 /// Weights rotate through more memory than any L2 cache holds.
 const ROTATION_BYTES: usize = 600 << 20;
 const MAX_COPIES: usize = 64;
+/// Inputs of row kernels are so small that many copies are needed to be more than L2 holds.
+const MAX_ROW_COPIES: usize = 4096;
+/// Tokens of a block of the KV cache.
+const BLOCK: usize = 16;
 /// Replays of which the median counts.
 const REPEATS: usize = 9;
 /// Row tiles together and panels of lead that the kernels for many tokens are tried with.
@@ -57,7 +64,7 @@ pub struct Timing {
     pub what: String,
     /// Of one launch.
     pub microseconds: f64,
-    /// Bytes it has to read at least.
+    /// Bytes it has to read at least; of operations on rows, to read and to write.
     pub bytes: f64,
     /// Additions and multiplications.
     pub flops: f64,
@@ -263,7 +270,6 @@ impl Bench {
     /// # Errors
     /// Not enough memory, or the device failed.
     pub fn attention(&mut self, config: AttentionConfig, load: AttentionLoad) -> Result<Timing, BackendError> {
-        const BLOCK: usize = 16;
         let AttentionLoad {
             batch,
             context,
@@ -283,7 +289,7 @@ impl Bench {
         };
         let attention = Attention::tuned(device, config, limits, tuning, is_hopper)?;
         let blocks_each = context.div_ceil(BLOCK);
-        let mut step = crate::step::StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
+        let mut step = StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
         let batch_step = load.batch(BLOCK);
         step.upload(device, &batch_step)?;
         let plan = attention.plan(device, &batch_step)?;
@@ -296,7 +302,7 @@ impl Bench {
         let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
         let qkv = random_bf16(device, batch * queries * width, 99)?;
         let mut out = Activation::alloc(device, batch * queries, config.num_heads * config.head_dim)?;
-        let scheme = lapidary_model::ActivationScheme::Fp8Static { scale: 0.01 };
+        let scheme = ActivationScheme::Fp8Static { scale: 0.01 };
         let out = out.write(device, scheme)?;
         let pointers = *step.pointers();
         let launches = copies * 2;
@@ -324,6 +330,146 @@ impl Bench {
             flops: (4 * batch * load.visible_pairs() * config.num_heads * config.head_dim) as f64,
         })
     }
+}
+
+/// Operations on rows, each on inputs that come from DRAM.
+impl Bench {
+    /// `residual += norm(x)`, the norm of which is quantised.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn add_norm(&mut self, rows: usize, cols: usize) -> Result<Timing, BackendError> {
+        self.time_rows("add_norm", [rows, cols], (2 + 4, 4 + 1), |device, copies| {
+            let (kernels, count) = (RowKernels::load(device)?, row_count(device, rows)?);
+            let x = rotated(device, copies, [rows, cols], false)?;
+            let residual = rotated(device, copies, [rows, cols], true)?;
+            let norms = rotated(device, 2 * copies, [1, cols], true)?;
+            let norm = move |index: usize| Norm {
+                factors: norms[index].data,
+            };
+            let out = written(device, rows, cols)?;
+            Ok(move |device: &mut dyn Device, copy: usize| {
+                let branch = Branch {
+                    x: &x[copy],
+                    post: &norm(2 * copy),
+                    pre: &norm(2 * copy + 1),
+                    residual: &residual[copy],
+                    eps: 1e-6,
+                };
+                kernels.add_norm(device, count, branch, out)
+            })
+        })
+    }
+
+    /// The gated activation of rows that hold gate and up, `cols` each.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn geglu(&mut self, rows: usize, cols: usize) -> Result<Timing, BackendError> {
+        self.time_rows("geglu", [rows, cols], (2 * 2, 1), |device, copies| {
+            let (kernels, count) = (RowKernels::load(device)?, row_count(device, rows)?);
+            let gate_up = rotated(device, copies, [rows, 2 * cols], false)?;
+            let out = written(device, rows, cols)?;
+            Ok(move |device: &mut dyn Device, copy: usize| kernels.geglu(device, count, &gate_up[copy], out))
+        })
+    }
+
+    /// The rotation of a prompt's queries and keys, and its way into the KV cache.
+    ///
+    /// # Errors
+    /// Not enough memory, or the device failed.
+    pub fn rope_append(&mut self, config: AttentionConfig, rows: usize) -> Result<Timing, BackendError> {
+        let cols = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+        self.time_rows("rope_append", [rows, cols], (2, 2), |device, copies| {
+            let limits = StepLimits {
+                max_tokens: rows,
+                max_seqs: 1,
+                max_model_len: rows,
+            };
+            let rope = Rope::load(device, &config, rows)?;
+            let blocks = rows.div_ceil(BLOCK);
+            let mut step = StepBuffers::alloc(device, limits, blocks, 1)?;
+            let prompt = AttentionLoad {
+                batch: 1,
+                context: rows,
+                queries: rows,
+                window: None,
+                tuning: None,
+                is_portable: false,
+                pages: Pages::Shuffled,
+            };
+            step.upload(device, &prompt.batch(BLOCK))?;
+            step.begin(device)?;
+            let pointers = *step.pointers();
+            let qkv = rotated(device, copies, [rows, cols], false)?;
+            let cache = 2 * 2 * blocks * BLOCK * config.num_kv_heads * config.head_dim;
+            let kv = KvLayer {
+                data: device.alloc("the KV cache of a layer", cache)?,
+                block_size: BLOCK,
+            };
+            Ok(move |device: &mut dyn Device, copy: usize| rope.append(device, &pointers, rows, &qkv[copy], &kv))
+        })
+    }
+
+    /// Of an operation that reads and writes so many bytes an element. `prepare` makes as many copies of its inputs as it
+    /// is told, and gives what launches it on one of them.
+    fn time_rows<Launch>(
+        &mut self,
+        name: &str,
+        [rows, cols]: [usize; 2],
+        (read, written): (usize, usize),
+        prepare: impl FnOnce(&mut Driver, usize) -> Result<Launch, BackendError>,
+    ) -> Result<Timing, BackendError>
+    where
+        Launch: Fn(&mut dyn Device, usize) -> Result<(), BackendError>,
+    {
+        let memory = self.device.mark();
+        let copies = (ROTATION_BYTES / (rows * cols * read)).clamp(2, MAX_ROW_COPIES);
+        let launch = prepare(&mut self.device, copies)?;
+        let microseconds = self.device.time(REPEATS, &mut |device| {
+            (0..copies).try_for_each(|copy| launch(device, copy))
+        })? / copies as f64;
+        self.device.release(memory)?;
+        Ok(Timing {
+            what: format!("{name} {cols} M {rows}"),
+            microseconds,
+            bytes: (rows * cols * (read + written)) as f64,
+            flops: 0.0,
+        })
+    }
+}
+
+fn row_count(device: &mut Driver, rows: usize) -> Result<RowCount, BackendError> {
+    let on_device = device.alloc("count", 4)?;
+    device.upload(on_device, &(rows as i32).to_le_bytes())?;
+    Ok(RowCount {
+        on_device,
+        at_most: rows,
+    })
+}
+
+/// Random tensors, one behind the other.
+fn rotated(
+    device: &mut Driver,
+    copies: usize,
+    [rows, cols]: [usize; 2],
+    is_wide: bool,
+) -> Result<Vec<Tensor>, BackendError> {
+    let bytes = Tensor::bytes(rows, cols, is_wide);
+    // Two bf16 are an f32 of the size of the second.
+    let data = random_bf16(device, copies * bytes / 2, 5)?;
+    let tensor = |copy| Tensor {
+        data: data.offset(copy * bytes),
+        rows,
+        cols,
+        is_wide,
+    };
+    Ok((0..copies).map(tensor).collect())
+}
+
+/// Where an operation leaves e4m3 of one scale.
+fn written(device: &mut Driver, rows: usize, cols: usize) -> Result<ActivationParams, BackendError> {
+    Activation::alloc(device, rows, cols)?.write(device, ActivationScheme::Fp8Static { scale: 0.01 })
 }
 
 /// Sequences that attend.
@@ -493,8 +639,8 @@ fn random_activation(
     rows: usize,
 ) -> Result<(), BackendError> {
     let scheme = match element {
-        Element::E4m3 => lapidary_model::ActivationScheme::Fp8Token,
-        Element::Bf16 => lapidary_model::ActivationScheme::None,
+        Element::E4m3 => ActivationScheme::Fp8Token,
+        Element::Bf16 => ActivationScheme::None,
     };
     let params = x.write(device, scheme)?;
     let bytes = element.panels(x.cols) * params.row_stride as usize * PANEL_BYTES;
