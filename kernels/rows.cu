@@ -3,9 +3,10 @@
 //
 // A row (one token, or one sampled row) belongs to one block, whose size depends on the row's length and on nothing else;
 // so do the two steps of its reductions, a butterfly in each warp and a sum over warps in order. What a row gets is the
-// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes, and keep them in registers from the only read to the only write. Of a step of one token these kernels are latency: a
-// read from L2 (the weights of a norm are read while the kernel before still runs), two reductions, a write. Of a long
-// step they are bound by memory: 11 bytes a column in add_norm, 5 in geglu.
+// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes, and keep them in registers from the only
+// read to the only write. Of a step of one token these kernels are latency: a read from L2 (the weights of a norm are read
+// while the kernel before still runs), two reductions, a write. Of a long step they are bound by memory: 11 bytes a column
+// in add_norm, whose blocks then stay and walk rows, so that reads go on while they reduce; 5 in geglu.
 #include "common/quantize.cuh"
 #include "common/step.cuh"
 
@@ -282,6 +283,129 @@ DEVICE void add_norm(const AddNormParams& p) {
   write_normed(p.out, row, cols, residual, pre, p.norm, scratch + 2 * Values::kScratch);
 }
 
+/// Rows of x and of the residual on their way through shared memory. A warp copies what its own lanes own and nothing else,
+/// so that it waits for no other warp. A lane owns 8 columns, 32 bytes of the residual, but copies and stores 16 bytes next
+/// to its neighbours': accesses 32 bytes apart would move every sector of the residual twice.
+template <int Threads, int Stages>
+struct RowRing {
+  static constexpr int kXBytes = Threads * 16;
+  static constexpr int kStageBytes = kXBytes + Threads * 32;
+  static constexpr int kWarpResidualBytes = 32 * 32;
+  uint8_t* memory;
+
+  static DEVICE int warp() { return int(threadIdx.x) / 32; }
+  static DEVICE int lane() { return int(threadIdx.x) % 32; }
+  static DEVICE int column() { return int(threadIdx.x) * 8; }
+  /// The first column of the i-th chunk that the lane copies and stores, i = 0, 1.
+  static DEVICE int shared_column(int i) { return warp() * 256 + (32 * i + lane()) * 4; }
+
+  DEVICE uint8_t* x(int stage) const { return memory + stage * kStageBytes + int(threadIdx.x) * 16; }
+  /// Chunk of 16 bytes of the warp's residual. Chunks trade places: be they one or two apart, 8 lanes meet in no bank.
+  DEVICE float4* chunk(int stage, int index) const {
+    uint8_t* const first = memory + stage * kStageBytes + kXBytes + warp() * kWarpResidualBytes;
+    return reinterpret_cast<float4*>(first) + (index ^ (index >> 3 & 1));
+  }
+  DEVICE float4* own_chunk(int stage, int i) const { return chunk(stage, 2 * lane() + i); }
+  DEVICE float4* shared_chunk(int stage, int i) const { return chunk(stage, 32 * i + lane()); }
+
+  DEVICE void start_copy(int stage, const bf16* x_row, const float* residual_row, int cols) const {
+    if (column() < cols) cp_async_16(shared_address(x(stage)), x_row + column(), true);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (shared_column(i) >= cols) continue;
+      cp_async_16(shared_address(shared_chunk(stage, i)), residual_row + shared_column(i), true);
+    }
+  }
+
+  DEVICE void load(int stage, int cols, float (&x_out)[8], float (&residual_out)[8]) const {
+    const bool exists = column() < cols;
+    const uint4 packed = exists ? *reinterpret_cast<const uint4*>(x(stage)) : make_uint4(0, 0, 0, 0);
+    unpack8(packed, x_out);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float4 four = exists ? *own_chunk(stage, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      residual_out[4 * i] = four.x, residual_out[4 * i + 1] = four.y;
+      residual_out[4 * i + 2] = four.z, residual_out[4 * i + 3] = four.w;
+    }
+  }
+
+  /// Stores a row of the residual by way of its place in the stage, which may be filled again afterwards.
+  DEVICE void store(int stage, float* residual_row, int cols, const float (&values)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      *own_chunk(stage, i) = make_float4(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (shared_column(i) >= cols) continue;
+      *reinterpret_cast<float4*>(residual_row + shared_column(i)) = *shared_chunk(stage, i);
+    }
+  }
+};
+
+/// A norm's weights of the columns that the thread owns, in shared memory: no other thread reads them. 8 lanes meet in no bank.
+template <int Threads>
+struct OwnWeights {
+  static constexpr int kBytes = Threads * 32;
+  uint8_t* memory;
+
+  DEVICE float4& half(int i) const { return reinterpret_cast<float4*>(memory)[i * Threads + int(threadIdx.x)]; }
+  DEVICE void keep(const float* weights, int cols) const {
+    float x[8];
+    load8<true>(weights, int(threadIdx.x) * 8, cols, x);
+    half(0) = make_float4(x[0], x[1], x[2], x[3]);
+    half(1) = make_float4(x[4], x[5], x[6], x[7]);
+  }
+  DEVICE void load(float (&out)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float4 four = half(i);
+      out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
+    }
+  }
+};
+
+/// As add_norm, to the bit, for more rows than blocks run at once: a block takes every gridDim.x-th row and has the next ones
+/// on their way while it reduces one. Shared memory: `Stages` rows, both weights, and the scratch.
+template <int Threads, int Stages>
+DEVICE void add_norm_many(const AddNormParams& p) {
+  using Values = Row<Threads, 1, true>;
+  using Ring = RowRing<Threads, Stages>;
+  DYNAMIC_SHARED(shared);
+  const Ring ring{shared};
+  const OwnWeights<Threads> post_weights{shared + Stages * Ring::kStageBytes};
+  const OwnWeights<Threads> pre_weights{post_weights.memory + post_weights.kBytes};
+  float* const scratch = reinterpret_cast<float*>(pre_weights.memory + pre_weights.kBytes);
+  let_next_kernel_start();
+  const int cols = p.cols, first = int(blockIdx.x), step = int(gridDim.x);
+  post_weights.keep(p.post_weights, cols), pre_weights.keep(p.pre_weights, cols);
+  wait_for_previous_kernels();
+  const int num_rows = *p.num_rows;
+  const auto start_copy = [&](int stage, int row) {
+    const size_t offset = size_t(row) * cols;
+    if (row < num_rows) ring.start_copy(stage, p.x + offset, p.residual + offset, cols);
+    cp_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < Stages - 1; i++) start_copy(i, first + i * step);
+  int stage = 0, free_stage = Stages - 1;
+  for (int row = first; row < num_rows; row += step) {
+    start_copy(free_stage, row + (Stages - 1) * step);
+    cp_async_wait<Stages - 1>();
+    __syncwarp();
+    Values x, residual, post, pre;
+    ring.load(stage, cols, x.x[0], residual.x[0]);
+    post_weights.load(post.x[0]);
+    add_normed(residual, x, post, p.norm, scratch);
+    ring.store(stage, p.residual + size_t(row) * cols, cols, residual.x[0]);
+    pre_weights.load(pre.x[0]);
+    write_normed(p.out, row, cols, residual, pre, p.norm, scratch + 2 * Values::kScratch);
+    free_stage = stage;
+    if (++stage == Stages) stage = 0;
+  }
+}
+
 /// out[s] = quantise(norm_pre(residual[rows[s]] + norm_post(x[rows[s]]))); the residual stays as it is.
 template <int Threads, int Groups, bool Whole>
 DEVICE void last_norm(const AddNormParams& p) {
@@ -402,6 +526,9 @@ KERNEL(add_norm_2560, AddNormParams, 320, 3) { add_norm<320, 1, true>(p); }
 KERNEL(add_norm_3584, AddNormParams, 448, 2) { add_norm<448, 1, true>(p); }
 KERNEL(add_norm_4608, AddNormParams, 576, 2) { add_norm<576, 1, true>(p); }
 KERNEL(add_norm_16384, AddNormParams, 512, 1) { add_norm<512, 4, true>(p); }
+KERNEL(add_norm_many_2560, AddNormParams, 320, 3) { add_norm_many<320, 3>(p); }
+KERNEL(add_norm_many_3584, AddNormParams, 448, 2) { add_norm_many<448, 3>(p); }
+KERNEL(add_norm_many_4608, AddNormParams, 576, 2) { add_norm_many<576, 2>(p); }
 KERNEL(add_norm_any, AddNormParams, 512, 1) { add_norm<512, 2, false>(p); }
 KERNEL(last_norm_16384, AddNormParams, 512, 1) { last_norm<512, 4, true>(p); }
 KERNEL(last_norm_any, AddNormParams, 512, 1) { last_norm<512, 2, false>(p); }

@@ -59,6 +59,42 @@ impl Family {
     }
 }
 
+/// Blocks that stay on a multiprocessor and walk rows, for more rows than run at once otherwise.
+#[derive(Debug)]
+struct Walk {
+    kernel: Kernel,
+    /// The longest row, in whole groups.
+    longest: usize,
+    /// Of a block: rows on their way, and the scratch.
+    shared_bytes: usize,
+    blocks_per_multiprocessor: usize,
+}
+
+impl Walk {
+    /// As the kernel is declared; `stages`: rows it has room for.
+    fn load_add_norm(
+        device: &mut dyn Device,
+        name: &'static str,
+        threads: usize,
+        stages: usize,
+        blocks_per_multiprocessor: usize,
+    ) -> Result<Self, BackendError> {
+        let longest = threads * GROUP;
+        // x is bf16, the residual f32, as are the weights of both norms.
+        let shared_bytes = longest * (stages * (2 + 4) + 2 * 4) + SCRATCH_BYTES;
+        Ok(Self {
+            kernel: device.kernel(name, threads as u32)?,
+            longest,
+            shared_bytes,
+            blocks_per_multiprocessor,
+        })
+    }
+
+    fn blocks(&self, multiprocessors: usize) -> usize {
+        self.blocks_per_multiprocessor * multiprocessors
+    }
+}
+
 /// Rows of a launch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RowCount {
@@ -76,10 +112,13 @@ pub(crate) struct RowKernels {
     norm_f32: Family,
     norm_bf16: Family,
     add_norm: Family,
+    /// Shortest rows first.
+    add_norm_many: [Walk; 3],
     last_norm: Family,
     quantize: Family,
     geglu: [Kernel; 2],
     geglu_token: [Kernel; 2],
+    multiprocessors: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -186,6 +225,11 @@ impl RowKernels {
                 ],
                 "add_norm_any",
             )?,
+            add_norm_many: [
+                Walk::load_add_norm(device, "add_norm_many_2560", 320, 3, 3)?,
+                Walk::load_add_norm(device, "add_norm_many_3584", 448, 3, 2)?,
+                Walk::load_add_norm(device, "add_norm_many_4608", 576, 2, 2)?,
+            ],
             last_norm: Family::load(device, &[("last_norm_16384", 16384, 512)], "last_norm_any")?,
             quantize: Family::load(
                 device,
@@ -200,6 +244,7 @@ impl RowKernels {
                 device.kernel("geglu_token", 512)?,
                 device.kernel("geglu_token_any", ANY_THREADS)?,
             ],
+            multiprocessors: device.multiprocessors(),
         })
     }
 
@@ -263,7 +308,7 @@ impl RowKernels {
         launch(device, kernel, grid(rows.at_most.min(x.rows), 1), &params)
     }
 
-    /// `residual += norm_post(x)`, then `out = quantise(norm_pre(residual))`.
+    /// `residual += norm_post(x)`, then `out = quantise(norm_pre(residual))`, with the same bits for any number of rows.
     ///
     /// # Errors
     /// Rows longer than norms can hold, or the device failed.
@@ -274,10 +319,21 @@ impl RowKernels {
         branch: Branch<'_>,
         out: ActivationParams,
     ) -> Result<(), BackendError> {
-        let kernel = self.add_norm.for_length(branch.x.cols)?;
         let params = branch.params(rows.on_device, DevicePtr::NULL, out);
         let rows = rows.at_most.min(branch.x.rows).min(branch.residual.rows);
+        if let Some(walk) = self.walk_for(branch.x.cols, rows) {
+            let grid = Grid::line(walk.blocks(self.multiprocessors)).shared(walk.shared_bytes);
+            return launch(device, &walk.kernel, grid, &params);
+        }
+        let kernel = self.add_norm.for_length(branch.x.cols)?;
         launch(device, kernel, grid(rows, 1), &params)
+    }
+
+    /// For rows that its blocks would not all have at once.
+    fn walk_for(&self, cols: usize, rows: usize) -> Option<&Walk> {
+        let fits = |walk: &&Walk| cols.is_multiple_of(GROUP) && cols <= walk.longest;
+        let walk = self.add_norm_many.iter().find(fits)?;
+        (rows > walk.blocks(self.multiprocessors)).then_some(walk)
     }
 
     /// Row `s` of `out` is `quantise(norm_pre(residual + norm_post(x)))` of the step's `s`th sampled row, of which there

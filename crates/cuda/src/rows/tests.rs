@@ -30,24 +30,30 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::of(GRID, ROWS)
+    }
+
+    /// Launches are for `grid` rows, of which `rows` are asked for.
+    fn of(grid: usize, rows: usize) -> Self {
         let mut device = device();
         let kernels = RowKernels::load(&mut *device).expect("the kernels exist");
-        let on_device = on_device(&mut *device, &[ROWS as i32]);
+        let on_device = on_device(&mut *device, &[rows as i32]);
         Self {
             device,
             kernels,
             numbers: Numbers::new(1),
             rows: RowCount {
                 on_device,
-                at_most: GRID,
+                at_most: grid,
             },
         }
     }
 
-    /// `[GRID, cols]` values in `-size..size`, exact in bf16, and the tensor that holds them.
+    /// `[grid, cols]` values in `-size..size`, exact in bf16, and the tensor that holds them.
     fn tensor(&mut self, cols: usize, size: f32, is_wide: bool) -> (Vec<f32>, Tensor) {
-        let values = self.numbers.bf16_values(GRID * cols, size);
-        let tensor = Tensor::alloc(&mut *self.device, "test data", [GRID, cols], is_wide).expect("tensors are small");
+        let shape = [self.rows.at_most, cols];
+        let values = self.numbers.bf16_values(shape[0] * cols, size);
+        let tensor = Tensor::alloc(&mut *self.device, "test data", shape, is_wide).expect("tensors are small");
         if is_wide {
             self.device
                 .upload(tensor.data, bytes_of(&values))
@@ -68,7 +74,7 @@ impl Bench {
     }
 
     fn activation(&mut self, cols: usize) -> Activation {
-        Activation::alloc(&mut *self.device, GRID, cols).expect("activations are small")
+        Activation::alloc(&mut *self.device, self.rows.at_most, cols).expect("activations are small")
     }
 
     fn write(&mut self, out: &mut Activation, scheme: ActivationScheme) -> ActivationParams {
@@ -304,6 +310,51 @@ fn residuals_take_the_normed_branch_and_are_normed() {
                 );
             }
             assert_eq!(got[ROWS * cols..], old[ROWS * cols..], "a row nobody asked for");
+        }
+    }
+}
+
+#[test]
+fn blocks_that_walk_rows_give_the_bits_of_a_block_for_each() {
+    /// More than two rounds of three rows on their way for each of three blocks, the last round not full.
+    const MANY: usize = 20;
+    let mut bench = Bench::of(MANY + 1, MANY);
+    // Whole and partly filled warps, and warps without columns.
+    for cols in [8, 264, 2304, 2560, 2568, 3584, 4096, 4608] {
+        for scheme in SCHEMES {
+            let (_, x) = bench.tensor(cols, 2.0, false);
+            let (old, residual) = bench.tensor(cols, 5.0, true);
+            let ((_, post), (_, pre)) = (bench.norm(cols), bench.norm(cols));
+            let branch = Branch {
+                x: &x,
+                post: &post,
+                pre: &pre,
+                residual: &residual,
+                eps: 1e-6,
+            };
+            let [each, walked] = [MANY, 1].map(|multiprocessors| {
+                bench.kernels.multiprocessors = multiprocessors;
+                assert_eq!(bench.kernels.walk_for(cols, MANY + 1).is_some(), multiprocessors == 1);
+                bench
+                    .device
+                    .upload(residual.data, bytes_of(&old))
+                    .expect("uploads work");
+                let mut out = bench.activation(cols);
+                let params = bench.write(&mut out, scheme);
+                bench
+                    .kernels
+                    .add_norm(&mut *bench.device, bench.rows, branch, params)
+                    .expect("norms run");
+                let sums: Vec<f32> = read_back(&mut *bench.device, residual.data, (MANY + 1) * cols);
+                let sums: Vec<u32> = sums.into_iter().map(f32::to_bits).collect();
+                let rows: Vec<_> = (0..=MANY).map(|row| bench.read(&out, row)).collect();
+                (sums, rows)
+            });
+            assert_eq!(each, walked, "{scheme:?} {cols} columns");
+            assert_ne!(
+                each.0[..cols],
+                old[..cols].iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            );
         }
     }
 }
