@@ -7,6 +7,7 @@
 // read to the only write. Of a step of one token these kernels are latency: a read from L2 (the weights of a norm are read
 // while the kernel before still runs), two reductions, a write. Of a long step they are bound by memory: 11 bytes a column
 // in add_norm, whose blocks then stay and walk rows, so that reads go on while they reduce; 5 in geglu.
+#include "common/gated.cuh"
 #include "common/quantize.cuh"
 #include "common/step.cuh"
 
@@ -428,48 +429,41 @@ DEVICE void last_norm(const AddNormParams& p) {
 
 struct GegluParams {
   const int* num_rows;
-  const bf16* gate_up;  // [tokens][2 * cols], gate then up
+  const bf16* gate_up;  // [tokens][2 * cols], as gated.cuh says
   Activation out;
   int cols;
   int padding;
 };
 
-/// gelu_tanh(gate) * up. With u = sqrt(2 / pi) * (g + 0.044715 g^3), gelu is g * e^2u / (1 + e^2u), which keeps its relative
-/// precision for negative g; the exponent is kept below where the sum overflows.
-DEVICE float gated(float gate, float up) {
-  constexpr float kLinear = 2.0f * 0.7978845608f * kLog2E;
-  const float e = exp2_approx(fminf(gate * (kLinear + kLinear * 0.044715f * (gate * gate)), 126.0f));
-  return gate * (e * reciprocal_approx(1.0f + e)) * up;
-}
-/// Columns `col..col + 8`. `end` is the row's end, or anything beyond if these columns are known to exist.
+/// Columns `col..col + 8`, of which those from `end` on do not exist.
 template <bool Whole>
 DEVICE void load_gated(const GegluParams& p, int row, int col, int end, float (&out)[8]) {
-  const bf16* gate = p.gate_up + size_t(row) * 2 * p.cols;
-  float up[8];
-  load8<Whole>(gate, col, end, out);
-  load8<Whole>(gate + p.cols, col, end, up);
+  const bf16* const pairs = p.gate_up + size_t(row) * 2 * p.cols;
+  const int count = Whole ? 8 : min(8, end - col), gate = 2 * col, up = gate + count;
+  float ups[8];
+  load8<Whole>(pairs, gate, Whole ? 2 * end : gate + count, out);
+  load8<Whole>(pairs, up, Whole ? 2 * end : up + count, ups);
 #pragma unroll
-  for (int i = 0; i < 8; i++) out[i] = gated(out[i], up[i]);
+  for (int i = 0; i < 8; i++) out[i] = gated(out[i], ups[i]);
 }
 
 constexpr int kGegluThreads = 128;
 
-/// Schemes without a reduction: grid y cuts a row into pieces of 16 columns a thread.
+/// Schemes without a reduction: grid y cuts a row into pieces of two groups of 8 columns a thread.
 template <bool Whole>
 DEVICE void geglu_piece(const GegluParams& p) {
   let_next_kernel_start();
   wait_for_previous_kernels();
-  const int row = int(blockIdx.x), col = int(blockIdx.y * kGegluThreads + threadIdx.x) * 16;
-  if (col >= p.cols) return;
-  float halves[2][8], x[16];
-  const int end = Whole ? col + 16 : p.cols;
-  load_gated<Whole>(p, row, col, end, halves[0]);
-  load_gated<Whole>(p, row, col + 8, end, halves[1]);
+  const int row = int(blockIdx.x);
+  const int first = int(blockIdx.y * (2 * kGegluThreads) + threadIdx.x) * 8, second = first + kGegluThreads * 8;
+  float x[2][8];
+  load_gated<Whole>(p, row, first, p.cols, x[0]);
+  load_gated<Whole>(p, row, second, p.cols, x[1]);
   if (row >= *p.num_rows) return;
-  if (p.out.scheme == kSchemeStatic && col == 0) p.out.scales[row] = p.out.static_scale;
-#pragma unroll
-  for (int i = 0; i < 16; i++) x[i] = halves[i / 8][i % 8];
-  write_activation<Whole>(p.out, row, col, p.cols, x, divisor(p.out.static_scale));
+  if (p.out.scheme == kSchemeStatic && first == 0) p.out.scales[row] = p.out.static_scale;
+  const Divisor by = divisor(p.out.static_scale);
+  if (first < p.cols) write_activation<Whole>(p.out, row, first, p.cols, x[0], by);
+  if (second < p.cols) write_activation<Whole>(p.out, row, second, p.cols, x[1], by);
 }
 
 /// A scale for each token: one block a row. What does not fit in registers is computed again after the reduction.

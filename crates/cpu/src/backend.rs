@@ -151,6 +151,7 @@ impl Backend for Cpu {
     type Tensor = Tensor;
     type Activation = Activation;
     type Linear = Linear;
+    type GatedLinear = Linear;
     type Norm = Norm;
     type Embedding = Embedding;
     type KvLayer = KvLayer;
@@ -191,6 +192,10 @@ impl Backend for Cpu {
             weights.parts.iter().map(|part| part.data.len() as u64).sum(),
         )?;
         Linear::upload(weights, self.dispatch.isa(), self.storage)
+    }
+
+    fn upload_gated_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Linear, BackendError> {
+        self.upload_linear(weights)
     }
 
     fn upload_norm(&mut self, weight: HostTensor<'_>) -> Result<Norm, BackendError> {
@@ -324,6 +329,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn gated_linear(
+        &mut self,
+        plan: &Plan,
+        x: &Activation,
+        weights: &Linear,
+        gate_up: &mut Tensor,
+        out_scheme: ActivationScheme,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        self.linear(plan, x, weights, gate_up)?;
+        self.on()
+            .fill_rows(out, plan.num_tokens(), out_scheme, Geglu { gate_up });
+        Ok(())
+    }
+
     fn rope_append(&mut self, plan: &Plan, qkv: &mut Tensor, kv: &mut KvLayer) -> Result<(), BackendError> {
         let Prepared { geometry, rope, .. } = self.prepared();
         rope::rope_append(self.on(), plan, geometry, rope, qkv, kv);
@@ -384,18 +404,6 @@ impl Backend for Cpu {
         };
         self.on().update_rows(residual, plan.num_tokens(), PlusNormed(normed));
         self.norm(plan, residual, pre, out)
-    }
-
-    fn geglu(
-        &mut self,
-        plan: &Plan,
-        gate_up: &Tensor,
-        out_scheme: ActivationScheme,
-        out: &mut Activation,
-    ) -> Result<(), BackendError> {
-        self.on()
-            .fill_rows(out, plan.num_tokens(), out_scheme, Geglu { gate_up });
-        Ok(())
     }
 
     fn logits(

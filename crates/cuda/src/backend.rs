@@ -13,12 +13,12 @@ use crate::attention::{Attention, AttentionInputs, AttentionPlan};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver, bytes_of};
 use crate::graphs::Graphs;
 use crate::matmul::{Matmul, Product};
-use crate::pack::{self, Element};
+use crate::pack::{self, Element, Order};
 use crate::rope::Rope;
 use crate::rows::{Branch, RowCount, RowKernels};
 use crate::sample::{Choice, Choices, MAX_SAMPLES, Needs, SampleLimits, Sampler};
 use crate::step::StepBuffers;
-use crate::tensor::{Activation, Embedding, KvLayer, Linear, Norm, Tensor};
+use crate::tensor::{Activation, ActivationParams, Embedding, GatedLinear, KvLayer, Linear, Norm, Tensor};
 
 /// The most sequences whose steps are recorded.
 const MAX_RECORDED: usize = 256;
@@ -121,9 +121,30 @@ impl Cuda {
             .expect("`prepare` is called before everything else")
     }
 
+    fn upload_in_order(&mut self, weights: &LinearWeights<'_>, order: Order) -> Result<Linear, BackendError> {
+        let element = Element::of_input(weights.input);
+        let panels = pack::upload(&mut *self.device, "a linear layer", &weights.parts, element, order)?;
+        let scales = match weights.scales.len() {
+            0 if element == Element::Bf16 => DevicePtr::NULL,
+            rows if rows == panels.rows => {
+                let scale = |row| weights.scales[order.stacked_row(row, rows)];
+                self.upload_scales((0..rows).map(scale).collect(), panels.padded_rows)?
+            }
+            rows => {
+                let what = format!("{rows} weight scales for {} output rows", panels.rows);
+                return Err(BackendError::Unsupported(what));
+            }
+        };
+        Ok(Linear {
+            weights: panels,
+            scales,
+            input: weights.input,
+        })
+    }
+
     /// One f32 for each padded row, those of padding 0.
-    fn upload_scales(&mut self, scales: &[f32], padded_rows: usize) -> Result<DevicePtr, BackendError> {
-        let mut padded = scales.to_vec();
+    fn upload_scales(&mut self, scales: Vec<f32>, padded_rows: usize) -> Result<DevicePtr, BackendError> {
+        let mut padded = scales;
         padded.resize(padded_rows, 0.0);
         let to = self.device.alloc("weight scales", 4 * padded_rows)?;
         self.device.upload(to, bytes_of(&padded))?;
@@ -169,10 +190,33 @@ fn prepared(prepared: &mut Option<Prepared>) -> &mut Prepared {
     prepared.as_mut().expect("`prepare` is called before everything else")
 }
 
+fn check_input(x: &Activation, weights: &Linear) -> Result<(), BackendError> {
+    if Element::of_input(x.scheme) == weights.weights.element {
+        return Ok(());
+    }
+    Err(BackendError::Unsupported(format!(
+        "an input quantised by {:?} for weights that want {:?}",
+        x.scheme, weights.input
+    )))
+}
+
+fn product<'a>(x: &'a ActivationParams, weights: &'a Linear, out: &'a Tensor, rows: RowCount) -> Product<'a> {
+    Product {
+        x,
+        w: &weights.weights,
+        w_scales: weights.scales,
+        out,
+        softcap: None,
+        num_rows: rows.on_device,
+        max_rows: rows.at_most,
+    }
+}
+
 impl Backend for Cuda {
     type Tensor = Tensor;
     type Activation = Activation;
     type Linear = Linear;
+    type GatedLinear = GatedLinear;
     type Norm = Norm;
     type Embedding = Embedding;
     type KvLayer = KvLayer;
@@ -211,21 +255,11 @@ impl Backend for Cuda {
     }
 
     fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Linear, BackendError> {
-        let element = Element::of_input(weights.input);
-        let panels = pack::upload(&mut *self.device, "a linear layer", &weights.parts, element)?;
-        let scales = match weights.scales.len() {
-            0 if element == Element::Bf16 => DevicePtr::NULL,
-            rows if rows == panels.rows => self.upload_scales(&weights.scales, panels.padded_rows)?,
-            rows => {
-                let what = format!("{rows} weight scales for {} output rows", panels.rows);
-                return Err(BackendError::Unsupported(what));
-            }
-        };
-        Ok(Linear {
-            weights: panels,
-            scales,
-            input: weights.input,
-        })
+        self.upload_in_order(weights, Order::Stacked)
+    }
+
+    fn upload_gated_linear(&mut self, weights: &LinearWeights<'_>) -> Result<GatedLinear, BackendError> {
+        Ok(GatedLinear(self.upload_in_order(weights, Order::InTurns)?))
     }
 
     fn upload_norm(&mut self, weight: HostTensor<'_>) -> Result<Norm, BackendError> {
@@ -236,7 +270,13 @@ impl Backend for Cuda {
     }
 
     fn upload_embedding(&mut self, table: HostTensor<'_>) -> Result<Embedding, BackendError> {
-        let table = pack::upload(&mut *self.device, "the embedding table", &[table], Element::Bf16)?;
+        let table = pack::upload(
+            &mut *self.device,
+            "the embedding table",
+            &[table],
+            Element::Bf16,
+            Order::Stacked,
+        )?;
         let (device, prepared) = (&mut *self.device, prepared(&mut self.prepared));
         if prepared.hidden.as_ref().is_none_or(|hidden| hidden.cols != table.cols) {
             prepared.hidden = Some(Activation::alloc(device, prepared.limits.max_seqs, table.cols)?);
@@ -355,24 +395,30 @@ impl Backend for Cuda {
         if !self.graphs.issues() {
             return Ok(());
         }
-        if Element::of_input(x.scheme) != weights.weights.element {
-            let what = format!(
-                "an input quantised by {:?} for weights that want {:?}",
-                x.scheme, weights.input
-            );
-            return Err(BackendError::Unsupported(what));
-        }
-        let RowCount { on_device, at_most } = self.row_count(plan);
-        let product = Product {
-            x: &x.params(),
-            w: &weights.weights,
-            w_scales: weights.scales,
-            out,
-            softcap: None,
-            num_rows: on_device,
-            max_rows: at_most,
-        };
+        check_input(x, weights)?;
+        let x = x.params();
+        let product = product(&x, weights, out, self.row_count(plan));
         self.matmul.run(&mut *self.device, &product)
+    }
+
+    fn gated_linear(
+        &mut self,
+        plan: &Plan,
+        x: &Activation,
+        GatedLinear(weights): &GatedLinear,
+        gate_up: &mut Tensor,
+        out_scheme: ActivationScheme,
+        out: &mut Activation,
+    ) -> Result<(), BackendError> {
+        if !self.graphs.issues() {
+            return Ok(());
+        }
+        check_input(x, weights)?;
+        let (x, rows) = (x.params(), self.row_count(plan));
+        let out = out.write(&mut *self.device, out_scheme)?;
+        let product = product(&x, weights, gate_up, rows);
+        self.matmul.run(&mut *self.device, &product)?;
+        self.rows.geglu(&mut *self.device, rows, gate_up, out)
     }
 
     fn rope_append(&mut self, plan: &Plan, qkv: &mut Tensor, kv: &mut KvLayer) -> Result<(), BackendError> {
@@ -439,21 +485,6 @@ impl Backend for Cuda {
             eps: pre.eps,
         };
         self.rows.add_norm(&mut *self.device, rows, branch, out)
-    }
-
-    fn geglu(
-        &mut self,
-        plan: &Plan,
-        gate_up: &Tensor,
-        out_scheme: ActivationScheme,
-        out: &mut Activation,
-    ) -> Result<(), BackendError> {
-        if !self.graphs.issues() {
-            return Ok(());
-        }
-        let rows = self.row_count(plan);
-        let out = out.write(&mut *self.device, out_scheme)?;
-        self.rows.geglu(&mut *self.device, rows, gate_up, out)
     }
 
     fn logits(

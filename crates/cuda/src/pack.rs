@@ -54,14 +54,41 @@ pub(crate) struct Panels {
     pub(crate) panels: usize,
 }
 
-/// Stacks `parts` along their rows, all `[rows, cols]` of one type, and copies them to the device.
+/// How the rows of parts become rows of one matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Part after part.
+    Stacked,
+    /// Of two parts [`TURN`] rows each in turn (`kernels/common/gated.cuh`).
+    InTurns,
+}
+
+/// Rows of gate, then rows of up.
+const TURN: usize = 8;
+
+impl Order {
+    /// The row of the stack that becomes row `row` of `rows`.
+    pub(crate) fn stacked_row(self, row: usize, rows: usize) -> usize {
+        match self {
+            Self::Stacked => row,
+            Self::InTurns => {
+                let (each, turn, inside) = (rows / 2, row / (2 * TURN), row % (2 * TURN));
+                let length = TURN.min(each - turn * TURN);
+                turn * TURN + inside % length + each * (inside / length)
+            }
+        }
+    }
+}
+
+/// Makes one matrix of `parts`, all `[rows, cols]` of one type, and copies it to the device.
 pub(crate) fn upload(
     device: &mut dyn Device,
     what: &'static str,
     parts: &[HostTensor<'_>],
     element: Element,
+    order: Order,
 ) -> Result<Panels, BackendError> {
-    let source = Source::new(parts, element)?;
+    let source = Source::new(parts, element, order)?;
     let padded_rows = source.rows.next_multiple_of(ROW_MULTIPLE);
     let panels = element.panels(source.cols);
     let bytes = panels * padded_rows * PANEL_BYTES;
@@ -91,9 +118,10 @@ pub(crate) fn upload(
     })
 }
 
-/// Rows of a checkpoint, one after another.
+/// Rows of a checkpoint.
 struct Source<'a> {
     parts: &'a [HostTensor<'a>],
+    order: Order,
     dtype: DType,
     element: Element,
     rows: usize,
@@ -101,7 +129,7 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn new(parts: &'a [HostTensor<'a>], element: Element) -> Result<Self, BackendError> {
+    fn new(parts: &'a [HostTensor<'a>], element: Element, order: Order) -> Result<Self, BackendError> {
         let first = parts
             .first()
             .ok_or_else(|| BackendError::Unsupported("a layer without weights".to_owned()))?;
@@ -120,6 +148,10 @@ impl<'a> Source<'a> {
             }
             rows += part.shape[0];
         }
+        if order == Order::InTurns && (parts.len() != 2 || 2 * first.shape[0] != rows) {
+            let shapes: Vec<_> = parts.iter().map(|part| part.shape).collect();
+            return Err(BackendError::Unsupported(format!("gate and up of shapes {shapes:?}")));
+        }
         if element == Element::E4m3 && first.dtype != DType::F8E4M3 {
             return Err(BackendError::Unsupported(
                 "quantised input for weights that are not e4m3".to_owned(),
@@ -127,6 +159,7 @@ impl<'a> Source<'a> {
         }
         Ok(Self {
             parts,
+            order,
             dtype: first.dtype,
             element,
             rows,
@@ -160,8 +193,12 @@ impl<'a> Source<'a> {
         self.dtype == DType::F8E4M3 && from.iter().fold(false, |nan, code| nan | (code & 0x7f == 0x7f))
     }
 
-    /// The part a row of the stack belongs to; `None` for padding.
-    fn locate(&self, mut row: usize) -> Option<(&HostTensor<'a>, usize)> {
+    /// The part that a row of the matrix comes from, and which of its rows it is; `None` for padding.
+    fn locate(&self, row: usize) -> Option<(&HostTensor<'a>, usize)> {
+        if row >= self.rows {
+            return None;
+        }
+        let mut row = self.order.stacked_row(row, self.rows);
         for part in self.parts {
             if row < part.shape[0] {
                 return Some((part, row));
@@ -233,13 +270,36 @@ mod tests {
             host(&bytes[..2 * 200], DType::F8E4M3, &[2, 200]),
             host(&bytes[2 * 200..], DType::F8E4M3, &[3, 200]),
         ];
-        let source = Source::new(&parts, Element::E4m3).expect("parts fit");
+        let source = Source::new(&parts, Element::E4m3, Order::Stacked).expect("parts fit");
         let packed = pack(&source, 64);
         for row in 0..64 {
             for k in 0..256 {
                 let want = if row < 5 && k < 200 { bytes[row * 200 + k] } else { 0 };
                 assert_eq!(at(&packed, 64, row, k), want, "row {row} byte {k}");
             }
+        }
+    }
+
+    #[test]
+    fn gate_and_up_take_turns_and_padding_is_zero() {
+        for (each, turns) in [(16, vec![8, 8]), (12, vec![8, 4]), (3, vec![3])] {
+            let gate: Vec<u8> = (0..each * 2).map(|i| i as u8 + 1).collect();
+            let up: Vec<u8> = gate.iter().map(|code| code + 64).collect();
+            let shape = [each, 2];
+            let parts = [&gate, &up].map(|part| host(part, DType::F8E4M3, &shape));
+            let source = Source::new(&parts, Element::E4m3, Order::InTurns).expect("parts fit");
+            let packed = pack(&source, 64);
+            let mut want = Vec::new();
+            let mut first = 0;
+            for turn in turns {
+                for part in [&gate, &up] {
+                    want.extend_from_slice(&part[2 * first..2 * (first + turn)]);
+                }
+                first += turn;
+            }
+            want.resize(2 * 64, 0);
+            let got: Vec<u8> = (0..2 * 64).map(|i| at(&packed, 64, i / 2, i % 2)).collect();
+            assert_eq!(got, want, "{each} rows of each");
         }
     }
 
@@ -251,7 +311,10 @@ mod tests {
         let bf16s: Vec<u8> = values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
         for (bytes, dtype) in [(&f32s, DType::F32), (&f16s, DType::F16), (&bf16s, DType::Bf16)] {
             let parts = [host(bytes, dtype, &[1, 70])];
-            let packed = pack(&Source::new(&parts, Element::Bf16).expect("one part"), 64);
+            let packed = pack(
+                &Source::new(&parts, Element::Bf16, Order::Stacked).expect("one part"),
+                64,
+            );
             for (index, want) in values.iter().enumerate() {
                 let bytes = [at(&packed, 64, 0, 2 * index), at(&packed, 64, 0, 2 * index + 1)];
                 assert_eq!(bf16::from_le_bytes(bytes).to_f32(), *want, "{dtype:?} {index}");
@@ -276,9 +339,19 @@ mod tests {
         let bytes = [0; 64];
         let wide = host(&bytes[..32], DType::F8E4M3, &[1, 32]);
         let narrow = host(&bytes[..16], DType::F8E4M3, &[1, 16]);
-        assert!(Source::new(&[wide, narrow], Element::E4m3).is_err());
-        assert!(Source::new(&[host(&bytes, DType::Bf16, &[1, 32])], Element::E4m3).is_err());
-        assert!(Source::new(&[host(&bytes[..31], DType::F8E4M3, &[1, 32])], Element::E4m3).is_err());
-        assert!(Source::new(&[], Element::Bf16).is_err());
+        assert!(Source::new(&[wide, narrow], Element::E4m3, Order::Stacked).is_err());
+        assert!(Source::new(&[host(&bytes, DType::Bf16, &[1, 32])], Element::E4m3, Order::Stacked).is_err());
+        assert!(
+            Source::new(
+                &[host(&bytes[..31], DType::F8E4M3, &[1, 32])],
+                Element::E4m3,
+                Order::Stacked
+            )
+            .is_err()
+        );
+        let two = host(&bytes[..32], DType::F8E4M3, &[2, 16]);
+        assert!(Source::new(&[two, narrow], Element::E4m3, Order::InTurns).is_err());
+        assert!(Source::new(&[two], Element::E4m3, Order::InTurns).is_err());
+        assert!(Source::new(&[], Element::Bf16, Order::Stacked).is_err());
     }
 }

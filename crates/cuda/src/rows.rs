@@ -7,19 +7,17 @@ use crate::pack::Panels;
 use crate::step::StepPointers;
 use crate::tensor::{ActivationParams, Norm, Tensor};
 
-/// Columns that a thread of the embedding or of a norm owns.
+/// Columns next to each other that a thread owns.
 const GROUP: usize = 8;
 const EMBED_THREADS: usize = 128;
 const GEGLU_THREADS: usize = 128;
-/// Columns that a block of `geglu` computes.
-const GEGLU_COLS: usize = GEGLU_THREADS * GEGLU_GROUP;
+/// Columns that a block of `geglu` computes: two groups a thread.
+const GEGLU_COLS: usize = GEGLU_THREADS * 2 * GROUP;
 /// Of the kernels that take rows of any length, and the longest such row.
 const ANY_THREADS: u32 = 512;
 const ANY_COLS: usize = 8192;
 /// Sums, largest values, twice, of at most 32 warps.
 const SCRATCH_BYTES: usize = 4 * 2 * 2 * 32;
-/// Columns that a thread of `geglu` owns.
-const GEGLU_GROUP: usize = 16;
 
 /// Kernels of one operation.
 #[derive(Debug)]
@@ -354,7 +352,7 @@ impl RowKernels {
         launch(device, kernel, grid(samples, 1), &params)
     }
 
-    /// `out = quantise(gelu_tanh(gate) * up)` of rows that hold gate, then up.
+    /// `out = quantise(gelu_tanh(gate) * up)` of rows that hold gate and up in turns (`kernels/common/gated.cuh`).
     ///
     /// # Errors
     /// The device failed.
@@ -375,7 +373,7 @@ impl RowKernels {
         };
         // Kernels read rows before they know how many are asked for.
         let rows = rows.at_most.min(gate_up.rows);
-        let any = usize::from(!cols.is_multiple_of(GEGLU_GROUP));
+        let any = usize::from(!cols.is_multiple_of(GROUP));
         if out.has_token_scales() {
             launch(device, &self.geglu_token[any], grid(rows, 1), &params)
         } else {

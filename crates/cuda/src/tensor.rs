@@ -139,6 +139,10 @@ pub struct Linear {
     pub(crate) input: ActivationScheme,
 }
 
+/// Weights of gate and up, the outputs of which take turns (`kernels/common/gated.cuh`).
+#[derive(Debug)]
+pub struct GatedLinear(pub(crate) Linear);
+
 /// `1 + weight` of an RMS norm, f32.
 #[derive(Debug)]
 pub struct Norm {

@@ -171,6 +171,8 @@ pub trait Backend: 'static {
     type Activation: Debug;
     /// Weights of one (stacked) projection, laid out as the backend likes.
     type Linear: Debug;
+    /// Weights of gate and up, stacked in whatever order [`Backend::gated_linear`] likes.
+    type GatedLinear: Debug;
     /// Weights of an RMS norm, `[hidden]`.
     type Norm: Debug;
     /// The embedding table `[vocab, hidden]`, which is the output projection too.
@@ -192,6 +194,12 @@ pub trait Backend: 'static {
     /// # Errors
     /// Not enough memory, or shapes the backend cannot run.
     fn upload_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Self::Linear, BackendError>;
+
+    /// Of two parts of one shape, gate and up.
+    ///
+    /// # Errors
+    /// Not enough memory, or shapes the backend cannot run.
+    fn upload_gated_linear(&mut self, weights: &LinearWeights<'_>) -> Result<Self::GatedLinear, BackendError>;
 
     /// # Errors
     /// Not enough memory.
@@ -288,6 +296,22 @@ pub trait Backend: 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
+    /// `out = quantise(gelu_tanh(gate) * up)`, `[num_tokens, intermediate]`, where gate and up are `x * weights^T`.
+    ///
+    /// `gate_up` (`[num_tokens, 2 * intermediate]`) is room for those two; what it holds afterwards is the backend's affair.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gated_linear(
+        &mut self,
+        plan: &Self::Plan,
+        x: &Self::Activation,
+        weights: &Self::GatedLinear,
+        gate_up: &mut Self::Tensor,
+        out_scheme: ActivationScheme,
+        out: &mut Self::Activation,
+    ) -> Result<(), BackendError>;
+
     /// Rotates q and k of `qkv` (`[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`: q heads, k heads, v heads),
     /// q in place, and writes k and v to the step's slots of `kv`.
     ///
@@ -330,18 +354,6 @@ pub trait Backend: 'static {
     ) -> Result<(), BackendError>
     where
         Self: Sized;
-
-    /// `out = quantise(gelu_tanh(gate) * up)` of `gate_up` (`[num_tokens, 2 * intermediate]`: gate, then up).
-    ///
-    /// # Errors
-    /// The device failed.
-    fn geglu(
-        &mut self,
-        plan: &Self::Plan,
-        gate_up: &Self::Tensor,
-        out_scheme: ActivationScheme,
-        out: &mut Self::Activation,
-    ) -> Result<(), BackendError>;
 
     /// The end of the decoder for the step's sampled rows only: `residual + norm_post(x)`, `norm`, then
     /// `logits[s] = softcap * tanh((hidden . table^T) / softcap)`, `[num_samples, vocab]` in f32.

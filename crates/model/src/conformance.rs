@@ -44,7 +44,7 @@ pub use invariance::{
     chunks_do_not_change_logits, chunks_do_not_change_logits_over_fp8_cache, neighbours_do_not_change_logits,
     neighbours_do_not_change_logits_over_fp8_cache,
 };
-pub use linear::linear_matches_f64;
+pub use linear::{gated_linear_matches_f64, linear_matches_f64};
 pub use logits::logits_match_f64;
 pub use runner::{
     chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints, runner_refuses_what_was_not_reserved,
@@ -113,7 +113,7 @@ impl Bounds {
 macro_rules! conformance_tests {
     ($make:expr, $bounds:expr) => {
         $crate::conformance_tests!(@each $make, $bounds;
-            embed_matches_f64, norm_matches_f64, add_norm_matches_f64, geglu_matches_f64, linear_matches_f64,
+            embed_matches_f64, norm_matches_f64, add_norm_matches_f64, geglu_matches_f64, linear_matches_f64, gated_linear_matches_f64,
             rope_matches_f64, attention_matches_f64, unused_cache_is_never_read, logits_match_f64,
             greedy_takes_the_lowest_of_equals, bans_and_biases_hold, masks_hold, penalties_follow_the_history,
             logprobs_are_of_the_raw_logits, draws_follow_the_distribution, draws_depend_on_seed_and_position_alone,

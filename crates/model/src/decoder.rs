@@ -157,8 +157,14 @@ impl<B: Backend> Decoder<B> {
                 pre,
                 &mut scratch.normed,
             )?;
-            backend.linear(plan, &scratch.normed, &layer.gate_up.weights, &mut scratch.gate_up)?;
-            backend.geglu(plan, &scratch.gate_up, layer.down.input, &mut scratch.gated)?;
+            backend.gated_linear(
+                plan,
+                &scratch.normed,
+                &layer.gate_up.weights,
+                &mut scratch.gate_up,
+                layer.down.input,
+                &mut scratch.gated,
+            )?;
             backend.linear(plan, &scratch.gated, &layer.down.weights, &mut scratch.branch)?;
 
             if let Some(next) = layers.get(index + 1) {

@@ -61,18 +61,18 @@ pub(crate) struct ModelWeights<B: Backend> {
 /// One decoder layer's.
 pub(crate) struct LayerWeights<B: Backend> {
     pub(crate) input_norm: B::Norm,
-    pub(crate) qkv: Projection<B>,
-    pub(crate) o: Projection<B>,
+    pub(crate) qkv: Projection<B::Linear>,
+    pub(crate) o: Projection<B::Linear>,
     pub(crate) post_attention_norm: B::Norm,
     pub(crate) pre_feedforward_norm: B::Norm,
-    pub(crate) gate_up: Projection<B>,
-    pub(crate) down: Projection<B>,
+    pub(crate) gate_up: Projection<B::GatedLinear>,
+    pub(crate) down: Projection<B::Linear>,
     pub(crate) post_feedforward_norm: B::Norm,
 }
 
 /// A linear layer, and the form in which it wants its input.
-pub(crate) struct Projection<B: Backend> {
-    pub(crate) weights: B::Linear,
+pub(crate) struct Projection<W> {
+    pub(crate) weights: W,
     pub(crate) input: ActivationScheme,
 }
 
@@ -257,7 +257,7 @@ impl<B: Backend> Uploader<'_, B> {
             o: self.linear(&tensors.o)?,
             post_attention_norm: self.norm(&tensors.post_attention_norm)?,
             pre_feedforward_norm: self.norm(&tensors.pre_feedforward_norm)?,
-            gate_up: self.linear(&tensors.gate_up)?,
+            gate_up: self.projection(&tensors.gate_up, B::upload_gated_linear)?,
             down: self.linear(&tensors.down)?,
             post_feedforward_norm: self.norm(&tensors.post_feedforward_norm)?,
         })
@@ -279,10 +279,17 @@ impl<B: Backend> Uploader<'_, B> {
         self.upload(norm, |backend, weight| backend.upload_norm(*weight))
     }
 
-    fn linear(&mut self, linear: &Named<LinearWeights<'_>>) -> Result<Projection<B>, LoadError> {
-        let weights = self.upload(linear, |backend, weights| backend.upload_linear(weights))?;
+    fn linear(&mut self, linear: &Named<LinearWeights<'_>>) -> Result<Projection<B::Linear>, LoadError> {
+        self.projection(linear, B::upload_linear)
+    }
+
+    fn projection<W>(
+        &mut self,
+        linear: &Named<LinearWeights<'_>>,
+        upload: impl FnOnce(&mut B, &LinearWeights<'_>) -> Result<W, BackendError>,
+    ) -> Result<Projection<W>, LoadError> {
         Ok(Projection {
-            weights,
+            weights: self.upload(linear, upload)?,
             input: linear.value.input,
         })
     }

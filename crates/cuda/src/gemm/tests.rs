@@ -6,7 +6,7 @@ use lapidary_model::{ActivationScheme, DType, HostTensor};
 use super::*;
 use crate::device::{bytes_of, on_device, read_back};
 use crate::matmul::Matmul;
-use crate::pack::{Panels, e4m3_to_f32, upload};
+use crate::pack::{Order, Panels, e4m3_to_f32, upload};
 use crate::slab_gemm::SlabGemm;
 use crate::tensor::{Activation, Tensor};
 use crate::testing;
@@ -142,7 +142,7 @@ impl Loaded {
             dtype,
             shape: &shape,
         };
-        let weights = upload(&mut *device, "weights", &[part], fixture.element).expect("weights fit");
+        let weights = upload(&mut *device, "weights", &[part], fixture.element, Order::Stacked).expect("weights fit");
         let mut padded = fixture.w_scales.clone();
         padded.resize(weights.padded_rows, 0.0);
         let scales = on_device(&mut *device, &padded);

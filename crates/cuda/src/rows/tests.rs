@@ -5,7 +5,7 @@ use lapidary_model::{ActivationScheme, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, Host
 
 use super::*;
 use crate::device::{bytes_of, on_device, read_back};
-use crate::pack::{Element, PANEL_BYTES, upload};
+use crate::pack::{Element, Order, PANEL_BYTES, upload};
 use crate::step::tests::{buffers, sequence};
 use crate::tensor::Activation;
 use crate::testing::{Numbers, device};
@@ -422,7 +422,11 @@ fn gates_match_f64() {
             .upload(gate_up.data, bytes_of(&narrow))
             .expect("uploads work");
         let gated = |row: Vec<f64>| {
-            let (gate, up) = row.split_at(cols);
+            let mut stacked = vec![0.0; 2 * cols];
+            for (column, value) in row.into_iter().enumerate() {
+                stacked[Order::InTurns.stacked_row(column, 2 * cols)] = value;
+            }
+            let (gate, up) = stacked.split_at(cols);
             let gelu =
                 |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh());
             gate.iter().zip(up).map(|(gate, up)| gelu(*gate) * up).collect()
@@ -452,7 +456,8 @@ fn tokens_become_scaled_rows_of_the_table() {
             dtype: DType::Bf16,
             shape: &[vocab, cols],
         };
-        let panels = upload(&mut *bench.device, "test data", &[host], Element::Bf16).expect("tables are small");
+        let panels =
+            upload(&mut *bench.device, "test data", &[host], Element::Bf16, Order::Stacked).expect("tables are small");
         let mut step = buffers(&mut *bench.device, GRID);
         let tokens = [69, 0, 7];
         step.run(&mut *bench.device, &sequence(&tokens))

@@ -4,8 +4,7 @@ use lapidary_model::{DType, HostTensor};
 use super::*;
 use crate::device::{on_device, read_back};
 use crate::gemm::Gemm;
-use crate::pack::{Element, Panels};
-use crate::pack::{e4m3_to_f32, upload};
+use crate::pack::{Element, Order, Panels, e4m3_to_f32, upload};
 use crate::slab_gemm::plan::Variant;
 use crate::tensor::{ActivationParams, Tensor};
 use crate::testing::device;
@@ -50,7 +49,8 @@ impl Matrix {
             dtype,
             shape: &shape,
         };
-        let panels = upload(device, "a test matrix", &[host], element).expect("test matrices are well formed");
+        let panels =
+            upload(device, "a test matrix", &[host], element, Order::Stacked).expect("test matrices are well formed");
         Self { panels, values, cols }
     }
 

@@ -6,7 +6,7 @@ use super::Bounds;
 use super::rig::{
     Error, Numbers, Rig, SCHEMES, SequenceStep, Stored, assert_close, assert_quantized, batch_of, exact, shape,
 };
-use crate::backend::{Backend, DType, NormArgs, Width};
+use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs, Width};
 
 const WIDTHS: [usize; 12] = [1, 15, 16, 17, 63, 65, 127, 128, 129, 1000, 4095, 4097];
 
@@ -161,9 +161,20 @@ pub fn geglu_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
         for scheme in SCHEMES {
             let mut rig = Rig::new(make, rows);
             let plan = rig.begin(rows);
-            let tensor = rig.tensor(&plan, &gate_up, rows);
+            let x = unit_rows(&mut rig, &plan, rows);
+            let weights = columns_of(&gate_up, rows);
+            let [gate, up] = weights.map(|part| Stored::new(&part, &[cols, UNIT_COLS], DType::Bf16));
+            let weights = LinearWeights {
+                parts: vec![gate.host(), up.host()],
+                scales: Vec::new(),
+                input: ActivationScheme::None,
+            };
+            let weights = rig.backend.upload_gated_linear(&weights).expect("weights are small");
+            let mut between = rig.alloc(rows, 2 * cols, Width::Native);
             let mut out = rig.activation(rows, cols);
-            rig.backend.geglu(&plan, &tensor, scheme, &mut out).expect("geglu runs");
+            rig.backend
+                .gated_linear(&plan, &x, &weights, &mut between, scheme, &mut out)
+                .expect("geglu runs");
             let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
             // 1 + tanh cancels for negative gates: the error is relative to gate * up, at most 16 but for the outliers.
             let error = Error {
@@ -173,6 +184,39 @@ pub fn geglu_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
             assert_quantized(&format!("geglu {cols}"), &got, &want, cols, scheme, error);
         }
     }
+}
+
+/// Columns of unit rows: the square of the factor that their norm has to take back.
+const UNIT_COLS: usize = 16;
+
+/// Row `r` is 1 in column `r` and 0 elsewhere, not quantised: a product with it is a column of the weights.
+fn unit_rows<B: Backend>(rig: &mut Rig<B>, plan: &B::Plan, rows: usize) -> B::Activation {
+    let mut values = vec![0.0; rows * UNIT_COLS];
+    values.iter_mut().step_by(UNIT_COLS + 1).for_each(|value| *value = 1.0);
+    let tensor = rig.tensor(plan, &values, rows);
+    let weight = rig.norm_weight(&[0.25 - 1.0; UNIT_COLS]);
+    let mut out = rig.activation(rows, UNIT_COLS);
+    let norm = NormArgs {
+        weight: &weight,
+        eps: 0.0,
+        out_scheme: ActivationScheme::None,
+    };
+    rig.backend.norm(plan, &tensor, norm, &mut out).expect("norm runs");
+    out
+}
+
+/// Weights of gate and of up, `[cols, UNIT_COLS]`, that make `gate_up` of unit rows.
+fn columns_of(gate_up: &[f32], rows: usize) -> [Vec<f32>; 2] {
+    let cols = gate_up.len() / rows / 2;
+    [0, cols].map(|first| {
+        let mut weights = vec![0.0; cols * UNIT_COLS];
+        for (row, values) in gate_up.chunks(2 * cols).enumerate() {
+            for (col, value) in values[first..][..cols].iter().enumerate() {
+                weights[col * UNIT_COLS + row] = *value;
+            }
+        }
+        weights
+    })
 }
 
 pub(super) fn norm(x: &[f64], weight: &[f32], eps: f32) -> Vec<f64> {
@@ -187,6 +231,6 @@ pub(super) fn norm(x: &[f64], weight: &[f32], eps: f32) -> Vec<f64> {
         .collect()
 }
 
-fn gelu_tanh(x: f64) -> f64 {
+pub(super) fn gelu_tanh(x: f64) -> f64 {
     0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x)).tanh())
 }

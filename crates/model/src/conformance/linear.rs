@@ -1,7 +1,8 @@
 //! Linear layers: every weight type, every activation scheme, stacked parts, odd shapes.
 
 use super::Bounds;
-use super::rig::{Numbers, Rig, Stored, assert_close, exact, quantized, shape};
+use super::elementwise::gelu_tanh;
+use super::rig::{Error, Numbers, Rig, SCHEMES, Stored, assert_close, assert_quantized, exact, quantized, shape};
 use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs, Width};
 
 /// `[tokens, in, outs of the stacked parts]`.
@@ -70,48 +71,157 @@ fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: Case<'_>
         dtype,
         scheme,
     } = case;
-    let out_features: usize = outs.iter().sum();
     let mut rig = Rig::new(make, rows);
     let plan = rig.begin(rows);
     let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme);
-    let weight = numbers.e4m3_values(out_features * in_features);
-    let scales: Vec<f32> = match dtype {
-        DType::F8E4M3 => (0..out_features).map(|_| 0.02 + 0.01 * numbers.symmetric()).collect(),
-        _ => Vec::new(),
-    };
-    let mut first = 0;
-    let mut stored = Vec::new();
-    for out in outs {
-        let part = &weight[first * in_features..(first + out) * in_features];
-        stored.push(Stored::new(part, &[*out, in_features], dtype));
-        first += out;
-    }
-    let parts = stored.iter().map(Stored::host).collect();
-    let weights = LinearWeights {
-        parts,
-        scales: scales.clone(),
-        input: scheme,
-    };
-    let weights = rig.backend.upload_linear(&weights).expect("weights are small");
-    let mut out = rig.alloc(rows, out_features, Width::Native);
+    let weights = KnownWeights::new(numbers, outs, in_features, dtype);
+    let uploaded = rig
+        .backend
+        .upload_linear(&weights.for_input(scheme))
+        .expect("weights are small");
+    let mut out = rig.alloc(rows, outs.iter().sum(), Width::Native);
     rig.backend
-        .linear(&plan, &activation, &weights, &mut out)
+        .linear(&plan, &activation, &uploaded, &mut out)
         .expect("linear runs");
     let got = rig.read(&out, rows);
-
-    let weight = exact(&weight);
-    let (mut want, mut magnitude) = (Vec::new(), Vec::new());
-    for row in x.chunks(in_features) {
-        let row = quantized(scheme, row);
-        for (index, weight) in weight.chunks(in_features).enumerate() {
-            let scale = scales.get(index).map_or(1.0, |scale| f64::from(*scale));
-            let products = || row.iter().zip(weight).map(|(x, weight)| x * weight * scale);
-            want.push(products().sum());
-            magnitude.push(products().map(f64::abs).sum());
-        }
-    }
+    let (want, magnitude) = weights.product(&x, scheme);
     let what = format!("linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}");
     assert_close(&what, &got, &want, &magnitude, bounds.dot);
+}
+
+/// `[tokens, in, outputs of gate and of up]`.
+const GATED_SHAPES: [(usize, usize, usize); 4] = [(1, 16, 15), (3, 129, 40), (65, 256, 120), (129, 200, 200)];
+
+/// `gelu_tanh(gate) * up` of a product with quantised inputs, of few tokens and of many, quantised in turn.
+pub fn gated_linear_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
+    let kinds = [
+        (DType::Bf16, ActivationScheme::None),
+        (DType::F8E4M3, ActivationScheme::Fp8Static { scale: 0.0371 }),
+        (DType::F8E4M3, ActivationScheme::Fp8Token),
+    ];
+    let mut numbers = Numbers::new(6);
+    for (rows, in_features, inner) in GATED_SHAPES {
+        let outs = [shape(inner, bounds); 2];
+        let in_features = shape(in_features, bounds);
+        for (dtype, scheme) in kinds {
+            let case = Case {
+                rows,
+                in_features,
+                outs: &outs,
+                dtype,
+                scheme,
+            };
+            for out_scheme in SCHEMES {
+                check_gated(make, &mut numbers, case, out_scheme, bounds);
+            }
+        }
+    }
+}
+
+fn check_gated<B: Backend>(
+    make: &dyn Fn() -> B,
+    numbers: &mut Numbers,
+    case: Case<'_>,
+    out_scheme: ActivationScheme,
+    bounds: &Bounds,
+) {
+    let Case {
+        rows,
+        in_features,
+        outs,
+        dtype,
+        scheme,
+    } = case;
+    let inner = outs[0];
+    let mut rig = Rig::new(make, rows);
+    let plan = rig.begin(rows);
+    let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme);
+    let weights = KnownWeights::new(numbers, outs, in_features, dtype);
+    let uploaded = rig
+        .backend
+        .upload_gated_linear(&weights.for_input(scheme))
+        .expect("weights are small");
+    let mut between = rig.alloc(rows, 2 * inner, Width::Native);
+    let mut out = rig.activation(rows, inner);
+    rig.backend
+        .gated_linear(&plan, &activation, &uploaded, &mut between, out_scheme, &mut out)
+        .expect("a gated product runs");
+    let got = rig.read_activation(&plan, &out, [rows, inner], out_scheme);
+
+    let (product, magnitude) = weights.product(&x, scheme);
+    let (mut want, mut absolute) = (Vec::new(), 0.0_f64);
+    for (row, magnitude) in product.chunks(2 * inner).zip(magnitude.chunks(2 * inner)) {
+        for column in 0..inner {
+            let (gate, up) = (row[column], row[inner + column]);
+            want.push(gelu_tanh(gate) * up);
+            // The slope of gelu is below 1.2.
+            let off = up.abs() * magnitude[column] + gate.abs() * magnitude[inner + column];
+            absolute = absolute.max(1.2 * bounds.dot * off);
+        }
+    }
+    let error = Error {
+        relative: bounds.element,
+        absolute: absolute + bounds.element * 16.0,
+    };
+    let what = format!("gated {dtype:?} {scheme:?} {rows}x{in_features} by {inner}");
+    assert_quantized(&what, &got, &want, inner, out_scheme, error);
+}
+
+/// Stacked weights that are exact in every type.
+struct KnownWeights {
+    values: Vec<f32>,
+    /// Of every row; none for types that are not quantised.
+    scales: Vec<f32>,
+    in_features: usize,
+    parts: Vec<Stored>,
+}
+
+impl KnownWeights {
+    fn new(numbers: &mut Numbers, outs: &[usize], in_features: usize, dtype: DType) -> Self {
+        let out_features: usize = outs.iter().sum();
+        let values = numbers.e4m3_values(out_features * in_features);
+        let scales: Vec<f32> = match dtype {
+            DType::F8E4M3 => (0..out_features).map(|_| 0.02 + 0.01 * numbers.symmetric()).collect(),
+            _ => Vec::new(),
+        };
+        let mut first = 0;
+        let mut parts = Vec::new();
+        for out in outs {
+            let part = &values[first * in_features..(first + out) * in_features];
+            parts.push(Stored::new(part, &[*out, in_features], dtype));
+            first += out;
+        }
+        Self {
+            values,
+            scales,
+            in_features,
+            parts,
+        }
+    }
+
+    fn for_input(&self, scheme: ActivationScheme) -> LinearWeights<'_> {
+        LinearWeights {
+            parts: self.parts.iter().map(Stored::host).collect(),
+            scales: self.scales.clone(),
+            input: scheme,
+        }
+    }
+
+    /// `x * weights^T`, row by row, and the sums of the products' magnitudes.
+    fn product(&self, x: &[f64], scheme: ActivationScheme) -> (Vec<f64>, Vec<f64>) {
+        let weight = exact(&self.values);
+        let (mut sums, mut magnitudes) = (Vec::new(), Vec::new());
+        for row in x.chunks(self.in_features) {
+            let row = quantized(scheme, row);
+            for (index, weight) in weight.chunks(self.in_features).enumerate() {
+                let scale = self.scales.get(index).map_or(1.0, |scale| f64::from(*scale));
+                let products = || row.iter().zip(weight).map(|(x, weight)| x * weight * scale);
+                sums.push(products().sum());
+                magnitudes.push(products().map(f64::abs).sum());
+            }
+        }
+        (sums, magnitudes)
+    }
 }
 
 /// An activation whose values are known exactly: the norm of a row of signs is the row itself, times `1 + weight`.
