@@ -1,7 +1,7 @@
 // Matrix product of many tokens, for Hopper: out[m][n] = (sum over k of x[m][k] * w[n][k]) * x_scales[m] * w_scales[n].
 //
 // Shapes: x [panels][x_stride][128 bytes], w [panels][w_rows][128 bytes] (layout.cuh), e4m3 or bf16; out [m][out_stride]
-// bf16, or f32 with the soft-cap of the output projection.
+// bf16, or f32 with the soft-cap of the output projection; or, gated, the e4m3 input of the next product (gated.cuh).
 // Work: one block an SM, which takes tile after tile of 128 tokens x `Columns` outputs, in an order that lets a wave share
 // few rows of both operands in L2. One warp copies: a tile's rows of one panel are a single contiguous piece, swizzled as
 // wgmma wants it. Two warpgroups multiply 64 tokens each; while they store a tile, the copies for the next one run ahead.
@@ -10,7 +10,7 @@
 // which is why there are pairs, and why tiles are as wide as the registers of two sets of sums allow.
 // A sum's order depends on K alone, never on the tile or on other rows: k from 0 up, and for e4m3 a full f32 sum after
 // every kPromoteEvery panels.
-#include "common/gemm.cuh"
+#include "common/gated.cuh"
 
 namespace {
 
@@ -39,11 +39,21 @@ struct Bf16 {
   }
 };
 
+template <class Out>
+struct ParamsFor {
+  using Type = GemmParams;
+};
+template <>
+struct ParamsFor<Gated> {
+  using Type = GatedGemmParams;
+};
+
 /// Tiles of `Columns` columns, for a block alone or for each of a cluster of `Blocks` blocks.
 template <class Operand_, class Out_, int Columns, int Stages, int Blocks>
 struct Tiling {
   using Operand = Operand_;
   using Out = Out_;
+  using Params = typename ParamsFor<Out>::Type;
   static constexpr int kBlocks = Blocks;
   static constexpr int kColumns = Columns;
   static constexpr int kStages = Stages;
@@ -268,7 +278,7 @@ DEVICE void skip_tile(const Shared<T>& shared, Ring<T::kStages>& ring, int panel
 
 /// Scales and stores the sums of the calling warp.
 template <class T>
-DEVICE void store_tile(const GemmParams& p, const Shared<T>& shared, int slot, const float (&sums)[T::kColumns / 2]) {
+DEVICE void store_tile(const typename T::Params& p, const Shared<T>& shared, int slot, const float (&sums)[T::kColumns / 2]) {
   const Job& job = shared.job(slot);
   const int inside = (threadIdx.x / 32 - 4) * 16;
   const SumsTarget to{job.row + inside, job.column, job.num_rows,
@@ -281,7 +291,7 @@ DEVICE void store_tile(const GemmParams& p, const Shared<T>& shared, int slot, c
 /// It keeps little in registers besides sums: what it must know of a tile it reads again. The shuffles tell the compiler
 /// that all lanes agree, without which it does not let wgmma run ahead.
 template <class T>
-DEVICE void consume(const GemmParams& p, const Shared<T>& shared) {
+DEVICE void consume(const typename T::Params& p, const Shared<T>& shared) {
   const int consumer = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0);
   Ring<T::kStages> ring;
   Ring<1> lead;
@@ -336,7 +346,7 @@ DEVICE void prepare(const GemmParams& p, const Shared<T>& shared) {
 }
 
 template <class T>
-DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
+DEVICE void gemm(const typename T::Params& p, uint8_t* memory) {
   let_next_kernel_start();
   const Shared<T> shared{memory};
   prepare<T>(p, shared);
@@ -356,12 +366,12 @@ DEVICE void gemm(const GemmParams& p, uint8_t* memory) {
 }  // namespace
 
 #define GEMM(name, Operand, Out, Columns, Stages)              \
-  KERNEL(name, GemmParams, kThreads, 1) {                      \
+  KERNEL(name, ParamsFor<Out>::Type, kThreads, 1) {            \
     DYNAMIC_SHARED(memory);                                    \
     gemm<Tiling<Operand, Out, Columns, Stages, 1>>(p, memory); \
   }
 #define GEMM_PAIR(name, Operand, Out, Columns, Stages)         \
-  CLUSTER_KERNEL(name, GemmParams, kThreads, 2) {              \
+  CLUSTER_KERNEL(name, ParamsFor<Out>::Type, kThreads, 2) {    \
     DYNAMIC_SHARED(memory);                                    \
     gemm<Tiling<Operand, Out, Columns, Stages, 2>>(p, memory); \
   }
@@ -388,3 +398,8 @@ GEMM_PAIR(gemm_pair_e4m3_n192, E4m3, bf16, 192, 5)
 GEMM_PAIR(gemm_pair_bf16_n128, Bf16, bf16, 128, 6)
 GEMM_PAIR(gemm_pair_bf16_n192, Bf16, bf16, 192, 5)
 GEMM_PAIR(gemm_pair_bf16_n256, Bf16, bf16, 256, 4)
+GEMM(gemm_gated_e4m3_n160, E4m3, Gated, 160, 6)
+GEMM(gemm_gated_e4m3_n192, E4m3, Gated, 192, 5)
+GEMM(gemm_gated_e4m3_n224, E4m3, Gated, 224, 5)
+GEMM_PAIR(gemm_gated_pair_e4m3_n160, E4m3, Gated, 160, 6)
+GEMM_PAIR(gemm_gated_pair_e4m3_n192, E4m3, Gated, 192, 5)

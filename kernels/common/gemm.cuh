@@ -107,9 +107,9 @@ DEVICE void store_sums(const GemmParams& p, const SumsTarget& to, const float (&
   }
 }
 
-/// Scales a warp's sums and stores them as `Out` (bf16 or float).
-template <class Out, int Columns>
-DEVICE void store_warp_sums(const GemmParams& p, const SumsTarget& to, const float (&sums)[Columns / 2]) {
+/// Scales a warp's sums and stores them as `Out` (bf16 or float; Gated with its own parameters).
+template <class Out, int Columns, class Params>
+DEVICE void store_warp_sums(const Params& p, const SumsTarget& to, const float (&sums)[Columns / 2]) {
   const int row = threadIdx.x % 32 / 4;
   const float x_scale[2] = {to.x_scales[row], to.x_scales[row + 8]};
   store_sums<Columns>(p, to, sums, x_scale, static_cast<Out*>(nullptr));

@@ -19,6 +19,17 @@ DEVICE Divisor divisor(float value) {
   return {value, is_safe ? inverse * (1.0f - 0x1p-21f) : 0.0f, is_safe ? inverse * (1.0f + 0x1p-21f) : infinity()};
 }
 
+/// e4m3 codes of four quotients, one after another: what is rare must not take registers or code from what is not.
+DEVICE uint32_t divided(float a, float b, float c, float d, float by) {
+  uint32_t codes = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; i++) {
+    codes = codes >> 8 | uint32_t(e4m3x2_from_floats(0.0f, __fdiv_rn(a, by))) << 16;
+    a = b, b = c, c = d;
+  }
+  return codes;
+}
+
 /// e4m3 codes of `x / by`, each quotient rounded to f32 and then to e4m3, as a division would have it. Rounding is
 /// monotonic, so where both ends of the bracket agree they agree with the quotient; else, about once in 100 000 values,
 /// it is divided for real.
@@ -34,10 +45,7 @@ DEVICE void quantize(const float (&x)[N], const Divisor& by, uint32_t (&codes)[N
   }
   if (__builtin_expect(differ == 0, true)) return;
 #pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    codes[i / 4] = e4m3x4_from_floats(__fdiv_rn(x[i], by.value), __fdiv_rn(x[i + 1], by.value),
-                                      __fdiv_rn(x[i + 2], by.value), __fdiv_rn(x[i + 3], by.value));
-  }
+  for (int i = 0; i < N; i += 4) codes[i / 4] = divided(x[i], x[i + 1], x[i + 2], x[i + 3], by.value);
 }
 
 /// Scale of a row whose largest magnitude is `amax`. For this divisor one correction of the product gives the rounded

@@ -1,5 +1,5 @@
 //! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
-//! [--only fp8,output,slabs,tiles,rows,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
+//! [--only fp8,output,slabs,tiles,gated,rows,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
 //! [--contexts 512,2048] [--chunk 128 --stages 3] [--pages shuffled|sequential|interleaved] [--portable]`: the shapes and tokens
 //! are those of products and of operations on rows, the last ones are for attention.
 //!
@@ -92,6 +92,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     if wanted("tiles") {
         tiles(&mut bench, &models)?;
     }
+    if wanted("gated") {
+        gated(&mut bench, &models)?;
+    }
     if wanted("rows") {
         rows(&mut bench, &models)?;
     }
@@ -139,6 +142,21 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
         if context > WINDOW {
             load.window = Some(WINDOW);
             println!("{}", bench.attention(HEADS, load)?);
+        }
+    }
+    Ok(())
+}
+
+/// Gate and up with the activation, in two kernels and in one.
+fn gated(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
+        for tokens in tokens_of(&MANY_TOKENS)? {
+            let timings = bench.gated(matrices.linears[2], tokens)?;
+            let shown = timings.iter().take(2 + SHOWN_TILINGS);
+            shown.for_each(|timing| println!("{timing}"));
         }
     }
     Ok(())

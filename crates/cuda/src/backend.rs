@@ -417,6 +417,9 @@ impl Backend for Cuda {
         let (x, rows) = (x.params(), self.row_count(plan));
         let out = out.write(&mut *self.device, out_scheme)?;
         let product = product(&x, weights, gate_up, rows);
+        if self.matmul.gates(&product, &out) {
+            return self.matmul.run_gated(&mut *self.device, &product, out);
+        }
         self.matmul.run(&mut *self.device, &product)?;
         self.rows.geglu(&mut *self.device, rows, gate_up, out)
     }

@@ -6,6 +6,7 @@ use lapidary_model::BackendError;
 use crate::device::{Device, DevicePtr, Grid, Kernel, kernel_params, launch};
 use crate::matmul::Product;
 use crate::pack::{Element, PANEL_BYTES};
+use crate::tensor::{ActivationParams, Tensor};
 
 /// The kernels' `GemmParams` (`kernels/common/gemm.cuh`).
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +27,15 @@ struct GemmParams {
     row_tiles_together: i32,
     lead_panels: i32,
 }
-kernel_params!(GemmParams);
+
+/// The kernels' `GatedGemmParams` (`kernels/common/gated.cuh`).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct GatedGemmParams {
+    product: GemmParams,
+    gated: ActivationParams,
+}
+kernel_params!(GemmParams, GatedGemmParams);
 
 /// What the Hopper kernel may vary without another result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +73,7 @@ struct Tiling {
     name: &'static str,
     work: Work,
     element: Element,
-    is_wide: bool,
+    output: Output,
     /// Of a block's tile.
     rows: usize,
     columns: usize,
@@ -79,7 +88,7 @@ const HOPPER_JOBS: usize = 2;
 
 const fn hopper(
     name: &'static str,
-    (element, is_wide): Format,
+    (element, output): Format,
     columns: usize,
     stages: usize,
     cluster: usize,
@@ -88,7 +97,7 @@ const fn hopper(
         name,
         work: Work::Persistent { cluster },
         element,
-        is_wide,
+        output,
         rows: HOPPER_ROWS,
         columns,
         stages,
@@ -98,7 +107,7 @@ const fn hopper(
 
 const fn portable(
     name: &'static str,
-    (element, is_wide): Format,
+    (element, output): Format,
     tile: [usize; 2],
     stages: usize,
     threads: u32,
@@ -107,7 +116,7 @@ const fn portable(
         name,
         work: Work::BlockPerTile,
         element,
-        is_wide,
+        output,
         rows: tile[0],
         columns: tile[1],
         stages,
@@ -115,12 +124,28 @@ const fn portable(
     }
 }
 
-/// Elements of the operands, and whether the output is f32.
-type Format = (Element, bool);
-const E4M3: Format = (Element::E4m3, false);
-const BF16: Format = (Element::Bf16, false);
-const E4M3_WIDE: Format = (Element::E4m3, true);
-const BF16_WIDE: Format = (Element::Bf16, true);
+/// What becomes of the sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    Bf16,
+    F32,
+    /// Gate and up, whose product is quantised.
+    Gated,
+}
+
+impl Output {
+    fn of(tensor: &Tensor) -> Self {
+        if tensor.is_wide { Self::F32 } else { Self::Bf16 }
+    }
+}
+
+/// Elements of the operands, and the output.
+type Format = (Element, Output);
+const E4M3: Format = (Element::E4m3, Output::Bf16);
+const BF16: Format = (Element::Bf16, Output::Bf16);
+const E4M3_WIDE: Format = (Element::E4m3, Output::F32);
+const BF16_WIDE: Format = (Element::Bf16, Output::F32);
+const E4M3_GATED: Format = (Element::E4m3, Output::Gated);
 
 /// The instances at the end of `kernels/gemm.sm90a.cu`.
 const HOPPER: &[Tiling] = &[
@@ -146,6 +171,11 @@ const HOPPER: &[Tiling] = &[
     hopper("gemm_pair_bf16_n256", BF16, 256, 4, 2),
     hopper("gemm_bf16_f32_n128", BF16_WIDE, 128, 6, 1),
     hopper("gemm_bf16_f32_n256", BF16_WIDE, 256, 4, 1),
+    hopper("gemm_gated_e4m3_n160", E4M3_GATED, 160, 6, 1),
+    hopper("gemm_gated_e4m3_n192", E4M3_GATED, 192, 5, 1),
+    hopper("gemm_gated_e4m3_n224", E4M3_GATED, 224, 5, 1),
+    hopper("gemm_gated_pair_e4m3_n160", E4M3_GATED, 160, 6, 2),
+    hopper("gemm_gated_pair_e4m3_n192", E4M3_GATED, 192, 5, 2),
 ];
 
 /// The instances at the end of `kernels/gemm_portable.cu`; of each format those of fewer rows first.
@@ -175,7 +205,7 @@ const STORE_CLOCKS_PER_COLUMN: usize = 6;
 
 impl Tiling {
     fn fits(&self, format: Format) -> bool {
-        (self.element, self.is_wide) == format
+        (self.element, self.output) == format
     }
 
     fn cluster(&self) -> usize {
@@ -262,15 +292,33 @@ impl Gemm {
     /// # Errors
     /// No kernel for the format, or the launch failed.
     pub(crate) fn multiply(&self, device: &mut dyn Device, product: &Product<'_>) -> Result<(), BackendError> {
-        self.launch(device, product, self.choose(product)?, Tuning::default())
+        let kernel = self.choose(product, Output::of(product.out))?;
+        self.launch(device, product, kernel, Tuning::default())
+    }
+
+    /// Launches the fastest kernel for a product whose columns are gate and up, which writes `gated` and not the product's
+    /// output. Both have the same bits as what the row kernel makes of the product.
+    ///
+    /// # Errors
+    /// No such kernel for the format, or the launch failed.
+    pub(crate) fn multiply_gated(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        gated: ActivationParams,
+    ) -> Result<(), BackendError> {
+        let kernel = self.choose(product, Output::Gated)?;
+        self.launch_gated(device, product, gated, kernel, Tuning::default())
+    }
+
+    /// Whether there are kernels that gate products of such elements.
+    pub(crate) fn can_gate(&self, element: Element) -> bool {
+        !self.candidates(element, Output::Gated).is_empty()
     }
 
     /// The names of all kernels for a format.
-    pub(crate) fn candidates(&self, element: Element, is_wide: bool) -> Vec<&'static str> {
-        let fitting = self
-            .kernels
-            .iter()
-            .filter(|(tiling, _)| tiling.fits((element, is_wide)));
+    pub(crate) fn candidates(&self, element: Element, output: Output) -> Vec<&'static str> {
+        let fitting = self.kernels.iter().filter(|(tiling, _)| tiling.fits((element, output)));
         fitting.map(|(tiling, _)| tiling.name).collect()
     }
 
@@ -285,9 +333,27 @@ impl Gemm {
         name: &str,
         tuning: Tuning,
     ) -> Result<(), BackendError> {
+        self.launch(device, product, self.named(name)?, tuning)
+    }
+
+    /// As [`Self::multiply_gated`], with one of the candidates.
+    ///
+    /// # Errors
+    /// There is none of that name, or the launch failed.
+    pub(crate) fn multiply_gated_as(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        gated: ActivationParams,
+        name: &str,
+        tuning: Tuning,
+    ) -> Result<(), BackendError> {
+        self.launch_gated(device, product, gated, self.named(name)?, tuning)
+    }
+
+    fn named(&self, name: &str) -> Result<&(Tiling, Kernel), BackendError> {
         let named = self.kernels.iter().find(|(tiling, _)| tiling.name == name);
-        let kernel = named.ok_or_else(|| BackendError::Unsupported(format!("there is no kernel `{name}`")))?;
-        self.launch(device, product, kernel, tuning)
+        named.ok_or_else(|| BackendError::Unsupported(format!("there is no kernel `{name}`")))
     }
 
     fn launch(
@@ -301,10 +367,26 @@ impl Gemm {
         launch(device, kernel, grid, &GemmParams::new(product, tiling, tuning))
     }
 
-    fn choose(&self, product: &Product<'_>) -> Result<&(Tiling, Kernel), BackendError> {
+    fn launch_gated(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        gated: ActivationParams,
+        (tiling, kernel): &(Tiling, Kernel),
+        tuning: Tuning,
+    ) -> Result<(), BackendError> {
+        let grid = tiling.grid(product.max_rows, product.w.rows, self.multiprocessors);
+        let params = GatedGemmParams {
+            product: GemmParams::new(product, tiling, tuning),
+            gated,
+        };
+        launch(device, kernel, grid, &params)
+    }
+
+    fn choose(&self, product: &Product<'_>, output: Output) -> Result<&(Tiling, Kernel), BackendError> {
         let (rows, weights) = (product.max_rows, product.w);
         let fitting = || {
-            let format = (weights.element, product.out.is_wide);
+            let format = (weights.element, output);
             self.kernels.iter().filter(move |(tiling, _)| tiling.fits(format))
         };
         let clocks = |tiling: &Tiling| tiling.clocks(rows, weights.rows, weights.panels, self.multiprocessors);

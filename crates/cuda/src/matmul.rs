@@ -8,6 +8,9 @@ use crate::pack::{Element, Panels};
 use crate::slab_gemm::{self, SlabGemm};
 use crate::tensor::{ActivationParams, Tensor};
 
+/// Columns of gate, and of up, that a thread of the gating kernels stores together.
+const GATED_COLUMNS: usize = 8;
+
 /// Compute capability of the kernels with wgmma.
 const HOPPER: u32 = 90;
 
@@ -100,5 +103,29 @@ impl Matmul {
             Some(slabs) if product.max_rows <= slab_gemm::MAX_TOKENS => slabs.launch(device, product),
             _ => self.gemm.multiply(device, product),
         }
+    }
+
+    /// Whether [`Self::run_gated`] takes a product of gate and up. Of few tokens the product is bound by the bytes of the
+    /// weights, and what is added to it costs more than another kernel.
+    pub(crate) fn gates(&self, product: &Product<'_>, gated: &ActivationParams) -> bool {
+        product.max_rows > slab_gemm::MAX_TOKENS
+            && gated.has_static_scale()
+            && product.w.rows.is_multiple_of(2 * GATED_COLUMNS)
+            && self.gemm.can_gate(product.w.element)
+    }
+
+    /// `gated[m][n] = gelu_tanh(gate) * up`, quantised, where gate and up are the columns of the product in turns of eight,
+    /// rounded to bf16. The product itself is not written.
+    ///
+    /// # Errors
+    /// Operands that do not fit, or the launch failed.
+    pub(crate) fn run_gated(
+        &self,
+        device: &mut dyn Device,
+        product: &Product<'_>,
+        gated: ActivationParams,
+    ) -> Result<(), BackendError> {
+        product.check()?;
+        self.gemm.multiply_gated(device, product, gated)
     }
 }

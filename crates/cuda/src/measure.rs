@@ -7,7 +7,7 @@ use lapidary_model::{ActivationScheme, AttentionConfig, BackendError, StepLimits
 pub use crate::attention::DecodeTuning;
 use crate::attention::{Attention, AttentionInputs};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
-use crate::gemm::Tuning;
+use crate::gemm::{Output, Tuning};
 use crate::matmul::{Matmul, Product};
 use crate::pack::{Element, PANEL_BYTES, Panels, ROW_MULTIPLE};
 use crate::rope::Rope;
@@ -26,6 +26,8 @@ const BLOCK: usize = 16;
 const REPEATS: usize = 9;
 /// Row tiles together and panels of lead that the kernels for many tokens are tried with.
 const TILE_TUNINGS: [(usize, usize); 4] = [(16, 0), (16, 2), (8, 2), (32, 2)];
+/// The same of those that gate: the longer a tile's end takes, the more a lead may be worth.
+const GATED_TUNINGS: [(usize, usize); 4] = [(16, 2), (16, 3), (16, 4), (8, 2)];
 
 /// A model's matrices, `[outputs, inputs]`.
 #[derive(Debug, Clone, Copy)]
@@ -219,7 +221,8 @@ impl Bench {
             matmul.gemm().multiply(device, product)
         })?;
         let mut timings = vec![operands.timing(tokens, chosen, "")];
-        for name in self.matmul.gemm().candidates(operands.weights[0].element, is_output) {
+        let output = if is_output { Output::F32 } else { Output::Bf16 };
+        for name in self.matmul.gemm().candidates(operands.weights[0].element, output) {
             for (row_tiles_together, lead_panels) in TILE_TUNINGS {
                 let tuning = Tuning {
                     row_tiles_together,
@@ -233,6 +236,49 @@ impl Bench {
             }
         }
         timings[1..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
+        self.device.release(memory)?;
+        Ok(timings)
+    }
+
+    /// Gate and up of many tokens: as product and row kernel, as the product that gates, then as every kernel of that kind with
+    /// some tunings, fastest first.
+    ///
+    /// # Errors
+    /// Not enough memory, the device failed, or it has no kernels that gate.
+    pub fn gated(&mut self, shape: (usize, usize), tokens: usize) -> Result<Vec<Timing>, BackendError> {
+        let memory = self.device.mark();
+        let operands = Operands::random(&mut self.device, shape, tokens, false)?;
+        let rows = RowKernels::load(&mut self.device)?;
+        let gated = written(&mut self.device, tokens, shape.0 / 2)?;
+        let apart = self.time_product(&operands, tokens, |matmul, device, product| {
+            matmul.run(device, product)?;
+            let count = RowCount {
+                on_device: product.num_rows,
+                at_most: tokens,
+            };
+            rows.geglu(device, count, product.out, gated)
+        })?;
+        let chosen = self.time_product(&operands, tokens, |matmul, device, product| {
+            matmul.run_gated(device, product, gated)
+        })?;
+        let mut timings = vec![
+            operands.timing(tokens, apart, " and geglu"),
+            operands.timing(tokens, chosen, " gated"),
+        ];
+        for name in self.matmul.gemm().candidates(Element::E4m3, Output::Gated) {
+            for (row_tiles_together, lead_panels) in GATED_TUNINGS {
+                let tuning = Tuning {
+                    row_tiles_together,
+                    lead_panels,
+                };
+                let microseconds = self.time_product(&operands, tokens, |matmul, device, product| {
+                    matmul.gemm().multiply_gated_as(device, product, gated, name, tuning)
+                })?;
+                let how = format!(" {name} together {row_tiles_together} lead {lead_panels}");
+                timings.push(operands.timing(tokens, microseconds, &how));
+            }
+        }
+        timings[2..].sort_by(|a, b| a.microseconds.total_cmp(&b.microseconds));
         self.device.release(memory)?;
         Ok(timings)
     }

@@ -65,6 +65,11 @@ pub(crate) struct ActivationParams {
 }
 
 impl ActivationParams {
+    /// Whether all rows have the one scale that is known beforehand.
+    pub(crate) fn has_static_scale(&self) -> bool {
+        self.scheme == 1
+    }
+
     /// Whether each row gets the scale of its largest value.
     pub(crate) fn has_token_scales(&self) -> bool {
         self.scheme == 2

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use half::bf16;
@@ -7,6 +8,7 @@ use super::*;
 use crate::device::{bytes_of, on_device, read_back};
 use crate::matmul::Matmul;
 use crate::pack::{Order, Panels, e4m3_to_f32, upload};
+use crate::rows::{RowCount, RowKernels};
 use crate::slab_gemm::SlabGemm;
 use crate::tensor::{Activation, Tensor};
 use crate::testing;
@@ -195,10 +197,16 @@ impl Loaded {
     ) -> Vec<f32> {
         let mut gemm = Gemm::load_family(&mut *self.device, std::slice::from_ref(tiling)).expect("the kernel exists");
         gemm.multiprocessors = FEW_MULTIPROCESSORS;
-        self.product(fixture, tiling.is_wide, rows, softcap, |device, product| {
-            let launched = gemm.multiply_as(device, product, tiling.name, tuning);
-            launched.expect("the product is possible");
-        })
+        self.product(
+            fixture,
+            tiling.output == Output::F32,
+            rows,
+            softcap,
+            |device, product| {
+                let launched = gemm.multiply_as(device, product, tiling.name, tuning);
+                launched.expect("the product is possible");
+            },
+        )
     }
 
     /// What `launch` makes of the given rows of the fixture, `[rows, COLUMNS]`. It must not touch other rows of the output.
@@ -254,7 +262,11 @@ fn first_rows(count: usize) -> Vec<usize> {
 }
 
 fn assert_close(fixture: &Fixture, tiling: &Tiling, got: &[f32], finish: impl Fn(f64) -> f64) {
-    let rounding = if tiling.is_wide { 1e-6 } else { 1.0 / 256.0 };
+    let rounding = if tiling.output == Output::F32 {
+        1e-6
+    } else {
+        1.0 / 256.0
+    };
     // A tensor core's sums of e4m3 products are off by up to 2.3e-3 of the sum of magnitudes (tests/gpu/probes.cu).
     let summing = if on_gpu() && tiling.element == Element::E4m3 {
         3e-3
@@ -355,7 +367,7 @@ fn few_and_many_tokens_get_the_same_bits() {
         }
         let many = HOPPER
             .iter()
-            .find(|tiling| tiling.fits((element, true)))
+            .find(|tiling| tiling.fits((element, Output::F32)))
             .expect("there is one");
         let want = loaded.multiply(fixture, many, &first_rows(ROWS), Some(30.0));
         let slabs = SlabGemm::load(&mut *loaded.device).expect("the kernels exist");
@@ -363,6 +375,102 @@ fn few_and_many_tokens_get_the_same_bits() {
             slabs.launch(device, product).expect("the product is possible");
         });
         assert_same_bits("slabs", &got, &want);
+    }
+}
+
+/// Gate and up of the fixture's tokens in device memory, as a product to come.
+struct GateUp {
+    x: Activation,
+    weights: Panels,
+    scales: DevicePtr,
+    out: Tensor,
+    num_rows: DevicePtr,
+}
+
+impl GateUp {
+    fn new(loaded: &mut Loaded, fixture: &Fixture, rows: usize, inner: usize) -> Self {
+        let x = loaded.activation(fixture, &first_rows(rows));
+        let device = &mut *loaded.device;
+        let columns = 2 * inner;
+        let part = HostTensor {
+            data: &noisy_elements(Element::E4m3, columns * K, 3),
+            dtype: DType::F8E4M3,
+            shape: &[columns, K],
+        };
+        let weights = upload(device, "weights", &[part], Element::E4m3, Order::Stacked).expect("weights fit");
+        let scales: Vec<f32> = (0..weights.padded_rows).map(|row| 0.01 + 1e-4 * row as f32).collect();
+        Self {
+            x,
+            weights,
+            scales: on_device(device, &scales),
+            out: Tensor::alloc(device, "output", [ROWS, columns], false).expect("it fits"),
+            num_rows: on_device(device, &[rows as i32]),
+        }
+    }
+
+    /// Panels and scales of what `launch` writes, all of them.
+    fn gated(
+        &self,
+        device: &mut dyn Device,
+        scale: f32,
+        launch: impl FnOnce(&mut dyn Device, &Product<'_>, ActivationParams),
+    ) -> (Vec<u8>, Vec<f32>) {
+        let product = Product {
+            x: &self.x.params(),
+            w: &self.weights,
+            w_scales: self.scales,
+            out: &self.out,
+            softcap: None,
+            num_rows: self.num_rows,
+            max_rows: ROWS,
+        };
+        let mut gated = Activation::alloc(device, ROWS, self.out.cols / 2).expect("it fits");
+        let params = gated
+            .write(device, ActivationScheme::Fp8Static { scale })
+            .expect("it can be written");
+        launch(device, &product, params);
+        let bytes = Activation::bytes(ROWS, gated.cols) - 4 * ROW_STRIDE;
+        (
+            read_back(device, params.panels, bytes),
+            read_back(device, params.scales, ROW_STRIDE),
+        )
+    }
+}
+
+#[test]
+fn gated_products_have_the_bits_of_product_and_row_kernel() {
+    let fixture = random(Element::E4m3);
+    let mut loaded = Loaded::new(fixture);
+    if loaded.device.compute_capability() != 90 {
+        return;
+    }
+    let mut gemm = Gemm::load(&mut *loaded.device).expect("the kernels exist");
+    gemm.multiprocessors = FEW_MULTIPROCESSORS;
+    let row_kernels = RowKernels::load(&mut *loaded.device).expect("the kernels exist");
+    // A part of a tile; tiles of every width with another after them, in panels that they do not fill.
+    for (rows, inner) in [(65, 8), (ROWS, 120), (129, 200)] {
+        let gate_up = GateUp::new(&mut loaded, fixture, rows, inner);
+        for scale in [0.0371, 0.5] {
+            let want = gate_up.gated(&mut *loaded.device, scale, |device, product, gated| {
+                gemm.multiply(device, product).expect("the product is possible");
+                let count = RowCount {
+                    on_device: product.num_rows,
+                    at_most: ROWS,
+                };
+                row_kernels.geglu(device, count, product.out, gated).expect("gates run");
+            });
+            let codes: BTreeSet<u8> = want.0.iter().copied().collect();
+            assert!(codes.len() > 100, "most codes occur, not only clipped ones");
+            for name in gemm.candidates(Element::E4m3, Output::Gated) {
+                let got = gate_up.gated(&mut *loaded.device, scale, |device, product, gated| {
+                    gemm.multiply_gated_as(device, product, gated, name, Tuning::default())
+                        .expect("the product is possible");
+                });
+                assert_eq!(got.1, want.1, "{name} scales of {rows} rows");
+                let differ = got.0.iter().zip(&want.0).position(|(got, want)| got != want);
+                assert_eq!(differ, None, "{name} {rows} rows of {inner} by {scale}");
+            }
+        }
     }
 }
 
