@@ -101,7 +101,7 @@ fn an_fp8_kv_cache_answers_and_is_named_wherever_the_cache_is() {
     let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
     assert_eq!(
         (status, &answer["choices"][0]["message"]["content"]),
-        (200, &"19".into())
+        (200, &"12 + 7 = 19".into())
     );
     let (_, metrics) = server.get("/metrics");
     let info = metrics
