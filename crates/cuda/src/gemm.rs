@@ -333,7 +333,7 @@ impl Gemm {
         name: &str,
         tuning: Tuning,
     ) -> Result<(), BackendError> {
-        self.launch(device, product, self.named(name)?, tuning)
+        self.launch(device, product, self.named(name, false)?, tuning)
     }
 
     /// As [`Self::multiply_gated`], with one of the candidates.
@@ -348,11 +348,13 @@ impl Gemm {
         name: &str,
         tuning: Tuning,
     ) -> Result<(), BackendError> {
-        self.launch_gated(device, product, gated, self.named(name)?, tuning)
+        self.launch_gated(device, product, gated, self.named(name, true)?, tuning)
     }
 
-    fn named(&self, name: &str) -> Result<&(Tiling, Kernel), BackendError> {
-        let named = self.kernels.iter().find(|(tiling, _)| tiling.name == name);
+    /// A kernel by its name, among those that are gated or those that are not: they take other parameters.
+    fn named(&self, name: &str, is_gated: bool) -> Result<&(Tiling, Kernel), BackendError> {
+        let mut alike = self.kernels.iter();
+        let named = alike.find(|(tiling, _)| tiling.name == name && (tiling.output == Output::Gated) == is_gated);
         named.ok_or_else(|| BackendError::Unsupported(format!("there is no kernel `{name}`")))
     }
 
