@@ -55,17 +55,17 @@ DEVICE void attend(RowSums<D>& sums, const Prefill& work, int position, uint32_t
   const int lane = work.lane;
   float s[Keys / 2], factors[2];
   uint32_t probabilities[Keys / 16][4];
-  score<D, Keys>(s, queries + swizzled<D>(work.warp * 16 + lane % 16, lane / 16),
-                 stage + swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+  score<D, Keys>(s, queries + swizzled<2 * D>(work.warp * 16 + lane % 16, lane / 16),
+                 stage + swizzled<2 * D>(lane % 8 + lane / 16 * 8, lane / 8 % 2));
   exponentiate<Keys, Capped>(s, sums.maximum, factors, Mask(work, position, Keys), work.p);
   pack<D, Keys, Capped>(probabilities, sums, s, factors);
-  accumulate<D, Keys>(sums, probabilities, stage + Keys * 2 * D + swizzled<D>(lane % 16, lane / 16));
+  accumulate<D, Keys>(sums, probabilities, stage + Keys * 2 * D + swizzled<2 * D>(lane % 16, lane / 16));
 }
 
 /// Shared memory: queries [Rows][D], in the end the result; [2][K, V][Keys][D]; where the keys lie.
 template <int D, int Rows, int Keys, bool Capped>
 DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
-  using Layout = PlainRows<D>;
+  using Layout = PlainRows<2 * D>;
   constexpr uint32_t kPlaneBytes = Keys * 2 * D;
   const uint32_t queries = shared_address(memory), stages = queries + Rows * 2 * D;
   unsigned* const key_tiles = reinterpret_cast<unsigned*>(memory + Rows * 2 * D + 4 * kPlaneBytes);

@@ -1,25 +1,29 @@
 // Rotates queries and keys by their positions and appends keys and values to the cache.
 //
 // qkv holds, for each token, query heads, key heads, value heads; a layer of the cache is
-// [num_blocks][2: K, V][num_kv_heads][block_size][head_dim], all bf16. In the cache the chunks of 8 elements of a row
-// are permuted by the row's lowest bits as ldmatrix wants them, if a head is a multiple of 64 elements. Element i of a head turns with element
-// i + head_dim / 2 (neox style). Queries are rotated in place; keys and values go to the token's slot.
+// [num_blocks][2: K, V][num_kv_heads][block_size][head_dim]; all bf16, but that the cache may be e4m3. In the cache the chunks
+// of 16 bytes of a row are permuted by the row's lowest bits as ldmatrix wants them, if a head is a multiple of 64 elements.
+// Element i of a head turns with element i + head_dim / 2 (neox style). Queries are rotated in place; keys and values go to
+// the token's slot, as e4m3 divided by the scales of the layer.
 //
 // A thread owns 8 elements of a head's lower half and the 8 that turn with them: two reads and two writes of 16 bytes.
 // Grid: (tokens, pieces of a token), enough blocks that a step of one token uses several SMs. Bound by latency for few
 // tokens and by memory for many: 4 bytes an element and the table, which stays in L2.
-#include "common/numbers.cuh"
-#include "common/step.cuh"
+#include "common/attention.cuh"
 
 struct RopeParams {
   Step step;
   bf16* qkv;              // [tokens][(num_heads + 2 * num_kv_heads) * head_dim]
   const float* table;     // [positions][2: cos, sin][head_dim / 2]
-  bf16* kv;               // the layer
+  uint8_t* kv;            // the layer
   int num_heads;
   int num_kv_heads;
   int head_dim;
   int block_size;
+  int kv_is_e4m3;
+  float key_scale;
+  float value_scale;
+  int padding;
 };
 
 constexpr int kRopeThreads = 128;
@@ -51,6 +55,23 @@ DEVICE void store_eight(bf16* to, const Eight& v, int count, bool is_aligned) {
       if (i < count) to[i] = bf16_from_float(v.x[i]);
     }
   }
+}
+DEVICE void store_eight(uint8_t* to, const Eight& v, int count, bool is_aligned) {
+  if (is_aligned) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(e4m3x4_from_floats(v.x[0], v.x[1], v.x[2], v.x[3]),
+                                               e4m3x4_from_floats(v.x[4], v.x[5], v.x[6], v.x[7]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (i < count) to[i] = uint8_t(e4m3x2_from_floats(v.x[i], 0.0f));
+    }
+  }
+}
+DEVICE Eight divided(const Eight& v, float scale) {
+  Eight out;
+#pragma unroll
+  for (int i = 0; i < 8; i++) out.x[i] = __fdiv_rn(v.x[i], scale);
+  return out;
 }
 DEVICE Eight load_table(const float* from, int count, bool is_aligned) {
   Eight out;
@@ -91,16 +112,25 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
       high.x[i] = b * cosine.x[i] + a * sine.x[i];
     }
   }
-  bf16 *to = from, *upper = from + half;
-  if (head >= p.num_heads) {
-    const int kv_head = (head - p.num_heads) % p.num_kv_heads;
-    const size_t line = (size_t(slot / p.block_size) * 2 + is_value) * p.num_kv_heads + kv_head;
-    const int row = slot % p.block_size;
-    const int turn = p.head_dim % 64 == 0 ? row % 8 * 8 : 0;
-    bf16* line_of = p.kv + (line * p.block_size + row) * p.head_dim;
-    to = line_of + (first ^ turn);
-    upper = line_of + ((half + first) ^ turn);
+  if (head < p.num_heads) {
+    store_eight(from, low, count, is_aligned);
+    store_eight(from + half, high, count, is_aligned);
+    return;
   }
-  store_eight(to, low, count, is_aligned);
-  store_eight(upper, high, count, is_aligned);
+  const int kv_head = (head - p.num_heads) % p.num_kv_heads, row = slot % p.block_size;
+  const size_t line = (size_t(slot / p.block_size) * 2 + is_value) * p.num_kv_heads + kv_head;
+  const size_t first_of_line = (line * p.block_size + row) * p.head_dim;
+  const bool is_permuted = p.head_dim % 64 == 0;
+  if (p.kv_is_e4m3 != 0) {
+    const int turn = !is_permuted ? 0 : 16 * (p.head_dim < 128 ? row_swizzle<64>(row) : row_swizzle<128>(row));
+    const float scale = is_value ? p.value_scale : p.key_scale;
+    uint8_t* to = p.kv + first_of_line;
+    store_eight(to + (first ^ turn), divided(low, scale), count, is_aligned);
+    store_eight(to + ((half + first) ^ turn), divided(high, scale), count, is_aligned);
+  } else {
+    const int turn = is_permuted ? 8 * row_swizzle<128>(row) : 0;
+    bf16* to = reinterpret_cast<bf16*>(p.kv) + first_of_line;
+    store_eight(to + (first ^ turn), low, count, is_aligned);
+    store_eight(to + ((half + first) ^ turn), high, count, is_aligned);
+  }
 }

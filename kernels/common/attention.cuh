@@ -10,9 +10,9 @@ struct Attention {
   Step step;
   /// `[num_tokens][(num_heads + 2 * num_kv_heads) * D]`; the q heads are rotated and not scaled.
   const bf16* qkv;
-  /// `[num_blocks][K, V][num_kv_heads][block_size][D]`; of a row's chunks of 8 values, chunk i is where chunk
-  /// i ^ (row % 8) would be.
-  const bf16* kv;
+  /// `[num_blocks][K, V][num_kv_heads][block_size][D]`, bf16 or e4m3; of a row's chunks of 16 bytes, chunk i is where chunk
+  /// i ^ `row_swizzle` would be.
+  const uint8_t* kv;
   /// The o projection's input, unless its scheme is `kSchemeToken`.
   Activation out;
   /// `[num_tokens][num_heads * D]`: the result if the scheme is `kSchemeToken`, for a row kernel to quantise.
@@ -22,19 +22,26 @@ struct Attention {
   /// A multiple of 16.
   int block_size;
   int window;
-  /// With soft-cap c and logit scale s: 2 s log2(e) / c. Without: s log2(e).
+  /// With soft-cap c and logit scale s, which keys' own is part of: 2 s log2(e) / c. Without: s log2(e).
   float score_scale;
   /// c log2(e); unused without soft-cap.
   float cap;
+  /// What stored values are to be multiplied by.
+  float value_scale;
+  int padding;
 };
 
 /// A tile of K or V is this many positions: a multiple lies within one block.
 constexpr int kTile = 16;
 
-/// exp(c tanh(s q.k / c)). Capped logits need no maximum subtracted: exp(50) and its sums are far from f32's limits.
-DEVICE float capped_exp(float dot, float score_scale, float cap) {
+/// c tanh(s q.k / c), in units of log2.
+DEVICE float capped_exponent(float dot, float score_scale, float cap) {
   const float e = exp2_approx(dot * score_scale);  // e^2x; infinity gives tanh 1
-  return exp2_approx(cap - 2.0f * cap * reciprocal_approx(1.0f + e));
+  return cap - 2.0f * cap * reciprocal_approx(1.0f + e);
+}
+/// exp of it. Capped logits need no maximum subtracted: exp(50) and its sums are far from f32's limits.
+DEVICE float capped_exp(float dot, float score_scale, float cap) {
+  return exp2_approx(capped_exponent(dot, score_scale, cap));
 }
 
 /// Where the 16 keys from `position` on (a multiple of 16) lie, as an index of 16-row tiles of `kv`.
@@ -49,30 +56,34 @@ DEVICE unsigned value_tile_offset(const Attention& p) {
   return unsigned(p.num_kv_heads) * (unsigned(p.block_size) / kTile);
 }
 
-/// Where a row's 16-byte chunk `chunk` stands in shared memory: rows of D bf16, chunks permuted by the row so that
-/// ldmatrix meets no bank conflict. The cache is permuted alike.
-template <int D>
+/// How the 16-byte chunks of a row are permuted so that ldmatrix meets no bank conflict: 8 rows fill all banks with a chunk each.
+template <int RowBytes>
+DEVICE int row_swizzle(int row) {
+  return RowBytes < 128 ? row / 2 & 3 : row & 7;
+}
+/// Where a row's chunk `chunk` stands in shared memory. The cache is permuted alike.
+template <int RowBytes>
 DEVICE uint32_t swizzled(int row, int chunk) {
-  return uint32_t(row * 2 * D + (chunk ^ (row & 7)) * 16);
+  return uint32_t(row * RowBytes + (chunk ^ row_swizzle<RowBytes>(row)) * 16);
 }
 /// The same as a way to lay out a tile.
-template <int D>
+template <int RowBytes>
 struct PlainRows {
-  static DEVICE uint32_t at(int row, int chunk) { return swizzled<D>(row, chunk); }
+  static DEVICE uint32_t at(int row, int chunk) { return swizzled<RowBytes>(row, chunk); }
 };
 
 /// Loads 16 rows with one warp; rows outside [first, end) become zeros, whatever memory holds there. They are rows
 /// `to_row`, ... of what is at `to`.
-template <int D, class Layout>
-DEVICE void load_tile(uint32_t to, int to_row, const bf16* kv, unsigned tile, int lane, int first, int end) {
-  constexpr int kChunks = D / 8;
+template <int RowBytes, class Layout>
+DEVICE void load_tile(uint32_t to, int to_row, const uint8_t* kv, unsigned tile, int lane, int first, int end) {
+  constexpr int kChunks = RowBytes / 16;
   constexpr int kRowsPerStep = 32 / kChunks;
   const int row = lane / kChunks, chunk = lane % kChunks;
-  const bf16* from = kv + size_t(tile) * (kTile * D) + lane * 8;
+  const uint8_t* from = kv + size_t(tile) * (kTile * RowBytes) + lane * 16;
 #pragma unroll
   for (int step = 0; step < kTile / kRowsPerStep; step++) {
     const int r = step * kRowsPerStep + row;
-    cp_async_16(to + Layout::at(to_row + r, chunk ^ (r & 7)), from + step * 256, r >= first && r < end);
+    cp_async_16(to + Layout::at(to_row + r, chunk ^ row_swizzle<RowBytes>(r)), from + step * 512, r >= first && r < end);
   }
 }
 

@@ -11,13 +11,13 @@
 // Two more warps finish units: they add up what those leave in shared memory (in two buffers) and write it out, taking turns;
 // no load ever waits for them. Of a sequence with several chunks that is the chunk's part, for `attention_merge` to add.
 //
-// A tile's products run on tensor cores, for any group of up to 8 query heads at the same cost:
-//   S^T [16 keys][heads] = K Q^T   K is the A operand; Q the B operand, kept in registers;
-//   O^T [D][heads] += V^T P^T      V is the A operand (transposed by ldmatrix); P^T is S^T, exponentiated and transposed.
+// A tile's products run on tensor cores (`Cache`, attention_cache.cuh), for any group of up to 8 query heads at the same cost.
+// Between them, S^T is exponentiated and transposed.
 //
 // Bound: bytes of K and V; two products of 16 x 8 x 16 for 1 KB leave tensor cores and issue slots mostly idle.
 #pragma once
 
+#include "attention_cache.cuh"
 #include "attention_chunks.cuh"
 
 constexpr int kWarps = 4;
@@ -26,8 +26,6 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kFinishers = 2;
 constexpr int kFinishThreads = kFinishers * 32;
 constexpr int kAllThreads = kThreads + kFinishThreads;
-/// Operands on their way from shared memory: a warp has nobody to hide that latency behind.
-constexpr int kAhead = 4;
 /// Buffers between the warps that compute and those that finish.
 constexpr int kBuffers = 2;
 /// Named barriers, of a block's every fourth unit: its buffer is full, its buffer is empty again.
@@ -42,10 +40,10 @@ struct __align__(16) SeqEntry {
 };
 
 /// Shared memory: rings of the computing warps, then what they leave at a unit's end.
-template <int D>
+template <class Cache, int D>
 struct DecodeShared {
-  static constexpr int kTileBytes = kTile * 2 * D;
-  uint8_t* ring;     // [warps][stages]: K [16][D], V [16][D], Q [group][D], bf16
+  static constexpr int kTileBytes = kTile * Cache::kBytes * D;
+  uint8_t* ring;     // [warps][stages]: K [16][D], V [16][D], as in the cache, Q [group][D], bf16
   float* outputs;    // [2][warps][group][D]
   float* sums;       // [2][warps][8]
   float* maxima;     // [2][warps][8]
@@ -176,21 +174,23 @@ struct TileRows {
 };
 
 /// Tiles by cp.async, 16 bytes a thread. Loads are told apart by the order they are made in: one of K, one of V, ...
-template <int D>
+template <class Cache_, int D>
 struct SmallCopies {
+  using Cache = Cache_;
+  static constexpr int kRowBytes = Cache::kBytes * D;
   /// With the addresses of all those copies, half of an SM's registers would not do.
   static constexpr int kMinBlocks = 1;
   static constexpr bool kLoadsEarly = false;
   static DEVICE void init(uint32_t, int) {}
-  static DEVICE void load_keys(Stage to, const bf16* kv, unsigned tile, TileRows rows, const bf16* queries, int group,
+  static DEVICE void load_keys(Stage to, const uint8_t* kv, unsigned tile, TileRows rows, const bf16* queries, int group,
                                int lane) {
-    load_tile<D, PlainRows<D>>(to.keys, 0, kv, tile, lane, rows.first, rows.end);
+    load_tile<kRowBytes, PlainRows<kRowBytes>>(to.keys, 0, kv, tile, lane, rows.first, rows.end);
     if (queries == nullptr) return;
-    const uint32_t at = to.keys + 2 * DecodeShared<D>::kTileBytes;
+    const uint32_t at = to.keys + 2 * DecodeShared<Cache, D>::kTileBytes;
     for (int i = lane; i < group * (D / 8); i += 32) cp_async_16(at + uint32_t(16 * i), queries + i * 8, true);
   }
-  static DEVICE void load_values(Stage to, const bf16* kv, unsigned tile, TileRows rows, int lane) {
-    load_tile<D, PlainRows<D>>(to.keys + DecodeShared<D>::kTileBytes, 0, kv, tile, lane, rows.first, rows.end);
+  static DEVICE void load_values(Stage to, const uint8_t* kv, unsigned tile, TileRows rows, int lane) {
+    load_tile<kRowBytes, PlainRows<kRowBytes>>(to.keys + DecodeShared<Cache, D>::kTileBytes, 0, kv, tile, lane, rows.first, rows.end);
   }
   /// After every load, also one that found nothing left.
   static DEVICE void commit() { cp_async_commit(); }
@@ -215,7 +215,7 @@ struct SmallCopies {
         return cp_async_wait<15>();
     }
   }
-  static DEVICE void load_keys_before_queries(Stage, const bf16*, unsigned, TileRows, bool, int, int) {}
+  static DEVICE void load_keys_before_queries(Stage, const uint8_t*, unsigned, TileRows, bool, int, int) {}
   static DEVICE void load_queries(Stage, const bf16*, int) {}
   static DEVICE void clear_values(Stage, TileRows, int) {}
   static DEVICE void finish() { cp_async_wait<0>(); }
@@ -224,6 +224,7 @@ struct SmallCopies {
 /// Runs ahead of the computation and keeps a warp's ring full.
 template <int D, class Copies>
 struct Loader {
+  using Shared = DecodeShared<typename Copies::Cache, D>;
   const AttentionDecode& p;
   const Units& units;
   int warp;
@@ -241,7 +242,7 @@ struct Loader {
   unsigned next_tiles;
   static constexpr unsigned kNoQueries = ~0u;
 
-  DEVICE Loader(const Units& all, const DecodeShared<D>& shared, int w, int l)
+  DEVICE Loader(const Units& all, const Shared& shared, int w, int l)
       : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads) {
     ring = {shared_address(shared.ring + warp * p.stages * shared.stage_bytes),
             shared_address(shared.barriers + 2 * warp * p.stages)};
@@ -250,7 +251,7 @@ struct Loader {
   }
 
   DEVICE Stage at(int stage) const {
-    const int stage_bytes = (2 * kTile + group) * 2 * D;
+    const int stage_bytes = 2 * Shared::kTileBytes + group * 2 * D;
     return {ring.keys + uint32_t(stage * stage_bytes), ring.barrier + uint32_t(16 * stage)};
   }
 
@@ -336,12 +337,20 @@ struct Loader {
   }
 };
 
+/// Whether sums are relative to a maximum: without soft-cap exp would overflow, and so would f16 with it.
+template <class Cache, bool Capped>
+DEVICE constexpr bool is_relative() {
+  return !Capped || Cache::kNeedsMaximum;
+}
+/// The maximum is raised once a score exceeds it by so many powers of two; f16 ends at 16.
+constexpr float kHeadroom = 8.0f;
+
 /// A warp's sums over its tiles of a unit; lane l has those of heads 2 (l % 4) + {0, 1}.
 template <int D>
 struct Sums {
-  float output[D / 16][4];
+  float output[D / 16][4];  // of which elements: `Cache::accumulate`
   float sum[2];      // over the lane's keys
-  float maximum[2];  // over all
+  float maximum[2];  // of all keys but for kHeadroom
 };
 
 template <int D>
@@ -358,49 +367,18 @@ DEVICE void clear(Sums<D>& sums) {
   }
 }
 
-/// Q as B operands: register j holds elements 8j + 2 (l % 4) + {0, 1} of head l / 4; heads beyond the group repeat the
-/// last, and no one looks at what becomes of them.
-template <int D>
-DEVICE void read_queries(uint32_t (&q)[D / 8], uint32_t queries, int group, int lane) {
-  const uint32_t from = queries + uint32_t(min(lane % 8, group - 1) * 2 * D + lane / 8 * 16);
-#pragma unroll
-  for (int j = 0; j < D / 32; j++) {
-    uint32_t four[4];
-    ldmatrix_x4(four, from + uint32_t(64 * j));
-#pragma unroll
-    for (int i = 0; i < 4; i++) q[4 * j + i] = four[i];
-  }
+/// A logit in powers of e, in units of log2.
+template <bool Capped>
+DEVICE float exponent(float dot, const Attention& p) {
+  return Capped ? capped_exponent(dot, p.score_scale, p.cap) : dot * p.score_scale;
 }
 
-/// Scores of 16 keys: lane l gets those of keys l / 4 (values 0 and 1) and l / 4 + 8, with heads 2 (l % 4) + {0, 1}.
+/// Raises the maxima to those of all scores so far, and multiplies what was summed for it.
 template <int D>
-DEVICE void score(float (&s)[4], const uint32_t (&q)[D / 8], uint32_t keys) {
-  constexpr int kSteps = D / 16;
-  float sums[2][4] = {};  // steps alternate: shorter chains
-  uint32_t k[kAhead][4];
-#pragma unroll
-  for (int j = 0; j < kAhead && j < kSteps; j++) ldmatrix_x4(k[j], keys ^ uint32_t(32 * j));
-#pragma unroll
-  for (int j = 0; j < kSteps; j++) {
-    mma_m16n8k16_bf16(sums[j % 2], k[j % kAhead], {q[2 * j], q[2 * j + 1]}, sums[j % 2]);
-    if (j + kAhead < kSteps) ldmatrix_x4(k[j % kAhead], keys ^ uint32_t(32 * (j + kAhead)));
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) s[i] = sums[0][i] + sums[1][i];
-}
-
-/// Multiplies what was summed so far for the new maximum; the scores become relative to it.
-template <int D>
-DEVICE void rescale(Sums<D>& sums, float (&s)[4], const bool (&seen)[2], float score_scale) {
+DEVICE void raise_maxima(Sums<D>& sums, const float (&s)[4]) {
 #pragma unroll
   for (int odd = 0; odd < 2; odd++) {
-    float maximum = sums.maximum[odd];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float& x = s[2 * half + odd];
-      x *= score_scale;
-      if (seen[half]) maximum = fmaxf(maximum, x);
-    }
+    float maximum = fmaxf(sums.maximum[odd], fmaxf(s[odd], s[2 + odd]));
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, mask));
     const float factor = sums.maximum[odd] == kNoScore ? 0.0f : exp2_approx(sums.maximum[odd] - maximum);
@@ -411,58 +389,44 @@ DEVICE void rescale(Sums<D>& sums, float (&s)[4], const bool (&seen)[2], float s
       sums.output[j][odd] *= factor;
       sums.output[j][2 + odd] *= factor;
     }
-#pragma unroll
-    for (int half = 0; half < 2; half++) s[2 * half + odd] = exp2_approx(s[2 * half + odd] - maximum);
   }
 }
 
-/// Scores to probabilities, in bf16, as the B operand of the product with V.
-template <int D, bool Capped>
+/// Scores to probabilities, as the B operand of the product with V.
+template <class Cache, int D, bool Capped>
 DEVICE void weigh(uint32_t (&probabilities)[2], Sums<D>& sums, float (&s)[4], const Attention& p, int position,
                   const Unit& unit, int lane) {
-  bool seen[2];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int key = position + lane / 4 + i / 2 * 8;
+    s[i] = key >= unit.first && key < unit.end ? exponent<Capped>(s[i], p) : kNoScore;
+  }
+  if (is_relative<Cache, Capped>()) {
+    const bool exceeds = fmaxf(s[0], s[2]) > sums.maximum[0] + kHeadroom || fmaxf(s[1], s[3]) > sums.maximum[1] + kHeadroom;
+    if (__any_sync(~0u, exceeds)) raise_maxima<D>(sums, s);
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] -= sums.maximum[i % 2];
+  }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int key = position + lane / 4 + half * 8;
-    seen[half] = key >= unit.first && key < unit.end;
-  }
-  if (Capped) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[i] = capped_exp(s[i], p.score_scale, p.cap);
-  } else {
-    rescale<D>(sums, s, seen, p.score_scale);
-  }
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint32_t pair = seen[half] ? bf16x2_from_floats(s[2 * half], s[2 * half + 1]) : 0;
+    const uint32_t pair = Cache::pair(exp2_approx(s[2 * half]), exp2_approx(s[2 * half + 1]));
     // What is divided by is the sum of what is multiplied.
-    sums.sum[0] += low_float(pair);
-    sums.sum[1] += high_float(pair);
+    sums.sum[0] += Cache::low(pair);
+    sums.sum[1] += Cache::high(pair);
     probabilities[half] = transposed(pair);
-  }
-}
-
-template <int D>
-DEVICE void accumulate(Sums<D>& sums, const uint32_t (&probabilities)[2], uint32_t values) {
-#pragma unroll
-  for (int j = 0; j < D / 16; j++) {
-    uint32_t v[4];
-    ldmatrix_x4_transposed(v, values ^ uint32_t(32 * j));
-    mma_m16n8k16_bf16(sums.output[j], v, probabilities, sums.output[j]);
   }
 }
 
 /// All of a warp's tiles of one unit.
 template <int D, bool Capped, class Copies>
 DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, const Unit& unit) {
-  constexpr int kTileBytes = DecodeShared<D>::kTileBytes;
+  using Cache = typename Copies::Cache;
+  constexpr int kTileBytes = DecodeShared<Cache, D>::kTileBytes;
   const AttentionDecode& p = loader.p;
   const int lane = loader.lane;
   uint32_t q[D / 8];
-  // Row and chunk that this lane points ldmatrix at; the chunk's other bits are flipped in by the loops. Both tiles become A
-  // operands, and that of values is transposed on the way.
-  const uint32_t key_offset = swizzled<D>(lane % 16, lane / 16);
-  const uint32_t value_offset = kTileBytes + swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const uint32_t key_offset = Cache::template key_offset<D>(lane);
+  const uint32_t value_offset = kTileBytes + Cache::template value_offset<D>(lane);
   const int first = loader.first_tile(unit.first, loader.warp);
   for (int position = first; position < unit.end; position += kWarps * kTile) {
     float s[4];
@@ -470,15 +434,15 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
     const Stage stage = loader.at(place.stage);
     Copies::wait(stage, place.parity, 0, p.stages);
     __syncwarp();
-    if (position == first) read_queries<D>(q, stage.keys + 2 * kTileBytes, loader.group, lane);
-    score<D>(s, q, stage.keys + key_offset);
+    if (position == first) Cache::template read_queries<D>(q, stage.keys + 2 * kTileBytes, loader.group, lane);
+    Cache::template score<D>(s, q, stage.keys + key_offset);
     __syncwarp();
     loader.load_keys();
-    weigh<D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
+    weigh<Cache, D, Capped>(probabilities, sums, s, p.attention, position, unit, lane);
     Copies::wait(stage, place.parity, 1, p.stages);
     Copies::clear_values(stage, TileRows(position, unit.first, unit.end), lane);
     __syncwarp();
-    accumulate<D>(sums, probabilities, stage.keys + value_offset);
+    Cache::template accumulate<D>(sums.output, probabilities, stage.keys + value_offset);
     __syncwarp();
     loader.load_values();
     place.advance(p.stages);
@@ -486,8 +450,8 @@ DEVICE void run_unit(Sums<D>& sums, Loader<D, Copies>& loader, Place& place, con
 }
 
 /// Leaves a warp's sums in shared memory. `slot` counts warps of both buffers.
-template <int D>
-DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group, int slot, int lane) {
+template <class Cache, int D>
+DEVICE void share(const Sums<D>& sums, const DecodeShared<Cache, D>& shared, int group, int slot, int lane) {
 #pragma unroll
   for (int odd = 0; odd < 2; odd++) {
     const int head = lane % 4 * 2 + odd;
@@ -499,18 +463,15 @@ DEVICE void share(const Sums<D>& sums, const DecodeShared<D>& shared, int group,
       shared.maxima[slot * kMaxGroup + head] = sums.maximum[odd];
     }
     if (head >= group) continue;
-    float* to = shared.outputs + (slot * group + head) * D + lane / 4;
+    float* to = shared.outputs + (slot * group + head) * D;
 #pragma unroll
-    for (int j = 0; j < D / 16; j++) {
-      to[16 * j] = sums.output[j][odd];
-      to[16 * j + 8] = sums.output[j][2 + odd];
-    }
+    for (int j = 0; j < D / 16; j++) Cache::store(to + 16 * j, sums.output[j][odd], sums.output[j][2 + odd], lane);
   }
 }
 
 /// Adds what the warps left in a buffer of shared memory. The result is either final or this chunk's part of it.
-template <int D, bool Capped, int Threads>
-DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, const Unit& unit, int group, int buffer,
+template <class Cache, int D, bool Capped, int Threads>
+DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<Cache, D>& shared, const Unit& unit, int group, int buffer,
                       int thread) {
   for (int quad = thread; quad < group * D / 4; quad += Threads) {
     const int head = quad * 4 / D;
@@ -519,7 +480,7 @@ DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, c
     for (int warp = 0; warp < kWarps; warp++) {
       const int slot = buffer * kWarps + warp;
       const float4 output = *reinterpret_cast<const float4*>(shared.outputs + slot * group * D + quad * 4);
-      add<Capped>(total, {output, shared.sums[slot * kMaxGroup + head], shared.maxima[slot * kMaxGroup + head]});
+      add<!is_relative<Cache, Capped>()>(total, {output, shared.sums[slot * kMaxGroup + head], shared.maxima[slot * kMaxGroup + head]});
     }
     if (unit.chunks == 1) {
       write_result<D>(p.attention, unit.query_row, unit.head, quad, total);
@@ -537,7 +498,7 @@ DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<D>& shared, c
 
 /// A computing warp's way through the block's units, each of which `Threads` threads finish.
 template <int D, bool Capped, class Copies, int Threads>
-DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
+DEVICE void compute_units(const Units& units, const DecodeShared<typename Copies::Cache, D>& shared, int warp, int lane) {
   Loader<D, Copies> loader(units, shared, warp, lane);
   loader.fill();
   Place place;
@@ -548,15 +509,15 @@ DEVICE void compute_units(const Units& units, const DecodeShared<D>& shared, int
     clear<D>(sums);
     run_unit<D, Capped>(sums, loader, place, unit);
     if (count >= kBuffers) named_barrier_sync(kEmpty + (count - kBuffers) % kWarps, kThreads + Threads);
-    share<D>(sums, shared, loader.group, count % kBuffers * kWarps + warp, lane);
+    share(sums, shared, loader.group, count % kBuffers * kWarps + warp, lane);
     named_barrier_arrive(kFull + count % kWarps, kThreads + Threads);
   }
   Copies::finish();
 }
 
 /// The finishing warps' way through them: teams of `Threads` take turns.
-template <int D, bool Capped, int Threads>
-DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int thread) {
+template <class Cache, int D, bool Capped, int Threads>
+DEVICE void finish_units(const Units& units, const DecodeShared<Cache, D>& shared, int thread) {
   constexpr int kTeams = kFinishThreads / Threads;
   const AttentionDecode& p = units.p;
   const int group = p.attention.num_heads / p.attention.num_kv_heads, grid = int(gridDim.x);
@@ -566,7 +527,7 @@ DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int 
   for (int index = int(blockIdx.x) + team * grid; index < units.count; index += kTeams * grid, count += kTeams) {
     const Unit unit = units.find(index);
     named_barrier_sync(kFull + count % kWarps, kThreads + Threads);
-    add_warps<D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
+    add_warps<Cache, D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
     if (index + kBuffers * grid < units.count) {
       named_barrier_arrive(kEmpty + count % kWarps, kThreads + Threads);
     }
@@ -575,15 +536,15 @@ DEVICE void finish_units(const Units& units, const DecodeShared<D>& shared, int 
 
 /// A block's units; `Threads` threads finish each.
 template <int D, bool Capped, class Copies, int Threads>
-DEVICE void run_units(const Units& units, const DecodeShared<D>& shared, int warp, int lane) {
+DEVICE void run_units(const Units& units, const DecodeShared<typename Copies::Cache, D>& shared, int warp, int lane) {
   if (warp < kWarps) compute_units<D, Capped, Copies, Threads>(units, shared, warp, lane);
-  else finish_units<D, Capped, Threads>(units, shared, int(threadIdx.x) - kThreads);
+  else finish_units<typename Copies::Cache, D, Capped, Threads>(units, shared, int(threadIdx.x) - kThreads);
 }
 
 template <int D, bool Capped, class Copies>
 DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const DecodeShared<D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads);
+  const DecodeShared<typename Copies::Cache, D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads);
   let_next_kernel_start();
   // Whoever uses the barriers synchronises in between.
   if (threadIdx.x == 0) Copies::init(shared_address(shared.barriers), 2 * kWarps * p.stages);
@@ -594,16 +555,16 @@ DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
   else run_units<D, Capped, Copies, 32>(units, shared, warp, lane);
 }
 
-#define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES)     \
-  KERNEL(NAME##_##D, AttentionDecode, kAllThreads, (CAPPED) ? COPIES<D>::kMinBlocks : 1) { \
-    DYNAMIC_SHARED(memory);                                 \
-    attention_decode<D, CAPPED, COPIES<D>>(p, memory);      \
+#define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES, CACHE)                                        \
+  KERNEL(NAME##_##D, AttentionDecode, kAllThreads, ((CAPPED) ? COPIES<CACHE, D>::kMinBlocks : 1)) {     \
+    DYNAMIC_SHARED(memory);                                                                            \
+    attention_decode<D, CAPPED, COPIES<CACHE, D>>(p, memory);                                          \
   }
 /// `NAME_D` and `NAME_capped_D` for every head dimension.
-#define ATTENTION_DECODE(NAME, COPIES)                       \
-  ATTENTION_DECODE_KERNEL(NAME, 64, false, COPIES)           \
-  ATTENTION_DECODE_KERNEL(NAME, 128, false, COPIES)          \
-  ATTENTION_DECODE_KERNEL(NAME, 256, false, COPIES)          \
-  ATTENTION_DECODE_KERNEL(NAME##_capped, 64, true, COPIES)   \
-  ATTENTION_DECODE_KERNEL(NAME##_capped, 128, true, COPIES)  \
-  ATTENTION_DECODE_KERNEL(NAME##_capped, 256, true, COPIES)
+#define ATTENTION_DECODE(NAME, COPIES, CACHE)                         \
+  ATTENTION_DECODE_KERNEL(NAME, 64, false, COPIES, CACHE)             \
+  ATTENTION_DECODE_KERNEL(NAME, 128, false, COPIES, CACHE)            \
+  ATTENTION_DECODE_KERNEL(NAME, 256, false, COPIES, CACHE)            \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 64, true, COPIES, CACHE)     \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 128, true, COPIES, CACHE)    \
+  ATTENTION_DECODE_KERNEL(NAME##_capped, 256, true, COPIES, CACHE)

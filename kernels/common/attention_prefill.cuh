@@ -96,7 +96,7 @@ DEVICE void load_block(const Prefill& work, const unsigned* key_tiles, int key_p
     const int row = i % kTiles * kTile, at = block + row;
     unsigned tile = 0;
     if (at < work.end) tile = key_tiles[(at - work.begin) / kTile] + (is_value ? value_tile_offset(work.p) : 0);
-    load_tile<D, Layout>(is_value ? values : keys, row, work.p.kv, tile, work.lane, 0, work.end - at);
+    load_tile<2 * D, Layout>(is_value ? values : keys, row, work.p.kv, tile, work.lane, 0, work.end - at);
   }
   cp_async_commit();
 }
@@ -199,7 +199,7 @@ DEVICE void stage_result(const RowSums<D>& sums, const Prefill& work, uint8_t* r
   for (int half = 0; half < 2; half++) {
     float sum = sums.sum[half] + __shfl_xor_sync(~0u, sums.sum[half], 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const float inverse = 1.0f / sum;
+    const float inverse = work.p.value_scale / sum;
     const int row = work.warp * 16 + lane / 4 + half * 8;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {

@@ -31,6 +31,19 @@ DEVICE uint16_t e4m3x2_from_floats(float low, float high) {
   return uint16_t(emulator::float_to_e4m3(low) | emulator::float_to_e4m3(high) << 8);
 }
 DEVICE float float_from_e4m3(uint8_t code) { return emulator::e4m3_to_float(code); }
+DEVICE uint32_t f16x2_from_floats(float low, float high) {
+  return uint32_t(emulator::float_to_f16_bits(low)) | uint32_t(emulator::float_to_f16_bits(high)) << 16;
+}
+DEVICE float low_half(uint32_t f16x2) { return emulator::f16_bits_to_float(uint16_t(f16x2)); }
+DEVICE float high_half(uint32_t f16x2) { return emulator::f16_bits_to_float(uint16_t(f16x2 >> 16)); }
+DEVICE void f16x2_from_e4m3x4(uint32_t codes, uint32_t& low, uint32_t& high) {
+  auto value = [=](int index) { return emulator::e4m3_to_float(uint8_t(codes >> (8 * index))); };
+  low = f16x2_from_floats(value(0), value(1));
+  high = f16x2_from_floats(value(2), value(3));
+}
+DEVICE uint32_t odd_bytes_last(uint32_t x) {
+  return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
+}
 DEVICE float exp2_approx(float x) { return std::exp2(x); }
 DEVICE float log2_approx(float x) { return std::log2(x); }
 DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
@@ -56,6 +69,11 @@ DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
   });
 }
 DEVICE void store_zeros_16(uint32_t to) { std::memset(emulator::shared_pointer(to, 16), 0, 16); }
+DEVICE uint2 load_shared_8(uint32_t from) {
+  uint2 value;
+  std::memcpy(&value, emulator::shared_pointer(from, 8), 8);
+  return value;
+}
 DEVICE void cp_async_commit() { emulator::cp_async_commit(); }
 template <int Pending>
 DEVICE void cp_async_wait() {
@@ -171,6 +189,9 @@ DEVICE void pin_registers(float (&)[N]) {}
 DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   emulator::mma_sync<emulator::Bf16Operand>(d, a, b, c);
 }
+DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  emulator::mma_sync<emulator::F16Operand>(d, a, b, c);
+}
 DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   emulator::mma_sync<emulator::E4m3Operand>(d, a, b, c);
 }
@@ -215,6 +236,30 @@ DEVICE float float_from_e4m3(uint8_t code) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(uint16_t(halves)));
   return result;
 }
+DEVICE uint32_t f16x2_from_floats(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+DEVICE float low_half(uint32_t f16x2) {
+  float result;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(result) : "r"(f16x2));
+  return result;
+}
+DEVICE float high_half(uint32_t f16x2) {
+  float result;
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(result) : "r"(f16x2));
+  return result;
+}
+/// Four e4m3 codes, from the lowest byte on, exactly.
+DEVICE void f16x2_from_e4m3x4(uint32_t codes, uint32_t& low, uint32_t& high) {
+  asm("{.reg .b16 first, second; mov.b32 {first, second}, %2; cvt.rn.f16x2.e4m3x2 %0, first; "
+      "cvt.rn.f16x2.e4m3x2 %1, second;}"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
+}
+/// Bytes 0, 2, 1, 3.
+DEVICE uint32_t odd_bytes_last(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
 DEVICE float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -280,6 +325,11 @@ DEVICE void cp_async_16(uint32_t to, const void* from, bool valid) {
 DEVICE void store_zeros_16(uint32_t to) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
+DEVICE uint2 load_shared_8(uint32_t from) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
+  return value;
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 DEVICE void cp_async_wait() {
@@ -312,6 +362,12 @@ DEVICE void let_next_kernel_start() {
 // ---- matrix instructions of every architecture from 8.9 on
 DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
+}
+DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
                : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
                  "f"(c[3]));

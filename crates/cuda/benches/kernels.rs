@@ -1,7 +1,8 @@
 //! Speed of the kernels on the first GPU: `cargo bench -p lapidary-cuda --bench kernels -- [--models 9b]
-//! [--only fp8,output,slabs,tiles,gated,rows,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512] [--batches 1,64]
-//! [--contexts 512,2048] [--chunk 128 --stages 3] [--pages shuffled|sequential|interleaved] [--portable]`: the shapes and tokens
-//! are those of products and of operations on rows, the last ones are for attention.
+//! [--only fp8,output,chain,slabs,tiles,gated,rows,decode,prefill] [--shapes 8192x3584,3584x4096] [--tokens 1,64,512]
+//! [--strides 128,4096] [--batches 1,64] [--contexts 512,2048] [--kv-cache-dtype fp8] [--chunk 128 --stages 3 --blocks 1]
+//! [--pages shuffled|sequential|interleaved] [--portable]`: the shapes and tokens are those of products (tokens also of
+//! operations on rows), strides are the rows that a chain's inputs are allocated with, the last ones are for attention.
 //!
 //! Fails without a GPU. The figures kept in `benches/results` were made with it; `tests/gpu/baseline.py` prints torch's for
 //! the same products.
@@ -10,13 +11,16 @@
 
 use std::error::Error;
 
-use lapidary_cuda::measure::{AttentionLoad, Bench, DecodeTuning, MODELS, Pages};
+use lapidary_cuda::measure::{AttentionLoad, Bench, ChainLoad, DecodeTuning, Layer, MODELS, Matrices, Pages};
 use lapidary_model::{AttentionConfig, KvCacheDtype};
 
 const FEW_TOKENS: [usize; 6] = [1, 8, 16, 32, 48, 64];
 const SWEPT_TOKENS: [usize; 4] = [1, 16, 32, 64];
 const ROWS: [usize; 3] = [1, 64, 4096];
 const MANY_TOKENS: [usize; 6] = [128, 256, 512, 1024, 2048, 8192];
+const CHAIN_TOKENS: [usize; 4] = [8, 32, 48, 64];
+/// Inputs with room for the tokens of a small step, and for those of a large one.
+const STRIDES: [usize; 2] = [128, 4096];
 /// Of a sweep over tilings, the chosen one and the fastest.
 const SHOWN_TILINGS: usize = 8;
 const BATCHES: [usize; 5] = [1, 8, 32, 64, 128];
@@ -86,6 +90,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     }
+    if wanted("chain") {
+        chain(&mut bench, &models)?;
+    }
     if wanted("slabs") {
         slabs(&mut bench, &models)?;
     }
@@ -108,7 +115,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Of 9b.
-const HEADS: AttentionConfig = AttentionConfig {
+const BF16_HEADS: AttentionConfig = AttentionConfig {
     num_heads: 16,
     num_kv_heads: 8,
     head_dim: 256,
@@ -117,6 +124,18 @@ const HEADS: AttentionConfig = AttentionConfig {
     rope_theta: 1e4,
     kv_cache_dtype: KvCacheDtype::Native,
 };
+/// As the option says.
+fn heads() -> Result<AttentionConfig, Box<dyn Error>> {
+    let kv_cache_dtype = match option("--kv-cache-dtype").as_deref() {
+        None | Some("auto") => KvCacheDtype::Native,
+        Some("fp8") => KvCacheDtype::Fp8E4m3,
+        Some(other) => return Err(format!("--kv-cache-dtype {other}: auto or fp8").into()),
+    };
+    Ok(AttentionConfig {
+        kv_cache_dtype,
+        ..BF16_HEADS
+    })
+}
 const WINDOW: usize = 4096;
 
 /// Whole prompts, and the last part of a long one.
@@ -138,10 +157,10 @@ fn prefill(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
             is_portable: is_portable(),
             pages: pages()?,
         };
-        println!("{}", bench.attention(HEADS, load)?);
+        println!("{}", bench.attention(heads()?, load)?);
         if context > WINDOW {
             load.window = Some(WINDOW);
-            println!("{}", bench.attention(HEADS, load)?);
+            println!("{}", bench.attention(heads()?, load)?);
         }
     }
     Ok(())
@@ -172,7 +191,7 @@ fn rows(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
         for rows in tokens_of(&ROWS)? {
             println!("{}", bench.add_norm(rows, hidden)?);
             println!("{}", bench.geglu(rows, inner)?);
-            println!("{}", bench.rope_append(HEADS, rows)?);
+            println!("{}", bench.rope_append(BF16_HEADS, rows)?);
         }
     }
     Ok(())
@@ -193,6 +212,37 @@ fn tiles(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
         }
     }
     Ok(())
+}
+
+/// Linear layers after what is ahead of them in a model.
+fn chain(bench: &mut Bench, models: &str) -> Result<(), Box<dyn Error>> {
+    for matrices in MODELS
+        .iter()
+        .filter(|matrices| models.split(',').any(|model| model == matrices.model))
+    {
+        for load in chain_loads(matrices)? {
+            for timing in bench.chain(matrices, load)? {
+                println!("{timing}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn chain_loads(matrices: &Matrices) -> Result<Vec<ChainLoad>, Box<dyn Error>> {
+    let mut loads = Vec::new();
+    for (layer, shape) in Layer::ALL.into_iter().zip(matrices.linears) {
+        for row_stride in numbers("--strides", &STRIDES)? {
+            for tokens in tokens_of(&CHAIN_TOKENS)?.into_iter().filter(|_| is_wanted(shape)) {
+                loads.push(ChainLoad {
+                    layer,
+                    tokens,
+                    row_stride,
+                });
+            }
+        }
+    }
+    Ok(loads)
 }
 
 /// Other ways to cut products of few tokens: the standard one and the twelve fastest.
@@ -217,10 +267,11 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
     let number = |name: &str| option(name).map(|value| value.parse()).transpose();
     let tuning = number("--chunk")?
         .zip(number("--stages")?)
-        .map(|(chunk, stages)| DecodeTuning { chunk, stages });
+        .zip(number("--blocks")?.or(Some(1)))
+        .map(|((chunk, stages), blocks)| DecodeTuning { chunk, stages, blocks });
     for batch in numbers("--batches", &BATCHES)? {
         for context in numbers("--contexts", &CONTEXTS)? {
-            if 2 * batch * context * HEADS.num_kv_heads * HEADS.head_dim * 2 > MAX_LAYER_BYTES / 2 {
+            if 2 * batch * context * BF16_HEADS.num_kv_heads * BF16_HEADS.head_dim * 2 > MAX_LAYER_BYTES / 2 {
                 continue;
             }
             let mut load = AttentionLoad {
@@ -232,10 +283,10 @@ fn decode(bench: &mut Bench) -> Result<(), Box<dyn Error>> {
                 is_portable: is_portable(),
                 pages: pages()?,
             };
-            println!("{}", bench.attention(HEADS, load)?);
+            println!("{}", bench.attention(heads()?, load)?);
             if context > WINDOW {
                 load.window = Some(WINDOW);
-                println!("{}", bench.attention(HEADS, load)?);
+                println!("{}", bench.attention(heads()?, load)?);
             }
         }
     }

@@ -124,6 +124,17 @@ inline float bf16_bits_to_float(uint16_t bits) {
   std::memcpy(&value, &wide, 4);
   return value;
 }
+inline float f16_bits_to_float(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, 2);
+  return float(value);
+}
+inline uint16_t float_to_f16_bits(float value) {
+  const _Float16 rounded = _Float16(value);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
 inline uint16_t float_to_bf16_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -172,12 +183,18 @@ inline void read_operand(uint64_t descriptor, uint32_t row, uint8_t (&bytes)[32]
 
 struct E4m3Operand {
   static constexpr int kElements = 32;
+  static float element(uint32_t word, int index) { return e4m3_to_float(uint8_t(word >> (8 * index))); }
   static void widen(const uint8_t (&bytes)[32], float (&out)[32]) {
     for (int i = 0; i < 32; i++) out[i] = e4m3_to_float(bytes[i]);
   }
 };
+struct F16Operand {
+  static constexpr int kElements = 16;
+  static float element(uint32_t word, int index) { return f16_bits_to_float(uint16_t(word >> (16 * index))); }
+};
 struct Bf16Operand {
   static constexpr int kElements = 16;
+  static float element(uint32_t word, int index) { return bf16_bits_to_float(uint16_t(word >> (16 * index))); }
   static void widen(const uint8_t (&bytes)[32], float (&out)[16]) {
     for (int i = 0; i < 16; i++) {
       uint16_t bits;
@@ -268,22 +285,18 @@ void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
   arrive_and_wait_warp();
   constexpr int K = Operand::kElements;
   constexpr int kHalf = K / 2;  // elements of a row that registers 0, 1 (low half) and 2, 3 (high half) hold
-  auto element = [](uint32_t word, int index) {
-    if (K == 32) return e4m3_to_float(uint8_t(word >> (8 * index)));
-    return bf16_bits_to_float(uint16_t(word >> (16 * index)));
-  };
-  constexpr int kPerRegister = K / 8;  // 4 e4m3 or 2 bf16
+  constexpr int kPerRegister = K / 8;  // 4 of 8 bits or 2 of 16
   auto a_at = [&](int row, int k) {
     Fragments f;
     const int owner = row % 8 * 4 + k % kHalf / kPerRegister;
     std::memcpy(&f, slots[owner].bytes, sizeof f);
-    return element(f.a[(row / 8) + 2 * (k / kHalf)], k % kPerRegister);
+    return Operand::element(f.a[(row / 8) + 2 * (k / kHalf)], k % kPerRegister);
   };
   auto b_at = [&](int col, int k) {
     Fragments f;
     const int owner = col * 4 + k % kHalf / kPerRegister;
     std::memcpy(&f, slots[owner].bytes, sizeof f);
-    return element(f.b[k / kHalf], k % kPerRegister);
+    return Operand::element(f.b[k / kHalf], k % kPerRegister);
   };
   float result[4];
   for (int i = 0; i < 4; i++) {

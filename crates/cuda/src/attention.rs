@@ -2,18 +2,24 @@
 //! `kernels/attention_merge.cu`; the others to `kernels/attention_prefill.cu`. On Hopper decoding and prefill have kernels of
 //! their own (`sm90a`), of which prefill's needs a soft-cap.
 //!
+//! Over an e4m3 cache decoding has kernels that read it, and prefill reads what `widen` makes of it.
+//!
 //! Neither kernel's result for a sequence depends on the batch: chunks and tiles of keys are aligned to absolute
 //! positions and added in their order.
 
-use lapidary_engine::Batch;
-use lapidary_model::{AttentionConfig, BackendError, StepLimits};
+use std::ops::Range;
 
+use lapidary_engine::Batch;
+use lapidary_model::{AttentionConfig, BackendError, KvCacheDtype, KvScales, StepLimits};
+
+use self::widen::{Round, Widening};
 use crate::device::{Device, DevicePtr, Grid, Kernel, bytes_of, kernel_params, launch};
 use crate::step::StepPointers;
 use crate::tensor::ActivationParams;
 
 #[cfg(all(test, feature = "emulator"))]
 mod tests;
+mod widen;
 
 /// Keys that the kernels load at a time; blocks are a multiple of it.
 const KEY_TILE: usize = 16;
@@ -45,6 +51,8 @@ struct AttentionParams {
     window: i32,
     score_scale: f32,
     cap: f32,
+    value_scale: f32,
+    padding: i32,
 }
 
 /// The kernels' `AttentionDecode`.
@@ -77,31 +85,58 @@ pub struct DecodeTuning {
     pub chunk: usize,
     /// 16-position tiles of K and of V that each of a block's 4 computing warps has under way: 1 to 8.
     pub stages: usize,
+    /// Blocks of threads that share a multiprocessor.
+    pub blocks: usize,
 }
 
-impl DecodeTuning {
-    /// As many stages as [`RING_BYTES`] hold, if the block may have so much, and at least one.
-    fn new(head_dim: usize, group: usize, max_seqs: usize, block_limit: usize) -> Self {
-        let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
+/// What the decode kernel's shared memory depends on beside its tuning.
+#[derive(Debug, Clone, Copy)]
+struct DecodeShape {
+    head_dim: usize,
+    group: usize,
+    max_seqs: usize,
+    /// Of an element in the cache.
+    value_bytes: usize,
+}
+
+impl DecodeShape {
+    fn new(config: &AttentionConfig, limits: &StepLimits) -> Self {
         Self {
-            // Shorter ones cost more ends of units, longer ones leave multiprocessors idle when sequences are few.
-            chunk: 256,
-            stages: Self::stages_in(block_limit.min(fixed + RING_BYTES), head_dim, group, max_seqs),
+            head_dim: config.head_dim,
+            group: group(config),
+            max_seqs: limits.max_seqs,
+            value_bytes: value_bytes(config),
+        }
+    }
+
+    /// What is usual for steps of so many sequences. `shares` says whether two blocks have room on a multiprocessor.
+    fn tuning(self, seqs: usize, shares: bool, block_limit: usize) -> DecodeTuning {
+        // e4m3 is more work for as many bytes than one block's warps can hide.
+        let is_many = seqs >= MANY_SEQS || (self.value_bytes == 1 && seqs > FEW_SEQS);
+        let ring_limit = if seqs <= FEW_SEQS || (is_many && shares) {
+            HALF_SHARED_BYTES
+        } else {
+            self.shared_bytes(0) + RING_BYTES
+        };
+        DecodeTuning {
+            chunk: CHUNK,
+            stages: self.stages_in(block_limit.min(ring_limit)),
+            blocks: if is_many && shares { 2 } else { 1 },
         }
     }
 
     /// As many stages as a block has room for in so much shared memory, but at least one.
-    fn stages_in(bytes: usize, head_dim: usize, group: usize, max_seqs: usize) -> usize {
-        let fixed = Self::shared_bytes(0, head_dim, group, max_seqs);
-        let stage = Self::shared_bytes(1, head_dim, group, max_seqs) - fixed;
+    fn stages_in(self, bytes: usize) -> usize {
+        let fixed = self.shared_bytes(0);
+        let stage = self.shared_bytes(1) - fixed;
         (bytes.saturating_sub(fixed) / stage).clamp(1, 8)
     }
 
     /// The kernel's `DecodeShared`.
-    fn shared_bytes(stages: usize, head_dim: usize, group: usize, max_seqs: usize) -> usize {
-        let rings = DECODE_WARPS * stages * (2 * KEY_TILE + group) * head_dim * 2;
-        let buffers = 2 * DECODE_WARPS * (group * head_dim + 2 * MAX_GROUP) * 4;
-        let seqs = 16 * (max_seqs + 1);
+    fn shared_bytes(self, stages: usize) -> usize {
+        let rings = DECODE_WARPS * stages * (2 * KEY_TILE * self.value_bytes + self.group * 2) * self.head_dim;
+        let buffers = 2 * DECODE_WARPS * (self.group * self.head_dim + 2 * MAX_GROUP) * 4;
+        let seqs = 16 * (self.max_seqs + 1);
         let barriers = 2 * DECODE_WARPS * stages * 8;
         rings + buffers + barriers + 2 * DECODE_WARPS * 4 + seqs
     }
@@ -126,14 +161,23 @@ struct PrefillKernel {
 }
 
 /// What a step's attention consists of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct AttentionPlan {
     /// Whether a sequence has one query token.
     has_decode: bool,
-    /// Tiles of the others' query tokens, already on the device.
-    num_tiles: usize,
-    /// Which variant they are made for.
+    /// The others, whose tiles are already on the device.
+    prompts: Vec<Prompts>,
+    /// Which variant of the prefill kernel tiles are made for.
     variant: usize,
+}
+
+/// Sequences with several query tokens that one launch of the prefill kernel serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Prompts {
+    /// Of the step's.
+    tiles: Range<usize>,
+    /// What of the cache has to be widened for them.
+    widened: Option<Round>,
 }
 
 /// One layer's attention.
@@ -144,9 +188,11 @@ pub(crate) struct AttentionInputs {
     pub(crate) max_seqs: usize,
     /// bf16 `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`; the q heads are rotated and not scaled.
     pub(crate) qkv: DevicePtr,
-    /// bf16 `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, rows permuted as `kernels/rope.cu` writes them, the
-    /// step's tokens in place.
+    /// `[num_blocks][K, V][num_kv_heads][block_size][head_dim]`, rows permuted as `kernels/rope.cu` writes them, the step's
+    /// tokens in place.
     pub(crate) kv: DevicePtr,
+    /// What stored keys and values are to be multiplied by, if they are e4m3.
+    pub(crate) scales: KvScales,
     /// A multiple of 16.
     pub(crate) block_size: usize,
     /// Token `i` sees `j` with `i - j < window`.
@@ -166,14 +212,15 @@ pub(crate) struct Attention {
     multiprocessors: usize,
     decode: Kernel,
     merge: Kernel,
-    tuning: DecodeTuning,
-    /// Stages of a step of at most [`FEW_SEQS`] sequences.
-    stages_of_few: usize,
+    /// Each for steps of up to so many sequences, in ascending order. All have chunks of one length.
+    tunings: Vec<(usize, DecodeTuning)>,
     partial_outputs: DevicePtr,
     partial_sums: DevicePtr,
     /// In ascending order of `rows`.
     prefill: Vec<PrefillKernel>,
     tiles: DevicePtr,
+    /// For an e4m3 cache.
+    widening: Option<Widening>,
 }
 
 impl Attention {
@@ -203,11 +250,15 @@ impl Attention {
     ) -> Result<Self, BackendError> {
         let names = kernel_names(&config)?;
         let block_limit = shared_limit(device.compute_capability());
-        let (head_dim, group, max_seqs) = (config.head_dim, group(&config), limits.max_seqs);
-        let usual = DecodeTuning::new(head_dim, group, max_seqs, block_limit);
-        let within_half = DecodeTuning::stages_in(HALF_SHARED_BYTES, head_dim, group, max_seqs);
-        let stages_of_few = tuning.map_or(usual.stages.min(within_half), |tuning| tuning.stages);
-        let tuning = tuning.unwrap_or(usual);
+        let shape = DecodeShape::new(&config, &limits);
+        // A running maximum of bf16 takes more registers than two blocks have.
+        let shares = is_hopper && config.softcap.is_some();
+        let tunings = match tuning {
+            Some(tuning) => vec![(usize::MAX, tuning)],
+            None => [FEW_SEQS, MANY_SEQS - 1, usize::MAX]
+                .map(|seqs| (seqs, shape.tuning(seqs, shares, block_limit)))
+                .to_vec(),
+        };
         let prefill = names
             .prefill(is_hopper, block_limit)
             .iter()
@@ -217,7 +268,8 @@ impl Attention {
                 Ok(PrefillKernel { kernel, rows, keys })
             })
             .collect::<Result<Vec<_>, BackendError>>()?;
-        let shared_bytes = DecodeTuning::shared_bytes(tuning.stages, head_dim, group, max_seqs);
+        let stages = tunings.iter().map(|(_, tuning)| tuning.stages);
+        let shared_bytes = shape.shared_bytes(stages.max().unwrap_or(1));
         let Some(smallest) = prefill.first().filter(|_| shared_bytes <= block_limit) else {
             return Err(BackendError::Unsupported(format!(
                 "attention over {} positions and {} sequences: it does not fit this device's shared memory",
@@ -230,14 +282,17 @@ impl Attention {
             return Err(BackendError::Unsupported(what));
         }
         let mut attention = Self {
-            decode: device.kernel(names.decode(is_hopper), DECODE_THREADS)?,
-            merge: device.kernel(names.merge, MERGE_THREADS)?,
+            decode: device.kernel(names.decode(is_hopper, config.kv_cache_dtype), DECODE_THREADS)?,
+            merge: device.kernel(names.merge(config.kv_cache_dtype), MERGE_THREADS)?,
+            widening: match config.kv_cache_dtype {
+                KvCacheDtype::Native => None,
+                KvCacheDtype::Fp8E4m3 => Some(Widening::new(device, config, limits)?),
+            },
             tiles: device.alloc("attention tiles", max_tiles * size_of::<[i32; 3]>())?,
             multiprocessors: device.multiprocessors(),
             config,
             limits,
-            tuning,
-            stages_of_few,
+            tunings,
             partial_outputs: DevicePtr::NULL,
             partial_sums: DevicePtr::NULL,
             prefill,
@@ -252,8 +307,13 @@ impl Attention {
         [chunks * group(config) * config.head_dim * 4, chunks * 2 * MAX_GROUP * 4]
     }
 
+    fn tuning(&self, seqs: usize) -> DecodeTuning {
+        let index = self.tunings.partition_point(|(most, _)| *most < seqs);
+        self.tunings[index].1
+    }
+
     fn alloc_scratch(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
-        let [outputs, sums] = Self::scratch_bytes(&self.config, &self.limits, self.tuning.chunk);
+        let [outputs, sums] = Self::scratch_bytes(&self.config, &self.limits, self.tuning(1).chunk);
         self.partial_outputs = device.alloc("attention of chunks", outputs)?;
         self.partial_sums = device.alloc("attention of chunks", sums)?;
         Ok(())
@@ -263,9 +323,34 @@ impl Attention {
     ///
     /// # Errors
     /// The device failed.
-    pub(crate) fn plan(&self, device: &mut dyn Device, batch: &Batch) -> Result<AttentionPlan, BackendError> {
+    pub(crate) fn plan(
+        &self,
+        device: &mut dyn Device,
+        batch: &Batch,
+        block_size: usize,
+    ) -> Result<AttentionPlan, BackendError> {
         let queries = || batch.query_start.windows(2).map(|pair| pair[1] - pair[0]);
-        let (variant, tiles) = self.choose_tiles(batch);
+        let (variant, mut tiles) = self.choose_tiles(batch);
+        let mut prompts = Vec::new();
+        if let Some(widening) = &self.widening {
+            let rounds = widening.plan(device, batch, block_size)?;
+            let round_of = |tile: &QueryTile| rounds.partition_point(|round| round.seqs.end <= tile.seq);
+            tiles.sort_by_key(round_of);
+            let mut first = 0;
+            for (index, round) in rounds.iter().enumerate() {
+                let count = tiles[first..].iter().filter(|tile| round_of(tile) == index).count();
+                prompts.push(Prompts {
+                    tiles: first..first + count,
+                    widened: Some(round.clone()),
+                });
+                first += count;
+            }
+        } else if !tiles.is_empty() {
+            prompts.push(Prompts {
+                tiles: 0..tiles.len(),
+                widened: None,
+            });
+        }
         let words: Vec<i32> = tiles
             .iter()
             .flat_map(|tile| [tile.seq as i32, tile.first_row as i32, tile.num_rows as i32])
@@ -275,7 +360,7 @@ impl Attention {
         }
         Ok(AttentionPlan {
             has_decode: queries().any(|count| count == 1),
-            num_tiles: tiles.len(),
+            prompts,
             variant,
         })
     }
@@ -299,7 +384,7 @@ impl Attention {
     pub(crate) fn run(
         &self,
         device: &mut dyn Device,
-        plan: AttentionPlan,
+        plan: &AttentionPlan,
         inputs: &AttentionInputs,
     ) -> Result<(), BackendError> {
         if !inputs.block_size.is_multiple_of(KEY_TILE) {
@@ -313,15 +398,20 @@ impl Attention {
         if plan.has_decode {
             self.run_decode(device, attention, inputs.max_seqs)?;
         }
-        if plan.num_tiles > 0 {
-            self.run_prefill(device, plan, attention)?;
+        for prompts in &plan.prompts {
+            self.run_prefill(device, plan.variant, prompts, (attention, inputs.block_size))?;
         }
         Ok(())
     }
 
     fn params(&self, inputs: &AttentionInputs) -> AttentionParams {
         let log2_e = std::f64::consts::LOG2_E;
-        let (scale, cap) = (f64::from(self.config.scale), self.config.softcap.map(f64::from));
+        let (key_scale, value_scale) = match self.config.kv_cache_dtype {
+            KvCacheDtype::Native => (1.0, 1.0),
+            KvCacheDtype::Fp8E4m3 => (inputs.scales.key, inputs.scales.value),
+        };
+        let scale = f64::from(self.config.scale) * f64::from(key_scale);
+        let cap = self.config.softcap.map(f64::from);
         AttentionParams {
             step: inputs.step,
             qkv: inputs.qkv,
@@ -336,6 +426,8 @@ impl Attention {
                 .map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
             score_scale: cap.map_or(scale * log2_e, |cap| 2.0 * scale * log2_e / cap) as f32,
             cap: cap.map_or(0.0, |cap| cap * log2_e) as f32,
+            value_scale,
+            padding: 0,
         }
     }
 
@@ -346,15 +438,9 @@ impl Attention {
         attention: AttentionParams,
         max_seqs: usize,
     ) -> Result<(), BackendError> {
-        let DecodeTuning { chunk, stages } = self.tuning;
-        let stages = if max_seqs <= FEW_SEQS {
-            self.stages_of_few
-        } else {
-            stages
-        };
-        let shared_bytes =
-            DecodeTuning::shared_bytes(stages, self.config.head_dim, group(&self.config), self.limits.max_seqs);
-        let grid = Grid::line(self.multiprocessors).shared(shared_bytes);
+        let DecodeTuning { chunk, stages, blocks } = self.tuning(max_seqs);
+        let shared_bytes = DecodeShape::new(&self.config, &self.limits).shared_bytes(stages);
+        let grid = Grid::line(blocks * self.multiprocessors).shared(shared_bytes);
         let params = DecodeParams {
             attention,
             partial_outputs: self.partial_outputs,
@@ -378,17 +464,21 @@ impl Attention {
     fn run_prefill(
         &self,
         device: &mut dyn Device,
-        plan: AttentionPlan,
-        attention: AttentionParams,
+        variant: usize,
+        prompts: &Prompts,
+        (mut attention, block_size): (AttentionParams, usize),
     ) -> Result<(), BackendError> {
-        let PrefillKernel { kernel, rows, keys } = &self.prefill[plan.variant];
+        if let (Some(widening), Some(round)) = (&self.widening, &prompts.widened) {
+            (attention.kv, attention.step.block_ids) = widening.run(device, round, attention.kv, block_size)?;
+        }
+        let PrefillKernel { kernel, rows, keys } = &self.prefill[variant];
         let grid = Grid {
-            blocks: [self.config.num_kv_heads as u32, plan.num_tiles as u32, 1],
+            blocks: [self.config.num_kv_heads as u32, prompts.tiles.len() as u32, 1],
             shared_bytes: prefill_shared_bytes(*rows, *keys, &self.config, &self.limits) as u32,
         };
         let params = PrefillParams {
             attention,
-            tiles: self.tiles,
+            tiles: self.tiles.offset(prompts.tiles.start * size_of::<[i32; 3]>()),
         };
         launch(device, kernel, grid, &params)
     }
@@ -425,9 +515,13 @@ type PrefillName = (usize, usize, &'static str);
 /// on one device agree in them. In ascending order of rows.
 struct KernelNames {
     decode: &'static str,
-    merge: &'static str,
+    decode_e4m3: &'static str,
     /// For Hopper.
     decode_bulk: &'static str,
+    decode_bulk_e4m3: &'static str,
+    merge: &'static str,
+    /// Of sums that are relative to a maximum.
+    merge_relative: &'static str,
     /// For Hopper.
     wgmma: &'static [PrefillName],
     /// For devices with as much shared memory.
@@ -436,8 +530,20 @@ struct KernelNames {
 }
 
 impl KernelNames {
-    const fn decode(&self, is_hopper: bool) -> &'static str {
-        if is_hopper { self.decode_bulk } else { self.decode }
+    const fn decode(&self, is_hopper: bool, dtype: KvCacheDtype) -> &'static str {
+        match (dtype, is_hopper) {
+            (KvCacheDtype::Native, false) => self.decode,
+            (KvCacheDtype::Native, true) => self.decode_bulk,
+            (KvCacheDtype::Fp8E4m3, false) => self.decode_e4m3,
+            (KvCacheDtype::Fp8E4m3, true) => self.decode_bulk_e4m3,
+        }
+    }
+
+    const fn merge(&self, dtype: KvCacheDtype) -> &'static str {
+        match dtype {
+            KvCacheDtype::Native => self.merge,
+            KvCacheDtype::Fp8E4m3 => self.merge_relative,
+        }
     }
 
     fn prefill(&self, is_hopper: bool, block_limit: usize) -> &'static [PrefillName] {
@@ -451,27 +557,31 @@ impl KernelNames {
     }
 }
 
+/// Of a head dimension, whose kernels' names begin with `$capped`.
 macro_rules! kernel_names {
-    ($variant:literal) => {
+    ($capped:literal, $dim:literal) => {
         KernelNames {
-            decode: concat!("attention_decode_", $variant),
-            merge: concat!("attention_merge_", $variant),
-            decode_bulk: concat!("attention_decode_bulk_", $variant),
+            decode: concat!("attention_decode_", $capped, $dim),
+            decode_e4m3: concat!("attention_decode_e4m3_", $capped, $dim),
+            decode_bulk: concat!("attention_decode_bulk_", $capped, $dim),
+            decode_bulk_e4m3: concat!("attention_decode_bulk_e4m3_", $capped, $dim),
+            merge: concat!("attention_merge_", $capped, $dim),
+            merge_relative: concat!("attention_merge_", $dim),
             wgmma: &[],
             large: &[
-                (64, 64, concat!("attention_prefill_", $variant, "_64x64")),
-                (128, 64, concat!("attention_prefill_", $variant, "_128x64")),
+                (64, 64, concat!("attention_prefill_", $capped, $dim, "_64x64")),
+                (128, 64, concat!("attention_prefill_", $capped, $dim, "_128x64")),
             ],
-            small: &[(64, 32, concat!("attention_prefill_", $variant, "_64x32"))],
+            small: &[(64, 32, concat!("attention_prefill_", $capped, $dim, "_64x32"))],
         }
     };
-    ($variant:literal, wgmma) => {
+    ($capped:literal, $dim:literal, wgmma) => {
         KernelNames {
             wgmma: &[
-                (64, 64, concat!("attention_prefill_wgmma_", $variant, "_64x64")),
-                (128, 64, concat!("attention_prefill_wgmma_", $variant, "_128x64")),
+                (64, 64, concat!("attention_prefill_wgmma_", $capped, $dim, "_64x64")),
+                (128, 64, concat!("attention_prefill_wgmma_", $capped, $dim, "_128x64")),
             ],
-            ..kernel_names!($variant)
+            ..kernel_names!($capped, $dim)
         }
     };
 }
@@ -488,12 +598,12 @@ fn kernel_names(config: &AttentionConfig) -> Result<KernelNames, BackendError> {
         return Err(BackendError::Unsupported(what));
     }
     match (config.head_dim, config.softcap.is_some()) {
-        (64, false) => Ok(kernel_names!("64")),
-        (64, true) => Ok(kernel_names!("capped_64", wgmma)),
-        (128, false) => Ok(kernel_names!("128")),
-        (128, true) => Ok(kernel_names!("capped_128", wgmma)),
-        (256, false) => Ok(kernel_names!("256")),
-        (256, true) => Ok(kernel_names!("capped_256", wgmma)),
+        (64, false) => Ok(kernel_names!("", "64")),
+        (64, true) => Ok(kernel_names!("capped_", "64", wgmma)),
+        (128, false) => Ok(kernel_names!("", "128")),
+        (128, true) => Ok(kernel_names!("capped_", "128", wgmma)),
+        (256, false) => Ok(kernel_names!("", "256")),
+        (256, true) => Ok(kernel_names!("capped_", "256", wgmma)),
         (head_dim, _) => Err(BackendError::Unsupported(format!(
             "attention heads of {head_dim} elements (64, 128 and 256 there are)"
         ))),
@@ -505,17 +615,29 @@ fn group(config: &AttentionConfig) -> usize {
     config.num_heads / config.num_kv_heads.max(1)
 }
 
+/// Bytes of an element in the cache.
+pub(crate) fn value_bytes(config: &AttentionConfig) -> usize {
+    match config.kv_cache_dtype {
+        KvCacheDtype::Native => 2,
+        KvCacheDtype::Fp8E4m3 => 1,
+    }
+}
+
 fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
     rows / group(config)
 }
 
 const LARGE_SHARED_BYTES: usize = 227 << 10;
+/// Positions of a chunk. Shorter ones cost more ends of units, longer ones leave multiprocessors idle when sequences are few.
+const CHUNK: usize = 256;
 /// Keys and values a block of the decode kernel has under way. With half as much it takes up to a third longer
 /// (`benches/results`).
 const RING_BYTES: usize = 144 << 10;
 /// Of so few sequences a step reads far more weights than keys: there a block leaves half of the multiprocessor to the kernel
 /// after it, whose weights come meanwhile.
 const FEW_SEQS: usize = 4;
+/// From so many on, two blocks with half of the ring each are faster: one loads while the other is at the end of a unit.
+const MANY_SEQS: usize = 48;
 /// Two blocks of so much fit on a multiprocessor.
 const HALF_SHARED_BYTES: usize = 113 << 10;
 

@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
 use lapidary_model::{
-    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, KvCacheDtype, KvScales, LastHidden,
-    LinearWeights, MemoryInfo, NormArgs, StepLimits, Width,
+    ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, KvScales, LastHidden, LinearWeights,
+    MemoryInfo, NormArgs, StepLimits, Width,
 };
 
-use crate::attention::{Attention, AttentionInputs, AttentionPlan};
+use crate::attention::{Attention, AttentionInputs, AttentionPlan, value_bytes};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver, bytes_of};
 use crate::graphs::Graphs;
 use crate::matmul::{Matmul, Product};
@@ -56,6 +56,8 @@ pub struct Cuda {
 struct Prepared {
     limits: StepLimits,
     geometry: AttentionConfig,
+    /// Tokens of a KV block, once there are any.
+    block_size: usize,
     step: StepBuffers,
     rope: Rope,
     attention: Attention,
@@ -68,7 +70,7 @@ struct Prepared {
 }
 
 /// How a step runs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Plan {
     /// Rows that kernels are launched for: those of the step, or those of the recorded step it runs as.
     tokens: usize,
@@ -223,9 +225,6 @@ impl Backend for Cuda {
     type Plan = Plan;
 
     fn prepare(&mut self, limits: StepLimits, geometry: AttentionConfig) -> Result<(), BackendError> {
-        if geometry.kv_cache_dtype != KvCacheDtype::Native {
-            return Err(BackendError::Unsupported("a KV cache of e4m3".to_owned()));
-        }
         if limits.max_seqs > MAX_SAMPLES {
             let what = format!("{} sequences in a step, the most is {MAX_SAMPLES}", limits.max_seqs);
             return Err(BackendError::Unsupported(what));
@@ -235,6 +234,7 @@ impl Backend for Cuda {
         self.prepared = Some(Prepared {
             limits,
             geometry,
+            block_size: SMALLEST_BLOCK,
             step: StepBuffers::alloc(device, limits, max_blocks, limits.max_seqs)?,
             rope: Rope::load(device, &geometry, limits.max_model_len)?,
             attention: Attention::new(device, geometry, limits)?,
@@ -307,7 +307,7 @@ impl Backend for Cuda {
             let AttentionConfig {
                 num_kv_heads, head_dim, ..
             } = prepared.geometry;
-            (2 * block_size * num_kv_heads * head_dim * size_of::<bf16>()) as u64
+            (2 * block_size * num_kv_heads * head_dim * value_bytes(&prepared.geometry)) as u64
         })
     }
 
@@ -315,7 +315,7 @@ impl Backend for Cuda {
         &mut self,
         num_blocks: usize,
         block_size: usize,
-        _scales: KvScales,
+        scales: KvScales,
     ) -> Result<KvLayer, BackendError> {
         if !block_size.is_multiple_of(SMALLEST_BLOCK) {
             let what = format!("KV blocks of {block_size} tokens: a multiple of {SMALLEST_BLOCK} it must be");
@@ -325,7 +325,12 @@ impl Backend for Cuda {
         let data = self.device.alloc("the KV cache of a layer", bytes)?;
         // From here on the cache only ever holds numbers.
         self.device.zero(data, bytes)?;
-        Ok(KvLayer { data, block_size })
+        prepared(&mut self.prepared).block_size = block_size;
+        Ok(KvLayer {
+            data,
+            block_size,
+            scales,
+        })
     }
 
     fn max_steps_in_flight(&self) -> usize {
@@ -345,7 +350,7 @@ impl Backend for Cuda {
         let (device, prepared) = (&mut *self.device, prepared(&mut self.prepared));
         self.graphs.abandon(device)?;
         prepared.step.upload(device, batch)?;
-        let attention = prepared.attention.plan(device, batch)?;
+        let attention = prepared.attention.plan(device, batch, prepared.block_size)?;
         let recorded = self.graphs.size(batch, Needs::are_recordable(batch));
         if recorded.is_some() {
             prepared.upload_choices(device, batch, None)?;
@@ -454,12 +459,13 @@ impl Backend for Cuda {
             max_seqs: plan.tokens.min(prepared.limits.max_seqs),
             qkv: qkv.data,
             kv: kv.data,
+            scales: kv.scales,
             block_size: kv.block_size,
             window,
             out,
             rows: prepared.attended.data,
         };
-        prepared.attention.run(device, plan.attention, &inputs)?;
+        prepared.attention.run(device, &plan.attention, &inputs)?;
         if out_scheme == ActivationScheme::Fp8Token {
             self.rows.quantize(device, rows, &prepared.attended, out)?;
         }

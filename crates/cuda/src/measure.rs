@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use lapidary_model::{ActivationScheme, AttentionConfig, BackendError, StepLimits};
+use lapidary_model::{ActivationScheme, AttentionConfig, BackendError, KvCacheDtype, KvScales, StepLimits};
 
 pub use crate::attention::DecodeTuning;
-use crate::attention::{Attention, AttentionInputs};
+use crate::attention::{Attention, AttentionInputs, value_bytes};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver};
 use crate::gemm::{Output, Tuning};
 use crate::matmul::{Matmul, Product};
@@ -14,6 +14,9 @@ use crate::rope::Rope;
 use crate::rows::{Branch, RowCount, RowKernels};
 use crate::step::StepBuffers;
 use crate::tensor::{Activation, ActivationParams, KvLayer, Norm, Tensor};
+
+mod chain;
+pub use chain::{Before, ChainLoad, Layer};
 
 /// Weights rotate through more memory than any L2 cache holds.
 const ROTATION_BYTES: usize = 600 << 20;
@@ -120,6 +123,19 @@ impl Operands {
             out: Tensor::alloc(device, "output", [max_tokens, n], is_output)?,
             num_rows: device.alloc("count", 4)?,
         })
+    }
+
+    /// By the `index`th copy of the weights, which take turns.
+    fn product<'a>(&'a self, x: &'a ActivationParams, index: usize, tokens: usize) -> Product<'a> {
+        Product {
+            x,
+            w: &self.weights[index % self.weights.len()],
+            w_scales: self.w_scales,
+            out: &self.out,
+            softcap: self.out.is_wide.then_some(30.0),
+            num_rows: self.num_rows,
+            max_rows: tokens,
+        }
     }
 
     fn timing(&self, tokens: usize, microseconds: f64, how: &str) -> Timing {
@@ -295,16 +311,7 @@ impl Bench {
         let (matmul, x) = (&self.matmul, operands.x.params());
         let microseconds = self.device.time(REPEATS, &mut |device| {
             for index in 0..launches {
-                let product = Product {
-                    x: &x,
-                    w: &operands.weights[index % operands.weights.len()],
-                    w_scales: operands.w_scales,
-                    out: &operands.out,
-                    softcap: operands.out.is_wide.then_some(30.0),
-                    num_rows: operands.num_rows,
-                    max_rows: tokens,
-                };
-                launch(matmul, device, &product)?;
+                launch(matmul, device, &operands.product(&x, index, tokens))?;
             }
             Ok(())
         })?;
@@ -338,12 +345,13 @@ impl Bench {
         let mut step = StepBuffers::alloc(device, limits, batch * blocks_each, batch)?;
         let batch_step = load.batch(BLOCK);
         step.upload(device, &batch_step)?;
-        let plan = attention.plan(device, &batch_step)?;
+        let plan = attention.plan(device, &batch_step, BLOCK)?;
         step.begin(device)?;
-        let layer_bytes = 2 * batch * blocks_each * BLOCK * config.num_kv_heads * config.head_dim * 2;
+        let value_bytes = value_bytes(&config);
+        let layer_bytes = 2 * batch * blocks_each * BLOCK * config.num_kv_heads * config.head_dim * value_bytes;
         let copies = (ROTATION_BYTES / layer_bytes).clamp(2, MAX_COPIES);
         let layers = (0..copies as u64)
-            .map(|copy| random_bf16(device, layer_bytes / 2, copy))
+            .map(|copy| random_cache(device, layer_bytes, copy, config.kv_cache_dtype))
             .collect::<Result<Vec<_>, _>>()?;
         let width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
         let qkv = random_bf16(device, batch * queries * width, 99)?;
@@ -359,12 +367,13 @@ impl Bench {
                     max_seqs: batch,
                     qkv,
                     kv: layers[launch % copies],
+                    scales: KvScales::default(),
                     block_size: BLOCK,
                     window,
                     out,
                     rows: DevicePtr::NULL,
                 };
-                attention.run(device, plan, &inputs)?;
+                attention.run(device, &plan, &inputs)?;
             }
             Ok(())
         })? / launches as f64;
@@ -372,7 +381,7 @@ impl Bench {
         Ok(Timing {
             what: load.to_string(),
             microseconds,
-            bytes: (2 * batch * load.keys_read() * config.num_kv_heads * config.head_dim * 2) as f64,
+            bytes: (2 * batch * load.keys_read() * config.num_kv_heads * config.head_dim * value_bytes) as f64,
             flops: (4 * batch * load.visible_pairs() * config.num_heads * config.head_dim) as f64,
         })
     }
@@ -452,6 +461,7 @@ impl Bench {
             let kv = KvLayer {
                 data: device.alloc("the KV cache of a layer", cache)?,
                 block_size: BLOCK,
+                scales: KvScales::default(),
             };
             Ok(move |device: &mut dyn Device, copy: usize| rope.append(device, &pointers, rows, &qkv[copy], &kv))
         })
@@ -710,6 +720,13 @@ fn random_floats(device: &mut Driver, count: usize) -> Result<DevicePtr, Backend
         let (low, high) = (value(word), value(word >> 32));
         [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
     })
+}
+
+fn random_cache(device: &mut Driver, bytes: usize, seed: u64, dtype: KvCacheDtype) -> Result<DevicePtr, BackendError> {
+    match dtype {
+        KvCacheDtype::Native => random(device, "keys and values", bytes, seed, bf16_values),
+        KvCacheDtype::Fp8E4m3 => random(device, "keys and values", bytes, seed, e4m3_codes),
+    }
 }
 
 fn random_bf16(device: &mut Driver, count: usize, seed: u64) -> Result<DevicePtr, BackendError> {

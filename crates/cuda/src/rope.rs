@@ -1,6 +1,6 @@
 //! Launches `kernels/rope.cu`, with the table it rotates by.
 
-use lapidary_model::{AttentionConfig, BackendError};
+use lapidary_model::{AttentionConfig, BackendError, KvCacheDtype};
 
 use crate::device::{Device, DevicePtr, Grid, Kernel, bytes_of, kernel_params, launch};
 use crate::step::StepPointers;
@@ -21,6 +21,10 @@ struct RopeParams {
     num_kv_heads: i32,
     head_dim: i32,
     block_size: i32,
+    kv_is_e4m3: i32,
+    key_scale: f32,
+    value_scale: f32,
+    padding: i32,
 }
 
 kernel_params!(RopeParams);
@@ -80,6 +84,10 @@ impl Rope {
             num_kv_heads: num_kv_heads as i32,
             head_dim: head_dim as i32,
             block_size: kv.block_size as i32,
+            kv_is_e4m3: i32::from(self.attention.kv_cache_dtype == KvCacheDtype::Fp8E4m3),
+            key_scale: kv.scales.key,
+            value_scale: kv.scales.value,
+            padding: 0,
         };
         let threads = (num_heads + 2 * num_kv_heads) * (head_dim / 2).div_ceil(PAIRS);
         // The kernel reads rows before it knows how many are asked for.
@@ -113,18 +121,28 @@ fn table(attention: &AttentionConfig, num_positions: usize) -> Vec<f32> {
 mod tests {
     use half::bf16;
 
-    use lapidary_model::KvCacheDtype;
+    use lapidary_model::KvScales;
 
     use super::*;
     use crate::device::read_back;
+    use crate::pack::e4m3_to_f32;
     use crate::step::tests::{buffers, sequence};
     use crate::testing::{Numbers, device};
 
     const BLOCK_SIZE: usize = 16;
     const BLOCKS: usize = 4;
     const TOKENS: usize = 5;
+    /// Of a value of 2.9, by an angle of 8191 that was rounded to f32.
+    const ANGLE_ERROR: f64 = 8191.0 * 2.4e-7 * 2.9;
+    /// A byte of the cache before.
+    const UNTOUCHED: u8 = 0xc3;
+    /// With which some values are clipped; nobody looks at them where the cache is not e4m3.
+    const SCALES: KvScales = KvScales {
+        key: 0.0061,
+        value: 0.0037,
+    };
 
-    fn check(num_heads: usize, num_kv_heads: usize, head_dim: usize) {
+    fn check(num_heads: usize, num_kv_heads: usize, head_dim: usize, dtype: KvCacheDtype) {
         let mut device = device();
         let attention = AttentionConfig {
             num_heads,
@@ -133,7 +151,7 @@ mod tests {
             scale: 1.0,
             softcap: None,
             rope_theta: 1e4,
-            kv_cache_dtype: KvCacheDtype::Native,
+            kv_cache_dtype: dtype,
         };
         let rope = Rope::load(&mut *device, &attention, 8192).expect("the table is small");
         let mut step = buffers(&mut *device, TOKENS + 1);
@@ -150,19 +168,20 @@ mod tests {
         let qkv = Tensor::alloc(&mut *device, "test data", [TOKENS + 1, cols], false).expect("tensors are small");
         device.upload(qkv.data, bytes_of(&narrow)).expect("uploads work");
         let elements = BLOCKS * 2 * num_kv_heads * BLOCK_SIZE * head_dim;
-        let untouched = bf16::from_f32(-77.0);
-        let data = device.alloc("test data", 2 * elements).expect("caches are small");
-        device
-            .upload(data, bytes_of(&vec![untouched; elements]))
-            .expect("uploads work");
+        let is_e4m3 = dtype == KvCacheDtype::Fp8E4m3;
+        let bytes = elements * crate::attention::value_bytes(&attention);
+        let data = device.alloc("test data", bytes).expect("caches are small");
+        let untouched = vec![UNTOUCHED; bytes];
+        device.upload(data, bytes_of(&untouched)).expect("uploads work");
         let kv = KvLayer {
             data,
             block_size: BLOCK_SIZE,
+            scales: SCALES,
         };
         rope.append(&mut *device, step.pointers(), TOKENS + 1, &qkv, &kv)
             .expect("rope runs");
 
-        let mut want_cache = vec![f64::from(untouched.to_f32()); elements];
+        let mut want_cache = vec![None; elements];
         let mut want_qkv: Vec<f64> = values.iter().copied().map(f64::from).collect();
         for row in 0..TOKENS {
             for head in 0..heads {
@@ -180,16 +199,49 @@ mod tests {
                 let line = slot / BLOCK_SIZE * 2 * num_kv_heads + kv_head;
                 let row = slot % BLOCK_SIZE;
                 let to = (line * BLOCK_SIZE + row) * head_dim;
-                let turn = if head_dim.is_multiple_of(64) { row % 8 * 8 } else { 0 };
+                let turn = chunk_turn(head_dim, row, is_e4m3);
                 for (dim, value) in values.iter().enumerate() {
-                    want_cache[to + (dim ^ turn)] = *value;
+                    let is_key = line % (2 * num_kv_heads) < num_kv_heads;
+                    want_cache[to + (dim ^ turn)] = Some((*value, is_key));
                 }
             }
         }
         let got: Vec<bf16> = read_back(&mut *device, qkv.data, want_qkv.len());
         assert_close("qkv", &got, &want_qkv);
-        let got: Vec<bf16> = read_back(&mut *device, kv.data, elements);
-        assert_close("cache", &got, &want_cache);
+        let got: Vec<u8> = read_back(&mut *device, kv.data, bytes);
+        for (index, (got, want)) in got.chunks(bytes / elements).zip(want_cache).enumerate() {
+            match want {
+                None => assert!(got.iter().all(|byte| *byte == UNTOUCHED), "cache: element {index}"),
+                Some((want, is_key)) if is_e4m3 => assert_code(index, got[0], want, is_key),
+                Some((want, _)) => assert_close("cache", &[bf16::from_le_bytes([got[0], got[1]])], &[want]),
+            }
+        }
+    }
+
+    /// What the place of an element in its row is turned by, if chunks of 16 bytes are permuted.
+    fn chunk_turn(head_dim: usize, row: usize, is_e4m3: bool) -> usize {
+        match (head_dim.is_multiple_of(64), is_e4m3) {
+            (false, _) => 0,
+            (true, false) => row % 8 * 8,
+            (true, true) if head_dim == 64 => row / 2 % 4 * 16,
+            (true, true) => row % 8 * 16,
+        }
+    }
+
+    /// The nearest of all codes, but for what a key's angle errs.
+    fn assert_code(index: usize, got: u8, want: f64, is_key: bool) {
+        let (scale, error) = if is_key {
+            (SCALES.key, ANGLE_ERROR)
+        } else {
+            (SCALES.value, 1e-7)
+        };
+        let distance = |code: u8| (f64::from(e4m3_to_f32(code)) * f64::from(scale) - want).abs();
+        let codes = (0..=u8::MAX).filter(|code| code & 0x7f != 0x7f);
+        let nearest = codes.map(distance).fold(f64::MAX, f64::min);
+        assert!(
+            got & 0x7f != 0x7f && distance(got) <= nearest + 2.0 * error,
+            "cache: element {index} is code {got:#x}, expected {want} by {scale}"
+        );
     }
 
     fn rotate(head: &mut [f64], position: u32) {
@@ -205,8 +257,8 @@ mod tests {
     fn assert_close(what: &str, got: &[bf16], want: &[f64]) {
         for (index, (got, want)) in got.iter().zip(want).enumerate() {
             let got = f64::from(got.to_f32());
-            // A stored bf16; an angle of 8191 that was rounded to f32.
-            let allowed = want.abs() / 256.0 + 8191.0 * 2.4e-7 * 2.9;
+            // A stored bf16.
+            let allowed = want.abs() / 256.0 + ANGLE_ERROR;
             assert!(
                 (got - want).abs() <= allowed,
                 "{what}: element {index} is {got}, expected {want}"
@@ -216,10 +268,18 @@ mod tests {
 
     #[test]
     fn heads_turn_and_reach_their_slots() {
-        for (num_heads, num_kv_heads, head_dim) in
-            [(1, 1, 2), (2, 1, 30), (4, 2, 32), (3, 3, 34), (8, 4, 256), (8, 1, 128)]
-        {
-            check(num_heads, num_kv_heads, head_dim);
+        for (num_heads, num_kv_heads, head_dim) in [
+            (1, 1, 2),
+            (2, 1, 30),
+            (4, 2, 32),
+            (3, 3, 34),
+            (2, 1, 64),
+            (8, 4, 256),
+            (8, 1, 128),
+        ] {
+            for dtype in [KvCacheDtype::Native, KvCacheDtype::Fp8E4m3] {
+                check(num_heads, num_kv_heads, head_dim, dtype);
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the backend's associated types are in device memory.
 
-use lapidary_model::{ActivationScheme, BackendError};
+use lapidary_model::{ActivationScheme, BackendError, KvScales};
 
 use crate::device::{Device, DevicePtr};
 use crate::pack::{Element, PANEL_BYTES, Panels};
@@ -160,9 +160,10 @@ pub struct Embedding {
     pub(crate) table: Panels,
 }
 
-/// Keys and values of one layer: bf16 `[num_blocks][2: K, V][num_kv_heads][block_size][head_dim]`.
+/// Keys and values of one layer: bf16 or e4m3 `[num_blocks][2: K, V][num_kv_heads][block_size][head_dim]`.
 #[derive(Debug)]
 pub struct KvLayer {
     pub(crate) data: DevicePtr,
     pub(crate) block_size: usize,
+    pub(crate) scales: KvScales,
 }

@@ -1,13 +1,14 @@
 //! Both kernels against loops in f64, and their promise that a sequence's result depends on nothing else in the batch.
 //!
-//! Blocks that no sequence owns hold NaN, slots behind a sequence's last token 1e30.
+//! Blocks that no sequence owns hold NaN, and so do slots behind a sequence's last token.
 
 use half::bf16;
 use lapidary_engine::{BlockId, RequestId};
-use lapidary_model::{ActivationScheme, KvCacheDtype};
+use lapidary_model::{ActivationScheme, KvCacheDtype, KvScales};
 
 use super::*;
 use crate::device::{on_device, read_back};
+use crate::pack::e4m3_to_f32;
 use crate::tensor::Activation;
 use crate::testing::device;
 
@@ -26,6 +27,7 @@ struct Setup {
     scheme: ActivationScheme,
     /// Of keys; the usual one if none is given.
     chunk: Option<usize>,
+    dtype: KvCacheDtype,
 }
 
 impl Setup {
@@ -40,6 +42,26 @@ impl Setup {
             key_size: 1.0,
             scheme: ActivationScheme::Fp8Token,
             chunk: None,
+            dtype: KvCacheDtype::Native,
+        }
+    }
+
+    /// The same over an e4m3 cache.
+    fn e4m3(self) -> Self {
+        Self {
+            dtype: KvCacheDtype::Fp8E4m3,
+            ..self
+        }
+    }
+
+    fn is_e4m3(&self) -> bool {
+        self.dtype == KvCacheDtype::Fp8E4m3
+    }
+
+    fn scales(&self) -> KvScales {
+        KvScales {
+            key: 0.73 * self.key_size,
+            value: 1.7,
         }
     }
 
@@ -51,7 +73,7 @@ impl Setup {
             scale: (self.head_dim as f32).powf(-0.5),
             softcap: self.softcap,
             rope_theta: 1e4,
-            kv_cache_dtype: KvCacheDtype::Native,
+            kv_cache_dtype: self.dtype,
         }
     }
 
@@ -88,19 +110,41 @@ impl Sequence {
         }
     }
 
-    /// Element `dim` of a head at a position: zero mean, variance 1 (keys: `key_size` squared), exact in bf16.
-    fn element(&self, setup: &Setup, what: What, position: usize, head: usize, dim: usize) -> f32 {
+    fn noise(&self, what: What, position: usize, head: usize, dim: usize) -> u64 {
         let place = ((what as u64 * 100_000 + position as u64) * 64 + head as u64) * 256 + dim as u64;
         let mut bits = (self.seed << 40 ^ place).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits
+    }
+
+    /// Element `dim` of a head at a position: zero mean, variance 1 (keys: `key_size` squared), exact in bf16.
+    fn element(&self, setup: &Setup, what: What, position: usize, head: usize, dim: usize) -> f32 {
+        let bits = self.noise(what, position, head, dim);
         let unit = ((bits >> 40) as f32 / (1 << 23) as f32 - 1.0) * 3_f32.sqrt();
         let size = if matches!(what, What::Key) { setup.key_size } else { 1.0 };
         bf16::from_f32(unit * size).to_f32()
     }
 
+    /// The same of an e4m3 cache, of either sign and up to 3.75, seldom below normal numbers.
+    fn code(&self, what: What, position: usize, head: usize, dim: usize) -> u8 {
+        let bits = (self.noise(what, position, head, dim) >> 40) as u8;
+        match bits & 0x78 {
+            0..0x08 => bits & 0x87,
+            exponent => bits & 0x87 | (4 + (exponent >> 3) % 5) << 3,
+        }
+    }
+
     fn head(&self, setup: &Setup, what: What, position: usize, head: usize) -> Vec<f64> {
-        let element = |dim| f64::from(self.element(setup, what, position, head, dim));
+        let scale = match what {
+            What::Query => None,
+            What::Key => Some(setup.scales().key),
+            What::Value => Some(setup.scales().value),
+        };
+        let element = |dim| match scale.filter(|_| setup.is_e4m3()) {
+            Some(scale) => f64::from(e4m3_to_f32(self.code(what, position, head, dim))) * f64::from(scale),
+            None => f64::from(self.element(setup, what, position, head, dim)),
+        };
         (0..setup.head_dim).map(element).collect()
     }
 }
@@ -108,7 +152,7 @@ impl Sequence {
 /// A batch and its memory: blocks in no order, twice as many as are used.
 struct Memory {
     batch: Batch,
-    kv: Vec<bf16>,
+    kv: Vec<u8>,
     qkv: Vec<bf16>,
 }
 
@@ -123,7 +167,8 @@ impl Memory {
                 block_start: vec![0],
                 ..Batch::default()
             },
-            kv: vec![bf16::NAN; num_blocks * 2 * setup.kv_heads * plane],
+            // NaN in both formats.
+            kv: vec![0xff; num_blocks * 2 * setup.kv_heads * plane * value_bytes(&setup.config())],
             qkv: Vec::new(),
         };
         for (index, sequence) in sequences.iter().enumerate() {
@@ -146,10 +191,19 @@ impl Memory {
                     let row = ((id * 2 + plane) * setup.kv_heads + head) * setup.block_size + slot;
                     let position = block * setup.block_size + slot;
                     for dim in 0..setup.head_dim {
-                        // Chunks of 8 are permuted by the row; what lies behind the context may be no number.
-                        let place = row * setup.head_dim + (dim ^ (slot % 8 * 8));
-                        if position < sequence.context {
-                            self.kv[place] = bf16::from_f32(sequence.element(setup, what, position, head, dim));
+                        if position >= sequence.context {
+                            // It may be no number.
+                            continue;
+                        }
+                        // Chunks of 16 bytes are permuted by the row.
+                        if setup.is_e4m3() {
+                            let turn = if setup.head_dim < 128 { slot / 2 % 4 } else { slot % 8 };
+                            self.kv[row * setup.head_dim + (dim ^ (turn * 16))] =
+                                sequence.code(what, position, head, dim);
+                        } else {
+                            let place = 2 * (row * setup.head_dim + (dim ^ (slot % 8 * 8)));
+                            let element = bf16::from_f32(sequence.element(setup, what, position, head, dim));
+                            self.kv[place..place + 2].copy_from_slice(&element.to_le_bytes());
                         }
                     }
                 }
@@ -207,7 +261,11 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
         max_seqs: sequences.len() + 35,
         max_model_len: sequences.iter().map(|s| s.context).max().unwrap_or(0),
     };
-    let tuning = setup.chunk.map(|chunk| DecodeTuning { chunk, stages: 1 });
+    let tuning = setup.chunk.map(|chunk| DecodeTuning {
+        chunk,
+        stages: 1,
+        blocks: 1,
+    });
     let attention =
         Attention::tuned(device, setup.config(), limits, tuning, is_hopper).expect("there are kernels for this shape");
     let (rows, cols) = (memory.batch.num_tokens(), setup.heads * setup.head_dim);
@@ -217,14 +275,17 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
         max_seqs: memory.batch.num_seqs(),
         qkv: on_device(device, &memory.qkv),
         kv: on_device(device, &memory.kv),
+        scales: setup.scales(),
         block_size: setup.block_size,
         window: setup.window,
         out: activation.write(device, setup.scheme).expect("it can be zeroed"),
         rows: on_device(device, &vec![bf16::NAN; rows * cols]),
     };
-    let plan = attention.plan(device, &memory.batch).expect("uploads work");
+    let plan = attention
+        .plan(device, &memory.batch, setup.block_size)
+        .expect("uploads work");
     for _ in 0..2 {
-        attention.run(device, plan, &inputs).expect("launches work");
+        attention.run(device, &plan, &inputs).expect("launches work");
     }
     read_result(device, setup, &inputs, rows, cols)
 }
@@ -247,15 +308,6 @@ fn read_result(device: &mut dyn Device, setup: &Setup, inputs: &AttentionInputs,
             _ => e4m3_to_f32(byte(row, col)) * scales[row],
         })
         .collect()
-}
-
-fn e4m3_to_f32(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 0xf), f32::from(code & 7));
-    let magnitude = match exponent {
-        0 => mantissa * 2_f32.powi(-9),
-        _ => (8.0 + mantissa) * 2_f32.powi(exponent - 10),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 /// Keys and values of one head, and what attention over them gives in f64.
@@ -362,10 +414,12 @@ fn decode_matches_f64_around_tile_and_chunk_borders() {
                 chunk: Some(64),
                 ..Setup::new(head_dim, heads, kv_heads)
             };
-            check(
-                &setup,
-                &[1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257].map(Sequence::decode),
-            );
+            for setup in [setup, setup.e4m3()] {
+                check(
+                    &setup,
+                    &[1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257].map(Sequence::decode),
+                );
+            }
         }
     }
 }
@@ -379,10 +433,12 @@ fn decode_matches_f64_at_the_border_of_the_window() {
                 chunk: Some(64),
                 ..Setup::new(head_dim, heads, kv_heads)
             };
-            check(
-                &setup,
-                &[1, 63, 64, 65, 80, 99, 100, 101, 127, 128, 129, 230].map(Sequence::decode),
-            );
+            for setup in [setup, setup.e4m3()] {
+                check(
+                    &setup,
+                    &[1, 63, 64, 65, 80, 99, 100, 101, 127, 128, 129, 230].map(Sequence::decode),
+                );
+            }
         }
     }
 }
@@ -396,10 +452,12 @@ fn any_number_of_chunks_is_merged() {
             chunk: Some(64),
             ..Setup::new(64, 4, 2)
         };
-        check(
-            &setup,
-            &[192, 511, 512, 513, 576, 1024, 1025, 1100].map(Sequence::decode),
-        );
+        for setup in [setup, setup.e4m3()] {
+            check(
+                &setup,
+                &[192, 511, 512, 513, 576, 1024, 1025, 1100].map(Sequence::decode),
+            );
+        }
     }
 }
 
@@ -423,10 +481,12 @@ fn prefill_matches_f64() {
             };
             // Whole prompts, and parts of prompts whose beginnings are in the cache.
             let sequences = [(2, 2), (17, 17), (66, 66), (65, 2), (70, 9), (131, 4)];
-            check(
-                &setup,
-                &sequences.map(|(context, queries)| Sequence::prefill(context, queries)),
-            );
+            for setup in [setup, setup.e4m3()] {
+                check(
+                    &setup,
+                    &sequences.map(|(context, queries)| Sequence::prefill(context, queries)),
+                );
+            }
         }
     }
 }
@@ -440,7 +500,9 @@ fn prefill_matches_f64_at_the_border_of_the_window() {
                 softcap,
                 ..Setup::new(head_dim, heads, kv_heads)
             };
-            check(&setup, &[Sequence::prefill(67, 5), Sequence::prefill(170, 20)]);
+            for setup in [setup, setup.e4m3()] {
+                check(&setup, &[Sequence::prefill(67, 5), Sequence::prefill(170, 20)]);
+            }
         }
     }
 }
@@ -468,15 +530,17 @@ fn logits_beyond_the_softcap_and_every_block_size() {
             key_size: 30.0,
             ..Setup::new(128, 4, 2)
         };
-        check(
-            &setup,
-            &[
-                Sequence::decode(1),
-                Sequence::decode(150),
-                Sequence::prefill(77, 20),
-                Sequence::decode(64),
-            ],
-        );
+        for setup in [setup, setup.e4m3()] {
+            check(
+                &setup,
+                &[
+                    Sequence::decode(1),
+                    Sequence::decode(150),
+                    Sequence::prefill(77, 20),
+                    Sequence::decode(64),
+                ],
+            );
+        }
     }
 }
 
@@ -488,25 +552,32 @@ fn the_result_takes_the_form_the_o_projection_asks_for() {
                 scheme,
                 ..Setup::new(head_dim, 6, 2)
             };
-            check(
-                &setup,
-                &[
-                    Sequence::decode(40),
-                    Sequence::prefill(33, 21),
-                    Sequence::decode(130),
-                    Sequence::prefill(20, 2),
-                ],
-            );
+            for setup in [setup, setup.e4m3()] {
+                check(
+                    &setup,
+                    &[
+                        Sequence::decode(40),
+                        Sequence::prefill(33, 21),
+                        Sequence::decode(130),
+                        Sequence::prefill(20, 2),
+                    ],
+                );
+            }
         }
     }
 }
 
 #[test]
 fn neighbours_do_not_change_a_bit() {
-    for (softcap, window) in [(Some(50.0), None), (None, Some(64))] {
+    for (softcap, window, dtype) in [
+        (Some(50.0), None, KvCacheDtype::Native),
+        (None, Some(64), KvCacheDtype::Native),
+        (Some(50.0), Some(64), KvCacheDtype::Fp8E4m3),
+    ] {
         let setup = Setup {
             softcap,
             window,
+            dtype,
             ..Setup::new(128, 4, 2)
         };
         let cols = setup.heads * setup.head_dim;
@@ -532,15 +603,17 @@ fn neighbours_do_not_change_a_bit() {
 #[test]
 fn cutting_a_prompt_does_not_change_a_bit() {
     let length = 150;
-    for (softcap, window) in [
-        (Some(50.0), None),
-        (None, None),
-        (Some(50.0), Some(64)),
-        (None, Some(64)),
+    for (softcap, window, dtype) in [
+        (Some(50.0), None, KvCacheDtype::Native),
+        (None, None, KvCacheDtype::Native),
+        (Some(50.0), Some(64), KvCacheDtype::Native),
+        (None, Some(64), KvCacheDtype::Native),
+        (Some(50.0), Some(64), KvCacheDtype::Fp8E4m3),
     ] {
         let setup = Setup {
             softcap,
             window,
+            dtype,
             key_size: 5.0,
             ..Setup::new(64, 4, 2)
         };
@@ -558,6 +631,30 @@ fn cutting_a_prompt_does_not_change_a_bit() {
             }
             assert!(pieces == whole, "{setup:?}");
         }
+    }
+}
+
+/// More of an e4m3 cache than is widened at a time, beside decoding; by blocks of several sizes.
+#[test]
+fn prompts_over_long_e4m3_contexts_take_turns() {
+    for block_size in [16, 48] {
+        let setup = Setup {
+            block_size,
+            ..Setup::new(64, 2, 1)
+        }
+        .e4m3();
+        let long = |context| Sequence::prefill(context, 3);
+        check(
+            &setup,
+            &[
+                long(900),
+                long(700),
+                Sequence::decode(300),
+                long(899),
+                long(20),
+                long(850),
+            ],
+        );
     }
 }
 
