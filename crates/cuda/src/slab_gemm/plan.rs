@@ -22,6 +22,9 @@ const TOKENS_IN_FLIGHT_BYTES: usize = 32 << 10;
 const FEW_TOKENS: usize = 32;
 /// Weights and tokens on their way then.
 const BALANCED_IN_FLIGHT_BYTES: [usize; 2] = [64 << 10, 48 << 10];
+/// The same for slabs of one tile, which get all of a multiprocessor: the kernels between such products take a few
+/// microseconds, so that half of it would mostly lie idle (`benches/results`).
+const ONE_TILE_IN_FLIGHT_BYTES: [usize; 2] = [80 << 10, 96 << 10];
 /// Weights asked for ahead of the ring before the kernels ahead have finished. What a norm or an edge between kernels
 /// takes, a few microseconds, is so many more bytes of DRAM's time.
 const PREFETCH_BYTES: usize = 64 << 10;
@@ -123,8 +126,11 @@ impl Tuning {
         let slab = Slabs::new(shape.n, blocks);
         let rows = slab.rows_in_stage(slab.longest());
         let is_long = slab.longest() >= LONG_SLAB_ROWS;
+        let is_one_tile = Self::is_one_tile(shape, slab);
         let [in_flight_bytes, tokens_in_flight_bytes] = if is_long {
             LONG_IN_FLIGHT_BYTES
+        } else if is_one_tile {
+            ONE_TILE_IN_FLIGHT_BYTES
         } else if shape.tokens > FEW_TOKENS {
             BALANCED_IN_FLIGHT_BYTES
         } else {
@@ -137,7 +143,11 @@ impl Tuning {
             in_flight_bytes,
             prefetch_bytes: PREFETCH_BYTES,
             tokens_in_flight_bytes,
-            shared_bytes: if is_long { ALL_SHARED_BYTES } else { SHARED_BYTES },
+            shared_bytes: if is_long || is_one_tile {
+                ALL_SHARED_BYTES
+            } else {
+                SHARED_BYTES
+            },
         };
         let tuning = with(match (rows.div_ceil(TILE_ROWS), shape.element) {
             // Few stages of many panels: each costs a round of waiting and telling.
@@ -157,12 +167,21 @@ impl Tuning {
         }
     }
 
-    /// All multiprocessors, or a few less where even slabs then fit one tile less.
+    /// Whether slabs of many tokens have one tile.
+    fn is_one_tile(shape: Shape, slabs: Slabs) -> bool {
+        shape.element == Element::E4m3 && shape.tokens > FEW_TOKENS && slabs.rows_in_stage(slabs.longest()) <= TILE_ROWS
+    }
+
+    /// All multiprocessors, or a few less where even slabs then fit one tile less. Half of them where a tile is enough for
+    /// twice the rows, too: all of the tokens are read by each block.
     fn blocks(shape: Shape, multiprocessors: usize) -> usize {
         let tiles = |blocks| {
             let slab = Slabs::new(shape.n, blocks);
             slab.rows_in_stage(slab.longest()).div_ceil(TILE_ROWS)
         };
+        if Self::is_one_tile(shape, Slabs::new(shape.n, multiprocessors / 2)) {
+            return multiprocessors / 2;
+        }
         let is_even = multiprocessors >= EVEN_BLOCKS && shape.n.is_multiple_of(EVEN_BLOCKS);
         // Passes of even slabs are full, so that tokens are read for fewer.
         let saves_passes =
@@ -365,8 +384,9 @@ mod tests {
     fn gemma_2_occupies_the_device_and_keeps_dram_busy_beside_the_next_kernel() {
         for shape in shapes() {
             let plan = Plan::new(shape, Tuning::of(shape, 132)).expect("the standard tuning is possible");
+            let is_halved = plan.blocks == 66 && shape.tokens > FEW_TOKENS && plan.panel_rows <= TILE_ROWS;
             assert!(
-                plan.blocks == 132 || (plan.blocks == 128 && plan.long_slabs == 0),
+                plan.blocks == 132 || (plan.blocks == 128 && plan.long_slabs == 0) || is_halved,
                 "{shape:?} {plan:?}"
             );
             assert_eq!(plan.slab_rows * plan.blocks + plan.long_slabs, shape.n);
@@ -374,8 +394,9 @@ mod tests {
             let in_flight = plan.w_stages * plan.variant.panels * rows * PANEL_BYTES;
             let slab_bytes = plan.slab_rows * shape.k_panels * PANEL_BYTES;
             assert!(in_flight >= slab_bytes.min(24 << 10), "{shape:?} {plan:?} {in_flight}");
-            let is_long = plan.slab_rows >= LONG_SLAB_ROWS;
-            assert!(plan.shared_bytes <= if is_long { ALL_SHARED_BYTES } else { SHARED_BYTES });
+            let takes_all = plan.slab_rows >= LONG_SLAB_ROWS
+                || (shape.tokens > FEW_TOKENS && plan.variant.tiles == 1 && shape.element == Element::E4m3);
+            assert!(plan.shared_bytes <= if takes_all { ALL_SHARED_BYTES } else { SHARED_BYTES });
             assert!(plan.variant.tokens >= shape.tokens);
         }
     }
