@@ -10,6 +10,7 @@
 // Grid: (tokens, pieces of a token), enough blocks that a step of one token uses several SMs. Bound by latency for few
 // tokens and by memory for many: 4 bytes an element and the table, which stays in L2.
 #include "common/attention.cuh"
+#include "common/quantize.cuh"
 
 struct RopeParams {
   Step step;
@@ -56,22 +57,17 @@ DEVICE void store_eight(bf16* to, const Eight& v, int count, bool is_aligned) {
     }
   }
 }
-DEVICE void store_eight(uint8_t* to, const Eight& v, int count, bool is_aligned) {
+DEVICE void store_eight(uint8_t* to, const Eight& v, const Divisor& by, int count, bool is_aligned) {
+  uint32_t codes[2];
+  quantize(v.x, by, codes);
   if (is_aligned) {
-    *reinterpret_cast<uint2*>(to) = make_uint2(e4m3x4_from_floats(v.x[0], v.x[1], v.x[2], v.x[3]),
-                                               e4m3x4_from_floats(v.x[4], v.x[5], v.x[6], v.x[7]));
+    *reinterpret_cast<uint2*>(to) = make_uint2(codes[0], codes[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i < count) to[i] = uint8_t(e4m3x2_from_floats(v.x[i], 0.0f));
+      if (i < count) to[i] = uint8_t(codes[i / 4] >> (8 * (i % 4)));
     }
   }
-}
-DEVICE Eight divided(const Eight& v, float scale) {
-  Eight out;
-#pragma unroll
-  for (int i = 0; i < 8; i++) out.x[i] = __fdiv_rn(v.x[i], scale);
-  return out;
 }
 DEVICE Eight load_table(const float* from, int count, bool is_aligned) {
   Eight out;
@@ -123,10 +119,10 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
   const bool is_permuted = p.head_dim % 64 == 0;
   if (p.kv_is_e4m3 != 0) {
     const int turn = !is_permuted ? 0 : 16 * (p.head_dim < 128 ? row_swizzle<64>(row) : row_swizzle<128>(row));
-    const float scale = is_value ? p.value_scale : p.key_scale;
+    const Divisor by = divisor(is_value ? p.value_scale : p.key_scale);
     uint8_t* to = p.kv + first_of_line;
-    store_eight(to + (first ^ turn), divided(low, scale), count, is_aligned);
-    store_eight(to + ((half + first) ^ turn), divided(high, scale), count, is_aligned);
+    store_eight(to + (first ^ turn), low, by, count, is_aligned);
+    store_eight(to + ((half + first) ^ turn), high, by, count, is_aligned);
   } else {
     const int turn = is_permuted ? 8 * row_swizzle<128>(row) : 0;
     bf16* to = reinterpret_cast<bf16*>(p.kv) + first_of_line;

@@ -63,7 +63,7 @@ DEVICE void add(Part& to, const Part& part) {
 template <int D>
 DEVICE void write_result(const Attention& p, int row, int head, int quad, const Part& part) {
   const int col = head * (p.num_heads / p.num_kv_heads) * D + quad * 4;
-  const float inverse = p.value_scale / part.sum;
+  const float inverse = p.value_scale * (1.0f / part.sum);
   const float4 x = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
   if (p.out.scheme == kSchemeStatic) {
     const float scale = p.out.static_scale;

@@ -199,7 +199,7 @@ DEVICE void stage_result(const RowSums<D>& sums, const Prefill& work, uint8_t* r
   for (int half = 0; half < 2; half++) {
     float sum = sums.sum[half] + __shfl_xor_sync(~0u, sums.sum[half], 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const float inverse = work.p.value_scale / sum;
+    const float inverse = work.p.value_scale * (1.0f / sum);
     const int row = work.warp * 16 + lane / 4 + half * 8;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
