@@ -1,8 +1,9 @@
 //! What hostile grammars cost those who stream meanwhile: time between two tokens of other answers, with and without a
-//! flood of grammars that are as dear as they can be, and beside as many senders of requests without a grammar, which
-//! shows what of it is merely more requests. Then what an honest grammar costs its sender while the others stream.
+//! flood of grammars that are as dear as they can be, with those of them alone that are refused, and beside as many senders of
+//! requests without a grammar, which shows what of it is merely more requests. Then what an honest grammar costs its sender while the others stream.
 //!
-//! `cargo bench -p lapidary-tests --bench grammars`. Fails when a grammar is neither compiled nor refused in time.
+//! `cargo bench -p lapidary-tests --bench grammars [-- MODEL]`, the bundled one if none is named. Fails when a grammar is
+//! neither compiled nor refused in time.
 //! `LAPIDARY_BINARY` names a binary to use instead of building one.
 
 #![allow(clippy::print_stdout, reason = "a bench prints its figures")]
@@ -25,7 +26,7 @@ mod hostile;
 const NUM_STREAMS: usize = 4;
 const NUM_SENDERS: usize = 4;
 const DURATION: Duration = Duration::from_secs(10);
-/// Without senders, with plain ones, with hostile ones, so many times over: what else runs on the machine shows.
+/// Without senders and with each kind of them, so many times over: what else runs on the machine shows.
 const NUM_ROUNDS: usize = 2;
 /// Compilation has five seconds, its place in the queue five more; the rest is for a busy machine.
 const MAX_ANSWER_TIME: Duration = Duration::from_secs(20);
@@ -83,12 +84,49 @@ fn bodies() -> Vec<(&'static str, String)> {
     all.into_iter().map(|(name, outputs)| (name, body(outputs))).collect()
 }
 
-/// Who sends requests beside the streams.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Senders {
-    Nobody,
-    Plain,
-    Hostile,
+/// Who sends requests beside the streams, and what they send in turn.
+struct Senders {
+    kind: &'static str,
+    bodies: Vec<(&'static str, String)>,
+}
+
+impl Senders {
+    fn nobody() -> Self {
+        Self {
+            kind: "nobody",
+            bodies: Vec::new(),
+        }
+    }
+
+    fn plain() -> Self {
+        Self {
+            kind: "plain",
+            bodies: vec![("no grammar", json!({ "prompt": "x", "max_tokens": 8 }).to_string())],
+        }
+    }
+
+    fn hostile() -> Self {
+        Self {
+            kind: "hostile",
+            bodies: bodies(),
+        }
+    }
+
+    /// Of hostile grammars, those that the server refuses.
+    async fn refused(address: SocketAddr) -> io::Result<Self> {
+        let mut connection = Connection::open(address).await?;
+        let mut bodies = Vec::new();
+        for (name, body) in Self::hostile().bodies {
+            let answer = connection.request("POST", "/v1/completions", &body).await?;
+            if answer.head.status != 200 {
+                bodies.push((name, body));
+            }
+        }
+        Ok(Self {
+            kind: "refused",
+            bodies,
+        })
+    }
 }
 
 /// What senders were answered.
@@ -140,7 +178,7 @@ async fn send(
 /// Starts streams and senders; they end at `until`.
 fn start(
     address: SocketAddr,
-    senders: Senders,
+    senders: &Senders,
     until: Instant,
 ) -> (JoinSet<io::Result<Vec<Duration>>>, JoinSet<io::Result<Answers>>) {
     let (mut streams, mut sending) = (JoinSet::new(), JoinSet::new());
@@ -148,17 +186,14 @@ fn start(
         streams.spawn(stream(address, until));
     }
     for index in 0..NUM_SENDERS {
-        let bodies = match senders {
-            Senders::Nobody => continue,
-            Senders::Plain => vec![("no grammar", json!({ "prompt": "x", "max_tokens": 8 }).to_string())],
-            Senders::Hostile => bodies(),
-        };
-        sending.spawn(send(address, bodies, index * 5, until));
+        if !senders.bodies.is_empty() {
+            sending.spawn(send(address, senders.bodies.clone(), index * 5, until));
+        }
     }
     (streams, sending)
 }
 
-async fn run(server: &ServerProcess, senders: Senders) -> io::Result<f64> {
+async fn run(server: &ServerProcess, senders: &Senders) -> io::Result<f64> {
     let (mut streams, mut sending) = start(server.address, senders, Instant::now() + DURATION);
     let mut gaps = Vec::new();
     while let Some(done) = streams.join_next().await {
@@ -170,8 +205,9 @@ async fn run(server: &ServerProcess, senders: Senders) -> io::Result<f64> {
     }
     let p99 = percentile(gaps.iter().copied(), 0.99);
     println!(
-        "{NUM_STREAMS} streams, senders {senders:?}: {} tokens, between two p50 {:.2} p99 {p99:.2} max {:.1} ms; \
+        "{NUM_STREAMS} streams, senders {}: {} tokens, between two p50 {:.2} p99 {p99:.2} max {:.1} ms; \
          senders' answers by status {:?}, longest {:.2} s",
+        senders.kind,
         gaps.len(),
         percentile(gaps.iter().copied(), 0.5),
         percentile(gaps.iter().copied(), 1.0),
@@ -198,7 +234,7 @@ fn honest_schema(seed: usize, index: usize) -> Value {
 }
 
 /// What an honest grammar adds to a request of one token, sent with and without it in turns.
-async fn run_honest(server: &ServerProcess, seed: usize, senders: Senders) -> io::Result<()> {
+async fn run_honest(server: &ServerProcess, seed: usize, senders: &Senders) -> io::Result<()> {
     let until = Instant::now() + DURATION;
     let (streams, sending) = start(server.address, senders, until);
     let (mut with, mut without, mut num_refused) = (Vec::new(), Vec::new(), 0_usize);
@@ -227,7 +263,8 @@ async fn run_honest(server: &ServerProcess, seed: usize, senders: Senders) -> io
         format!("p50 {:.1} p99 {:.1} max {:.1} ms", of(0.5), of(0.99), of(1.0))
     };
     println!(
-        "{NUM_STREAMS} streams, senders {senders:?}: {} honest grammars, {num_refused} refused; a request with one {}, without {}",
+        "{NUM_STREAMS} streams, senders {}: {} honest grammars, {num_refused} refused; a request with one {}, without {}",
+        senders.kind,
         with.len(),
         show(&with),
         show(&without),
@@ -241,19 +278,20 @@ async fn main() -> io::Result<()> {
         Ok(path) => path,
         Err(_) => lapidary_binary()?.to_string_lossy().into_owned(),
     };
-    let server = ServerProcess::start(&binary, &["serve", "demo", "--port", "0"]).await?;
-    run(&server, Senders::Nobody).await?;
+    let named = std::env::args().skip(1).find(|argument| argument != "--bench");
+    let model = named.unwrap_or_else(|| "demo".to_owned());
+    let server = ServerProcess::start(&binary, &["serve", &model, "--port", "0"]).await?;
+    let (nobody, plain, hostile) = (Senders::nobody(), Senders::plain(), Senders::hostile());
+    let refused = Senders::refused(server.address).await?;
+    run(&server, &nobody).await?;
     for _ in 0..NUM_ROUNDS {
-        let calm = run(&server, Senders::Nobody).await?;
-        let plain = run(&server, Senders::Plain).await?;
-        let hostile = run(&server, Senders::Hostile).await?;
-        println!(
-            "p99 is {:.2} times what it is without senders; with senders of no grammars {:.2} times",
-            hostile / calm,
-            plain / calm
-        );
+        let calm = run(&server, &nobody).await?;
+        for senders in [&plain, &hostile, &refused] {
+            let p99 = run(&server, senders).await?;
+            println!("p99 is {:.2} times what it is without senders", p99 / calm);
+        }
     }
-    run_honest(&server, 0, Senders::Nobody).await?;
-    run_honest(&server, 1, Senders::Hostile).await?;
+    run_honest(&server, 0, &nobody).await?;
+    run_honest(&server, 1, &hostile).await?;
     Ok(())
 }
