@@ -50,14 +50,18 @@ fn cpu(storage: Storage) -> Cpu {
     .unwrap()
 }
 
-fn runner<B: Backend>(backend: B, checkpoint: &Checkpoint, max_tokens: usize) -> ModelRunner<B> {
+fn runner<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    (max_tokens, kv_cache_dtype): (usize, KvCacheDtype),
+) -> ModelRunner<B> {
     let config = RunnerConfig {
         max_num_batched_tokens: max_tokens,
         max_num_seqs: max_tokens,
         max_model_len: Some(256),
         block_size: 16,
         kv_cache: KvCacheSize::Blocks(16),
-        kv_cache_dtype: KvCacheDtype::Native,
+        kv_cache_dtype,
     };
     ModelRunner::load(backend, checkpoint, config, &mut |_| ()).unwrap()
 }
@@ -152,14 +156,15 @@ struct Models {
 }
 
 impl Models {
-    fn load(folder: &Path, max_tokens: usize) -> Self {
+    fn load(folder: &Path, max_tokens: usize, kv_cache_dtype: KvCacheDtype) -> Self {
         let checkpoint = Checkpoint::open_dir(folder, ConfigOverrides::default()).unwrap();
+        let how = (max_tokens, kv_cache_dtype);
         Self {
-            name: folder.to_string_lossy().into_owned(),
+            name: format!("{}, cache {kv_cache_dtype}", folder.display()),
             vocab: checkpoint.config().vocab_size,
-            cuda: runner(cuda(), &checkpoint, max_tokens),
-            bf16: runner(cpu(Storage::Bf16), &checkpoint, max_tokens),
-            f32: runner(cpu(Storage::F32), &checkpoint, max_tokens),
+            cuda: runner(cuda(), &checkpoint, how),
+            bf16: runner(cpu(Storage::Bf16), &checkpoint, how),
+            f32: runner(cpu(Storage::F32), &checkpoint, how),
         }
     }
 
@@ -200,12 +205,11 @@ impl Models {
     }
 }
 
-#[test]
-fn the_demo_model_answers_alike() {
+fn ask_the_demo_model(questions: &[&str], kv_cache_dtype: KvCacheDtype) {
     let files = fixture("demo");
     let tokenizer = Tokenizer::load(&files).unwrap();
-    let mut models = Models::load(&files, 64);
-    for question in ["What is 12 + 7?", "Sort 9, 4, 7.", "My name is Ada. What is my name?"] {
+    let mut models = Models::load(&files, 64, kv_cache_dtype);
+    for question in questions {
         let text = format!("<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n");
         let mut tokens = tokenizer.encode(&text, true).unwrap();
         models.answer(&mut tokens, 8);
@@ -214,17 +218,28 @@ fn the_demo_model_answers_alike() {
 }
 
 #[test]
+fn the_demo_model_answers_alike() {
+    let questions = ["What is 12 + 7?", "Sort 9, 4, 7.", "My name is Ada. What is my name?"];
+    ask_the_demo_model(&questions, KvCacheDtype::Native);
+}
+
+#[test]
+fn the_demo_model_answers_alike_over_an_fp8_cache() {
+    ask_the_demo_model(&["What is 12 + 7?"], KvCacheDtype::Fp8E4m3);
+}
+
+#[test]
 fn golden_checkpoints_agree() {
     for name in ["golden/bf16-head-dim-256", "golden/fp8-autofp8-dynamic"] {
         let tokens: Vec<u32> = (0..60).map(|i| (i * 37 + i * i) % 150 + 4).collect();
-        Models::load(&fixture(name), MAX_TOKENS).check(&tokens);
+        Models::load(&fixture(name), MAX_TOKENS, KvCacheDtype::Native).check(&tokens);
     }
     // Those that are too large to keep: only a GPU can run them, and there they must be named.
     if on_gpu() {
         let folders = std::env::var("LAPIDARY_CHECKPOINTS").expect("LAPIDARY_CHECKPOINTS names checkpoints to compare");
         for folder in folders.split(':') {
             let tokens: Vec<u32> = (0..PROMPT_TOKENS).map(|i| (i * 7919 + 13) % 250_000).collect();
-            Models::load(Path::new(folder), MAX_TOKENS).check(&tokens);
+            Models::load(Path::new(folder), MAX_TOKENS, KvCacheDtype::Native).check(&tokens);
         }
     }
 }
