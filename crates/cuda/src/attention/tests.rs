@@ -591,11 +591,11 @@ fn neighbours_do_not_change_a_bit() {
             ];
             let got = run(&setup, &neighbours);
             assert_eq!(&got[41 * cols..][..want.len()], &want[..], "{setup:?} {alone:?}");
-            // In no group of 32 sequences of its own, and more of them than blocks of threads.
-            let mut many = vec![Sequence::decode(3); 33];
+            // In no group of 32 sequences of its own, more of them than blocks of threads, and two of those a multiprocessor.
+            let mut many = vec![Sequence::decode(3); MANY_SEQS + 1];
             many.push(alone);
             let got = run(&setup, &many);
-            assert_eq!(&got[33 * cols..], &want[..], "{setup:?} {alone:?}");
+            assert_eq!(&got[(MANY_SEQS + 1) * cols..], &want[..], "{setup:?} {alone:?}");
         }
     }
 }

@@ -7,7 +7,7 @@ use lapidary_model::{ActivationScheme, BackendError};
 
 use super::{Bench, Matrices, Operands, REPEATS, Timing, random_bf16, random_floats};
 use crate::device::{Device, DevicePtr, Driver, bytes_of};
-use crate::matmul::{Matmul, Product};
+use crate::matmul::Matmul;
 use crate::rows::{Branch, RowCount, RowKernels};
 use crate::tensor::{Activation, Norm, Tensor};
 
@@ -232,7 +232,7 @@ impl Bench {
         let mut timings = Vec::new();
         for before in Before::ALL.into_iter().filter(|before| chain.has(*before)) {
             let alone = self.time_before(&chain, before)?;
-            let both = self.time_chain(&chain, before, |matmul, device, product| matmul.run(device, product))?;
+            let both = self.time_chain(&chain, before)?;
             let how = format!(" stride {} {before}", load.row_stride);
             timings.push(chain.operands.timing(load.tokens, both - alone, &how));
         }
@@ -253,17 +253,12 @@ impl Bench {
     }
 
     /// Microseconds of a product and what is ahead of it.
-    fn time_chain(
-        &mut self,
-        chain: &Chain,
-        before: Before,
-        launch: impl Fn(&Matmul, &mut dyn Device, &Product<'_>) -> Result<(), BackendError>,
-    ) -> Result<f64, BackendError> {
+    fn time_chain(&mut self, chain: &Chain, before: Before) -> Result<f64, BackendError> {
         let (matmul, x) = (&self.matmul, chain.operands.x.params());
         let microseconds = self.device.time(REPEATS, &mut |device| {
             for index in 0..chain.launches() {
                 chain.before(device, matmul, before, index)?;
-                launch(matmul, device, &chain.operands.product(&x, index, chain.tokens))?;
+                matmul.run(device, &chain.operands.product(&x, index, chain.tokens))?;
             }
             Ok(())
         })?;
