@@ -42,8 +42,13 @@ const FIRST_BYTE_GRACE: Duration = Duration::from_millis(500);
 /// Connections beyond `max-connections` that are open at the same time. The oldest has to go for a new one.
 const MAX_SPARE_CONNECTIONS: usize = 64;
 
-/// Bytes of a request's line and headers; also what is read ahead of a body and gathered of an answer.
+/// Bytes of a request's line and headers, with the empty line that ends them; and of the trailers of a chunked body. hyper
+/// answers 431 without a body to more, and to more than 100 headers.
 const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Bytes that are read ahead of a body and gathered of an answer. A read begins below this and may end above it, so that it
+/// is no limit of what fits.
+const MAX_BUFFERED_BYTES: usize = MAX_HEAD_BYTES;
 
 /// Files, the listener, the runtime's own.
 const DESCRIPTORS_FOR_THE_REST: u64 = 64;
@@ -217,7 +222,8 @@ impl Acceptor {
         builder
             .timer(TokioTimer::new())
             .header_read_timeout(self.header_read_timeout)
-            .max_buf_size(MAX_HEAD_BYTES);
+            .max_header_size(MAX_HEAD_BYTES)
+            .max_buf_size(MAX_BUFFERED_BYTES);
         let (tls, handshake_timeout) = (self.tls.clone(), self.header_read_timeout);
         let (write_timeout, stopping) = (self.write_timeout, self.stopping.subscribe());
         let state = self.state.clone();
@@ -367,6 +373,76 @@ mod tests {
         let closed = timeout(DEADLINE, closing).await;
         assert!(closed.is_ok(), "the drain waits for a connection that is over");
         expect_answer(client).await;
+    }
+
+    /// A request whose line and headers are `num_bytes` together; all but a few of them spread over `num_headers`.
+    fn head(num_bytes: usize, num_headers: usize) -> Vec<u8> {
+        let mut head = "GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n".to_owned();
+        let mut num_left = num_bytes - head.len() - "\r\n".len();
+        for index in 0..num_headers {
+            let num_here = num_left / (num_headers - index);
+            let name = format!("x{index}: ");
+            let value = "x".repeat(num_here - name.len() - "\r\n".len());
+            head += &format!("{name}{value}\r\n");
+            num_left -= num_here;
+        }
+        head += "\r\n";
+        assert_eq!(head.len(), num_bytes);
+        head.into_bytes()
+    }
+
+    /// All that the server says to `parts`, which are sent one after the other.
+    async fn answer_to(parts: &[&[u8]]) -> String {
+        let (mut client, _acceptor) = accepted(answering(), &http()).await;
+        let mut answer = String::new();
+        let talk = async {
+            for part in parts {
+                client.write_all(part).await.unwrap();
+                // The connection's task is the only other one of this thread, and reads what has come.
+                tokio::task::yield_now().await;
+            }
+            client.read_to_string(&mut answer).await.unwrap();
+        };
+        timeout(DEADLINE, talk).await.expect("the server answers or closes");
+        answer
+    }
+
+    #[tokio::test]
+    async fn a_head_may_be_as_long_as_the_limit_and_not_a_byte_longer() {
+        for num_headers in [1, 98] {
+            for num_bytes in [MAX_HEAD_BYTES - 1, MAX_HEAD_BYTES] {
+                let answer = answer_to(&[&head(num_bytes, num_headers)]).await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{num_bytes} bytes: {answer:?}");
+            }
+            for num_bytes in [MAX_HEAD_BYTES + 1, MAX_HEAD_BYTES * 3 / 2, 2 * MAX_HEAD_BYTES] {
+                let answer = answer_to(&[&head(num_bytes, num_headers)]).await;
+                assert!(answer.starts_with("HTTP/1.1 431"), "{num_bytes} bytes: {answer:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_limit_of_a_head_holds_however_it_arrives() {
+        let longest = head(MAX_HEAD_BYTES, 1);
+        let (most, last) = longest.split_at(MAX_HEAD_BYTES - 1);
+        let answer = answer_to(&[most, last]).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+        // What is as long as a head may be and no head yet will be too long.
+        let answer = answer_to(&[&head(MAX_HEAD_BYTES + 1, 1)[..MAX_HEAD_BYTES]]).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer:?}");
+        // The end of one request does not count towards the next.
+        let first = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+        let answer = answer_to(&[&[&first[..], &longest].concat()]).await;
+        assert_eq!(answer.matches("HTTP/1.1 200").count(), 2, "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn a_request_has_100_headers_at_most() {
+        // Two more are in each.
+        let answer = answer_to(&[&head(8 << 10, 98)]).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+        let answer = answer_to(&[&head(8 << 10, 99)]).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer:?}");
     }
 
     #[tokio::test]
