@@ -193,13 +193,12 @@ impl GrammarCompiler {
     /// # Errors
     /// All but [`GrammarError::Lost`] and [`GrammarError::Vocabulary`].
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
-        let source = source(grammar)?;
         let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
         let hold = if is_optional { Hold::Undecided(0) } else { Hold::Fast };
         thread::scope(|scope| {
             let build = || {
                 yield_to_others();
-                self.build(source, hold)
+                self.build(source(grammar)?, hold)
             };
             let thread = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
             let thread = thread
@@ -364,7 +363,7 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
         )?)),
         Grammar::JsonSchema(schema) => {
             check_size("JSON schema", schema.to_string().len(), MAX_SCHEMA_BYTES)?;
-            grammar_size::check_schema(schema)?;
+            grammar_size::check_schemas([schema])?;
             Ok(TopLevelGrammar::from_json_schema(with_options(schema.clone())?))
         }
         Grammar::Regex(regex) => {
@@ -395,7 +394,7 @@ fn source(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
             Ok(TopLevelGrammar::from_lark(grammar.clone()))
         }
         Grammar::Calls(calls) => {
-            calls.schemas().try_for_each(grammar_size::check_schema)?;
+            grammar_size::check_schemas(calls.schemas())?;
             let lark = calls.to_lark(with_options)?;
             check_size("list of functions", lark.len(), MAX_SCHEMA_BYTES)?;
             Ok(TopLevelGrammar::from_lark(lark))

@@ -49,6 +49,7 @@ pub mod detokenizer;
 pub mod grammar;
 mod grammar_size;
 pub mod rendered;
+mod schema_growth;
 pub mod stop;
 mod template_functions;
 mod token_table;

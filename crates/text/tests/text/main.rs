@@ -9,6 +9,7 @@ mod detokenizer;
 mod front_doors;
 mod grammar;
 mod hostile;
+mod references;
 mod schemas;
 mod stop;
 mod tokenizer;
