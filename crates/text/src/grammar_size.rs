@@ -22,6 +22,9 @@ const MAX_OPTIONAL: usize = 1000;
 /// Terminals that a terminal of a Lark grammar stands for, with all that those stand for: they are copied into it.
 const MAX_TERMINALS: u64 = 1 << 18;
 
+/// What a JSON schema follows in a Lark grammar.
+const JSON_KEYWORD: &str = "%json";
+
 /// Checks all JSON schemas of a grammar.
 pub(crate) fn check_schemas<'a>(schemas: impl IntoIterator<Item = &'a Value>) -> Result<(), GrammarError> {
     let mut growth = Growth::default();
@@ -49,7 +52,18 @@ pub(crate) fn check_lark(grammar: &str) -> Result<(), GrammarError> {
         num_optional(grammar) as u64,
         MAX_OPTIONAL as u64,
     )?;
-    check("terminals within terminals", num_terminals(grammar), MAX_TERMINALS)
+    check("terminals within terminals", num_terminals(grammar), MAX_TERMINALS)?;
+    check_schemas(&schemas_within(grammar))
+}
+
+/// The schemas that a Lark grammar names by `%json`. One in a string or a comment counts too.
+fn schemas_within(grammar: &str) -> Vec<Value> {
+    let after = grammar
+        .match_indices(JSON_KEYWORD)
+        .map(|(index, keyword)| &grammar[index + keyword.len()..]);
+    let schema = |text| serde_json::Deserializer::from_str(text).into_iter().next();
+    // What is no JSON is for the compiler to refuse.
+    after.filter_map(|text| schema(text)?.ok()).collect()
 }
 
 /// Checks each keyword of a schema for itself; gathers divisors.
@@ -253,6 +267,15 @@ mod tests {
             assert!(check_schema(&schema(key, &"a?".repeat(MAX_OPTIONAL + 1))).is_err());
         }
         assert!(check_regex(&"a?".repeat(MAX_OPTIONAL + 1)).is_err());
+    }
+
+    #[test]
+    fn schemas_within_a_grammar_are_checked() {
+        let lark = |schema: &str| format!("start: x | form\nform: \"a\" %json{schema} \"b\"\nx: %json {{}}\n");
+        assert!(check_lark(&lark("{ \"multipleOf\": 60 }")).is_ok());
+        assert!(check_lark(&lark("\n{ \"multipleOf\": 999999 }")).is_err());
+        assert!(check_lark(&lark("{ \"multipleOf\": 999999 ")).is_ok(), "no JSON");
+        assert!(check_lark("start: %json").is_ok());
     }
 
     #[test]

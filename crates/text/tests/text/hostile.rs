@@ -78,6 +78,7 @@ pub(crate) fn multiplying() -> Vec<(&'static str, Grammar)> {
     let both = json!([definition("a", 0), definition("b", 0)]);
     let large = json!({ "type": "object", "properties": properties(300) });
     let anything: Map<String, Value> = (0..900).map(|n| (format!("p{n}"), json!({}))).collect();
+    let within = product(3, 7).to_string();
     vec![
         schema("doubling references", doubling_references(12)),
         schema("references that double without end", doubling_references(60)),
@@ -129,6 +130,14 @@ pub(crate) fn multiplying() -> Vec<(&'static str, Grammar)> {
         schema(
             "patterns of names",
             json!({ "patternProperties": (0..400).map(|n| (format!("^a{n}$"), json!({}))).collect::<Map<_, _>>() }),
+        ),
+        (
+            "a schema within a grammar",
+            Grammar::Lark(format!("start: \"x\" form\nform: %json {within}\n")),
+        ),
+        (
+            "remainders within a grammar",
+            Grammar::Lark("start: %json {\"multipleOf\": 999999}".to_owned()),
         ),
     ]
 }
