@@ -119,7 +119,7 @@ impl Tracer {
 mod tests {
     use std::io::Read;
     use std::net::TcpListener;
-    use std::time::{Instant, SystemTime};
+    use std::time::SystemTime;
 
     use super::*;
     use crate::generate::{Timings, Usage};
@@ -157,11 +157,10 @@ mod tests {
         // Now it is out of the queue, and waits for an answer.
         let (mut connection, _) = collector.accept().unwrap();
         connection.read_exact(&mut [0]).unwrap();
-        let started = Instant::now();
         for _ in 0..5 {
             tracer.record(span());
         }
-        assert!(started.elapsed() < Duration::from_secs(5), "the collector takes ten");
+        // Whoever waited for the queue would have lost none.
         assert_eq!(tracer.counts().dropped.load(Relaxed), 3);
     }
 }
