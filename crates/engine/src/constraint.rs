@@ -243,24 +243,70 @@ fn work(unclaimed: &Mutex<mpsc::Receiver<MaskJob>>, finished: &mpsc::Sender<(Req
 mod tests {
     use super::*;
 
+    /// Its mask is computed once the gate is dropped. Tells when it begins, and when it ends with or without it.
+    #[derive(Debug)]
+    struct Held {
+        begun: mpsc::Sender<()>,
+        ended: mpsc::Sender<()>,
+        gate: Arc<Mutex<mpsc::Receiver<()>>>,
+    }
+
+    impl TokenConstraint for Held {
+        fn advance(&mut self, _: TokenId) -> Result<(), ConstraintError> {
+            Ok(())
+        }
+
+        fn allowed_tokens(&mut self) -> Result<Allowed, ConstraintError> {
+            self.begun.send(()).unwrap();
+            assert!(self.gate.lock().unwrap().recv().is_err());
+            Ok(Allowed::Anything)
+        }
+
+        fn fork(&self) -> Box<dyn TokenConstraint> {
+            unreachable!("nobody forks it")
+        }
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            // Nobody listens any more to those that were computed.
+            let _ = self.ended.send(());
+        }
+    }
+
     #[test]
     fn a_pool_that_is_dropped_leaves_its_jobs_undone() {
-        let constraint = crate::ScriptedConstraint::new(10, 1, 1).with_delay(Duration::from_millis(50));
+        const NUM_JOBS: usize = 200;
+        let (begun, beginnings) = mpsc::channel();
+        let (ended, ends) = mpsc::channel();
+        let (open, gate) = mpsc::channel();
+        let gate = Arc::new(Mutex::new(gate));
         let mut pool = MaskPool::new();
-        for id in 0..200 {
-            let (id, constraint) = (RequestId(id), constraint.fork());
+        for id in 0..NUM_JOBS {
+            let held = Held {
+                begun: begun.clone(),
+                ended: ended.clone(),
+                gate: Arc::clone(&gate),
+            };
             pool.submit(MaskJob {
-                id,
-                constraint,
+                id: RequestId(id as u64),
+                constraint: Box::new(held),
                 token: None,
             });
         }
-        let start = Instant::now();
+        for _ in 0..NUM_MASK_THREADS {
+            beginnings.recv().unwrap();
+        }
+        // The threads are held up while all other jobs are thrown away. Where they are not, it has to end all the same.
+        let opening = std::thread::spawn(move || {
+            let is_thrown_away = |_: &usize| ends.recv_timeout(Duration::from_secs(60)).is_ok();
+            let num_thrown_away = (NUM_MASK_THREADS..NUM_JOBS).take_while(is_thrown_away).count();
+            drop(open);
+            num_thrown_away
+        });
         drop(pool);
-        assert!(
-            start.elapsed() < Duration::from_secs(4),
-            "two hundred masks take five seconds"
-        );
+        assert_eq!(opening.join().unwrap(), NUM_JOBS - NUM_MASK_THREADS);
+        assert_eq!(beginnings.try_iter().count(), 0, "masks that nobody waits for");
     }
 
     #[test]

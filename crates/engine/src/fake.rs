@@ -2,7 +2,7 @@
 //! blocks, positions or order changes the tokens that come out.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::constraint::allows_only;
@@ -513,6 +513,8 @@ pub struct ScriptedConstraint {
     fixed_after: Option<usize>,
     /// Each mask takes this long.
     delay: Duration,
+    /// Each mask takes a message first.
+    gate: Option<Arc<Mutex<mpsc::Receiver<()>>>>,
     state: u64,
     num_tokens: usize,
 }
@@ -530,6 +532,7 @@ impl ScriptedConstraint {
             free_after: None,
             fixed_after: None,
             delay: Duration::ZERO,
+            gate: None,
             state: ROOT,
             num_tokens: 0,
         }
@@ -568,6 +571,14 @@ impl ScriptedConstraint {
         Self { delay, ..self }
     }
 
+    /// Masks wait for a message each, those of its forks too; all are computed once the sender is dropped.
+    #[must_use]
+    pub fn gated(self) -> (Self, mpsc::Sender<()>) {
+        let (sender, gate) = mpsc::channel();
+        let gate = Some(Arc::new(Mutex::new(gate)));
+        (Self { gate, ..self }, sender)
+    }
+
     fn is_fixed(&self) -> bool {
         self.fixed_after.is_some_and(|limit| self.num_tokens >= limit)
     }
@@ -595,6 +606,10 @@ impl TokenConstraint for ScriptedConstraint {
 
     fn allowed_tokens(&mut self) -> Result<Allowed, ConstraintError> {
         std::thread::sleep(self.delay);
+        if let Some(gate) = &self.gate {
+            // An error says that the gate is gone, and that all may pass.
+            let _ = gate.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        }
         if self.free_after.is_some_and(|limit| self.num_tokens >= limit) {
             return Ok(Allowed::Anything);
         }
