@@ -288,7 +288,7 @@ async fn broken_chunks_and_other_protocols_end_the_connection() -> io::Result<()
 #[tokio::test]
 async fn clients_that_send_their_head_by_the_byte_are_cut_off() -> io::Result<()> {
     const PACE: Duration = Duration::from_millis(50);
-    let server = ServerProcess::demo(&["--header-read-timeout", "500ms"]).await?;
+    let server = ServerProcess::demo(&["--header-read-timeout", "2s"]).await?;
     let mut clients = JoinSet::new();
     for _ in 0..100 {
         clients.spawn(drip(server.address, "GET /live HTTP/1.1\r\nx: ", PACE));

@@ -68,7 +68,7 @@ async fn a_large_body_that_is_looked_at_twice_needs_room_once() {
     const LARGE: usize = 600 << 10;
     let mut setup = Setup::default();
     setup.limits.max_bodies_bytes = LARGE;
-    setup.limits.body_timeout = Duration::from_secs(5);
+    setup.limits.body_timeout = Duration::from_secs(60);
     let server = setup.start();
     let (sender, mut twice) = request(Some(LARGE));
     *twice.uri_mut() = "/invocations".parse().unwrap();

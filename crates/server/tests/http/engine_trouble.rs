@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::response::Response;
 use http_body_util::BodyExt;
-use lapidary_engine::EngineConfig;
+use lapidary_engine::{EngineConfig, StatsSnapshot};
 use lapidary_server::Limits;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -24,7 +24,7 @@ async fn start_one(server: &Server) -> JoinHandle<Response> {
     let router = server.router.clone();
     let request = post_request("/v1/chat/completions", with_messages(json!({ "max_tokens": 2 })));
     let task = tokio::spawn(async move { router.oneshot(request).await.unwrap() });
-    let total = |stats: lapidary_engine::StatsSnapshot| stats.num_running + stats.num_waiting;
+    let total = |stats: StatsSnapshot| stats.num_running + stats.num_waiting;
     while total(server.engine.stats()) == total(before) {
         tokio::task::yield_now().await;
     }
@@ -163,7 +163,9 @@ async fn who_waits_in_the_queue_for_too_long_is_told_when_to_come_back() {
         json!({ "queue_timeout": 3600 }),
     ]
     .map(send);
-    while server.engine.stats().num_queued < 3 {
+    // On a busy machine the least patient may have been sent away by then.
+    let seen = |stats: StatsSnapshot| stats.num_queued + stats.requests_expired;
+    while seen(server.engine.stats()) < 3 {
         tokio::task::yield_now().await;
     }
     let last = Instant::now() + PATIENCE;
@@ -326,12 +328,13 @@ async fn health_says_that_the_engine_is_stuck_before_it_is_given_up() {
         if health.status == 503 {
             break health.json();
         }
-        tokio::time::sleep(PATIENCE / 10).await;
+        tokio::task::yield_now().await;
     };
     assert_eq!(stalled["status"], "stalled");
     assert_eq!(server.get("/live").await.status, 200, "it may go on");
     drop(gate);
     assert_eq!(request.await.unwrap().status(), 200);
+    server.engine.idle().await;
     assert_eq!(server.get("/health").await.status, 200);
 }
 
