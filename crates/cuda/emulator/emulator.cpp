@@ -36,20 +36,27 @@ struct Groups {
   }
 };
 
-struct Fiber {
-  void* stack_pointer = nullptr;
-  dim3 index, block_index;
-  bool done = false;
-  Groups wgmma, cp_async;
-};
-
 struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
+struct Fiber {
+  void* stack_pointer = nullptr;
+  dim3 index, block_index;
+  unsigned rank = 0;  // of its block in the cluster
+  bool done = false;
+  unsigned exchanges = 0;
+  // Waits here for the generation after this one.
+  const Barrier* at = nullptr;
+  unsigned generation = 0;
+  Groups wgmma, cp_async;
+
+  bool waits() const { return at != nullptr && at->generation == generation; }
+};
+
 struct Warp {
   Barrier barrier;
-  Slot slots[32];
+  Slot slots[2][32];
 };
 
 /// What each block of a cluster has for itself.
@@ -67,6 +74,7 @@ struct Cluster {
   Barrier barrier;
   size_t threads = 0;  // of a block
   size_t current = 0, live = 0;
+  BlockState* block = nullptr;  // the current fiber's
   uint64_t steps = 0, seen = 0, idle = 0;
   size_t shared_bytes = 0;
   std::vector<std::function<void()>> late;
@@ -110,11 +118,13 @@ bool run_one_late() {
 }
 
 /// The calling thread's block.
-BlockState& block() { return cluster.blocks[cluster.current / cluster.threads]; }
+BlockState& block() { return *cluster.block; }
 
-void enter(size_t fiber) {
-  threadIdx = cluster.fibers[fiber].index;
-  blockIdx = cluster.fibers[fiber].block_index;
+void enter(size_t index) {
+  const Fiber& fiber = cluster.fibers[index];
+  threadIdx = fiber.index;
+  blockIdx = fiber.block_index;
+  cluster.block = &cluster.blocks[fiber.rank];
 }
 
 void switch_to(size_t next) {
@@ -125,11 +135,18 @@ void switch_to(size_t next) {
   emulator_switch(&me.stack_pointer, cluster.fibers[next].stack_pointer);
 }
 
+/// The next fiber that does not wait at a barrier; if all do, the next of those, to find out what becomes of them.
 size_t next_live() {
-  size_t next = cluster.current;
-  do next = (next + 1) % cluster.fibers.size();
-  while (cluster.fibers[next].done);
-  return next;
+  const size_t count = cluster.fibers.size();
+  size_t live = cluster.current;
+  for (size_t i = 1, next = cluster.current; i <= count; i++) {
+    if (++next == count) next = 0;
+    const Fiber& fiber = cluster.fibers[next];
+    if (fiber.done) continue;
+    if (!fiber.waits()) return next;
+    if (live == cluster.current) live = next;
+  }
+  return live;
 }
 
 void arrive(Barrier& barrier, unsigned threads) {
@@ -141,9 +158,12 @@ void arrive(Barrier& barrier, unsigned threads) {
 }
 
 void arrive_and_wait(Barrier& barrier, unsigned threads) {
-  const unsigned generation = barrier.generation;
+  Fiber& me = cluster.fibers[cluster.current];
+  me.at = &barrier;
+  me.generation = barrier.generation;
   arrive(barrier, threads);
-  while (barrier.generation == generation) yield();
+  while (me.waits()) yield();
+  me.at = nullptr;
 }
 
 Barrier& named_barrier(int barrier, int threads) {
@@ -190,6 +210,7 @@ void prepare_fibers(size_t blocks) {
     Fiber& fiber = cluster.fibers[i];
     const unsigned x = unsigned(i % threads);
     fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / (blockDim.x * blockDim.y)};
+    fiber.rank = unsigned(i / threads);
     fiber.block_index = {blockIdx.x + unsigned(i / threads), blockIdx.y, blockIdx.z};
     void** top = reinterpret_cast<void**>(stacks[i] + kStackBytes - 64);
     *--top = nullptr;
@@ -240,14 +261,15 @@ void yield() {
   if (next != cluster.current) switch_to(next);
 }
 
-unsigned thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
-
 unsigned warp_size() {
   const unsigned first = thread() / 32 * 32;
   return std::min<unsigned>(32, unsigned(cluster.threads) - first);
 }
 
-Slot* warp_slots() { return block().warps[thread() / 32].slots; }
+Slot* warp_slots() {
+  const unsigned turn = cluster.fibers[cluster.current].exchanges++ % 2;
+  return block().warps[thread() / 32].slots[turn];
+}
 void arrive_and_wait_warp() { arrive_and_wait(block().warps[thread() / 32].barrier, warp_size()); }
 void block_barrier() { arrive_and_wait(block().barriers[16], unsigned(cluster.threads)); }
 
@@ -256,7 +278,7 @@ void arrive_and_wait_named(int barrier, int threads) {
 }
 void arrive_named(int barrier, int threads) { arrive(named_barrier(barrier, threads), unsigned(threads)); }
 
-unsigned cluster_rank() { return unsigned(cluster.current / cluster.threads); }
+unsigned cluster_rank() { return cluster.fibers[cluster.current].rank; }
 unsigned cluster_size() { return unsigned(cluster.blocks.size()); }
 void cluster_barrier() { arrive_and_wait(cluster.barrier, unsigned(cluster.fibers.size())); }
 

@@ -60,7 +60,7 @@ void yield();
 /// Something happened that a waiting thread may have waited for.
 void progress();
 /// The calling thread's index in its block.
-unsigned thread();
+inline unsigned thread() { return threadIdx.x; }
 /// Threads of the calling thread's warp.
 unsigned warp_size();
 void arrive_and_wait_warp();
@@ -68,10 +68,12 @@ void arrive_and_wait_named(int barrier, int threads);
 void arrive_named(int barrier, int threads);
 void block_barrier();
 
-/// 32 slots of 64 bytes that the lanes of a warp exchange values through.
+/// 32 slots of 64 bytes that the lanes of a warp exchange values through: each writes its own, waits for the warp, and reads.
 struct Slot {
   alignas(8) uint8_t bytes[64];
 };
+/// Those of the calling thread's next exchange. Two take turns: whoever writes to one again has waited for the warp in
+/// between, and so for those who read from it.
 Slot* warp_slots();
 
 uint8_t* shared_memory();
@@ -111,7 +113,6 @@ T exchange(T value, unsigned source) {
   arrive_and_wait_warp();
   T result;
   std::memcpy(&result, slots[source % 32].bytes, sizeof result);
-  arrive_and_wait_warp();
   return result;
 }
 
@@ -250,7 +251,6 @@ void wgmma_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
       rows.values[half][k] = bf16_bits_to_float(uint16_t(words[half + k / 8 * 2] >> (16 * (k % 2))));
     }
   }
-  arrive_and_wait_warp();
   float* out = d;
   wgmma_issue([=] {
     const uint32_t start = uint32_t(b & 0x3FFF) << 4;
@@ -305,7 +305,6 @@ void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
     for (int k = 0; k < K; k++) sum += a_at(row, k) * b_at(col, k);
     result[i] = c[i] + sum;
   }
-  arrive_and_wait_warp();
   std::memcpy(d, result, sizeof result);
 }
 
@@ -343,9 +342,7 @@ inline uint32_t transposed(uint32_t pair) {
     return uint32_t(value);
   };
   const unsigned row = lane / 4, column = lane % 4 * 2;
-  const uint32_t result = at(column, row) | at(column + 1, row) << 16;
-  arrive_and_wait_warp();
-  return result;
+  return at(column, row) | at(column + 1, row) << 16;
 }
 
 }  // namespace emulator
@@ -377,7 +374,6 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   slots[lane].bytes[0] = predicate;
   emulator::arrive_and_wait_warp();
   for (unsigned i = 0; i < emulator::warp_size(); i++) result |= unsigned(slots[i].bytes[0] != 0) << i;
-  emulator::arrive_and_wait_warp();
   return result;
 }
 inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
