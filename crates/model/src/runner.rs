@@ -347,9 +347,20 @@ impl<B: Backend> ModelRunner<B> {
     /// # Errors
     /// More tokens than the limits or the KV cache allow, or the device failed.
     pub fn forward_logits(&mut self, tokens: &[TokenId]) -> Result<Vec<f32>, RunnerError> {
+        self.forward_logits_in_chunks(tokens, self.limits.max_tokens.min(self.limits.max_seqs))
+    }
+
+    /// The same in steps of `chunk` tokens.
+    ///
+    /// # Errors
+    /// As there; no tokens in a chunk, or more than a step may sample.
+    pub fn forward_logits_in_chunks(&mut self, tokens: &[TokenId], chunk: usize) -> Result<Vec<f32>, RunnerError> {
         let capacity = self.plan.capacity_tokens().min(self.limits.max_model_len as u64) as usize;
         check_limit("tokens", tokens.len(), capacity)?;
-        let chunk = self.limits.max_tokens.min(self.limits.max_seqs);
+        if chunk == 0 {
+            let (name, value, max) = ("chunk", chunk, self.limits.max_tokens);
+            return Err(RunnerError::Limit { name, value, max });
+        }
         let mut logits = Vec::with_capacity(tokens.len() * self.config.vocab_size);
         for start in (0..tokens.len()).step_by(chunk) {
             let end = tokens.len().min(start + chunk);
