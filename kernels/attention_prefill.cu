@@ -73,6 +73,7 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   const Prefill work(params, Keys);
   find_key_tiles<2 * Rows>(work, key_tiles);
   wait_for_previous_kernels();
+  if (work.tile.num_rows == 0) return;
   load_queries<D, Layout>(work, queries);
   __syncthreads();
   auto load = [&](int position, uint32_t stage) {

@@ -55,6 +55,7 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   const Prefill work(params, Keys);
   find_key_tiles<2 * Rows>(work, key_tiles);
   wait_for_previous_kernels();
+  if (work.tile.num_rows == 0) return;
   load_queries<D, Queries>(work, queries);
   __syncthreads();
   uint32_t here = 0;  // the current block's buffer

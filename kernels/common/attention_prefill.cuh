@@ -4,7 +4,8 @@
 
 #include "attention.cuh"
 
-/// Query tokens that share a block: rows `first_row`, ... of the step, all of sequence `seq`.
+/// Query tokens that share a block: rows `first_row`, ... of the step, all of sequence `seq`. A recorded step has more tiles
+/// than it needs: those left have no rows.
 struct QueryTile {
   int seq;
   int first_row;
@@ -40,7 +41,7 @@ struct Prefill {
     const int rows_after = load_l2(p.step.query_start + tile.seq + 1) - tile.first_row;
     first_position = load_l2(p.step.context_lens + tile.seq) - rows_after;
     begin = max(0, first_position - p.window + 1) / keys * keys;
-    end = first_position + tile.num_rows;
+    end = tile.num_rows == 0 ? 0 : first_position + tile.num_rows;
     warp = int(threadIdx.x) / 32;
     lane = int(threadIdx.x) % 32;
     first_token = warp * 16 / group;

@@ -150,6 +150,15 @@ struct QueryTile {
     num_rows: usize,
 }
 
+impl QueryTile {
+    /// What a block with nothing to do reads.
+    const NONE: Self = Self {
+        seq: 0,
+        first_row: 0,
+        num_rows: 0,
+    };
+}
+
 /// A variant of the prefill kernel.
 #[derive(Debug, Clone, Copy)]
 struct PrefillKernel {
@@ -276,7 +285,8 @@ impl Attention {
                 limits.max_model_len, limits.max_seqs
             )));
         };
-        let max_tiles = limits.max_tokens / tokens_per_tile(smallest.rows, &config) + limits.max_seqs;
+        let tile = tokens_per_tile(smallest.rows, &config);
+        let max_tiles = limits.max_tokens.div_ceil(tile) + limits.max_seqs.max(SPARE_TILES);
         if max_tiles > MAX_GRID_Y {
             let what = format!("attention of {} tokens in one step", limits.max_tokens);
             return Err(BackendError::Unsupported(what));
@@ -319,6 +329,63 @@ impl Attention {
         Ok(())
     }
 
+    /// Whether one sequence of launches serves prompts of any shape: not where the cache has to be widened for them.
+    pub(crate) fn records_prompts(&self) -> bool {
+        self.widening.is_none()
+    }
+
+    /// Tiles of the prompts in a recorded step.
+    pub(crate) fn num_tiles(&self, batch: &Batch) -> usize {
+        self.recorded_query_tiles(batch).len()
+    }
+
+    /// As many as a recorded step of so many tokens has room for.
+    pub(crate) fn recorded_tiles(&self, max_tokens: usize) -> usize {
+        max_tokens.div_ceil(tokens_per_tile(self.prefill[0].rows, &self.config)) + SPARE_TILES
+    }
+
+    /// Few tokens need the smallest tiles to occupy the device.
+    fn recorded_query_tiles(&self, batch: &Batch) -> Vec<QueryTile> {
+        query_tiles(batch, tokens_per_tile(self.prefill[0].rows, &self.config))
+    }
+
+    /// As [`Attention::plan`], for a step that runs as a recorded one of `max_tokens` tokens: `batch` has no more of them, nor
+    /// more tiles than [`Attention::recorded_tiles`]. All such steps have the same plan.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(crate) fn plan_recorded(
+        &self,
+        device: &mut dyn Device,
+        batch: &Batch,
+        max_tokens: usize,
+    ) -> Result<AttentionPlan, BackendError> {
+        let room = self.recorded_tiles(max_tokens);
+        let mut tiles = self.recorded_query_tiles(batch);
+        assert!(tiles.len() <= room, "{} tiles, there is room for {room}", tiles.len());
+        tiles.resize(room, QueryTile::NONE);
+        self.upload_tiles(device, &tiles)?;
+        Ok(AttentionPlan {
+            has_decode: true,
+            prompts: vec![Prompts {
+                tiles: 0..room,
+                widened: None,
+            }],
+            variant: 0,
+        })
+    }
+
+    fn upload_tiles(&self, device: &mut dyn Device, tiles: &[QueryTile]) -> Result<(), BackendError> {
+        let words: Vec<i32> = tiles
+            .iter()
+            .flat_map(|tile| [tile.seq as i32, tile.first_row as i32, tile.num_rows as i32])
+            .collect();
+        if words.is_empty() {
+            return Ok(());
+        }
+        device.upload(self.tiles, bytes_of(&words))
+    }
+
     /// Splits a step's attention and brings what the prefill kernel must know of it to the device.
     ///
     /// # Errors
@@ -351,13 +418,7 @@ impl Attention {
                 widened: None,
             });
         }
-        let words: Vec<i32> = tiles
-            .iter()
-            .flat_map(|tile| [tile.seq as i32, tile.first_row as i32, tile.num_rows as i32])
-            .collect();
-        if !words.is_empty() {
-            device.upload(self.tiles, bytes_of(&words))?;
-        }
+        self.upload_tiles(device, &tiles)?;
         Ok(AttentionPlan {
             has_decode: queries().any(|count| count == 1),
             prompts,
@@ -627,6 +688,9 @@ fn tokens_per_tile(rows: usize, config: &AttentionConfig) -> usize {
     rows / group(config)
 }
 
+/// Tiles of a recorded step beyond those of one prompt of all its tokens: each further prompt begins one of its own. A block
+/// without a tile ends at once.
+const SPARE_TILES: usize = 8;
 const LARGE_SHARED_BYTES: usize = 227 << 10;
 /// Positions of a chunk. Shorter ones cost more ends of units, longer ones leave multiprocessors idle when sequences are few.
 const CHUNK: usize = 256;

@@ -6,12 +6,12 @@ use half::bf16;
 use lapidary_engine::{Batch, SampledToken};
 use lapidary_model::{
     ActivationScheme, AttentionConfig, Backend, BackendError, HostTensor, KvScales, LastHidden, LinearWeights,
-    MemoryInfo, NormArgs, StepLimits, Width,
+    MemoryInfo, NormArgs, Rehearsal, StepLimits, Width,
 };
 
 use crate::attention::{Attention, AttentionInputs, AttentionPlan, value_bytes};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver, bytes_of};
-use crate::graphs::Graphs;
+use crate::graphs::{Graphs, Recording, Wanted};
 use crate::matmul::{Matmul, Product};
 use crate::pack::{self, Element, Order};
 use crate::rope::Rope;
@@ -20,15 +20,13 @@ use crate::sample::{Choice, Choices, MAX_SAMPLES, Needs, SampleLimits, Sampler};
 use crate::step::StepBuffers;
 use crate::tensor::{Activation, ActivationParams, Embedding, GatedLinear, KvLayer, Linear, Norm, Tensor};
 
-/// The most sequences whose steps are recorded.
-const MAX_RECORDED: usize = 256;
 /// Steps in flight: while one runs, the host prepares the next.
 const MAX_STEPS_IN_FLIGHT: usize = 2;
 
 /// How the GPU is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaConfig {
-    /// Record steps of one token a sequence once and replay them.
+    /// Record steps of few tokens once and replay them.
     pub graphs: bool,
 }
 
@@ -337,33 +335,44 @@ impl Backend for Cuda {
         MAX_STEPS_IN_FLIGHT
     }
 
-    fn operations_repeat(&mut self) -> Vec<usize> {
+    fn operations_repeat(&mut self) -> Vec<Rehearsal> {
         if !self.config.graphs {
             return Vec::new();
         }
-        let limits = self.prepared().limits;
+        let prepared = prepared(&mut self.prepared);
         self.graphs
-            .enable(limits.max_seqs.min(limits.max_tokens).min(MAX_RECORDED))
+            .enable(prepared.limits, prepared.attention.records_prompts())
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<Plan, BackendError> {
         let (device, prepared) = (&mut *self.device, prepared(&mut self.prepared));
         self.graphs.abandon(device)?;
         prepared.step.upload(device, batch)?;
-        let attention = prepared.attention.plan(device, batch, prepared.block_size)?;
-        let recorded = self.graphs.size(batch, Needs::are_recordable(batch));
-        if recorded.is_some() {
+        let attention = &prepared.attention;
+        let wanted = Wanted {
+            batch,
+            is_plain: Needs::are_recordable(batch),
+            tiles: attention.records_prompts().then(|| attention.num_tiles(batch)),
+        };
+        let recording = self.graphs.recording(wanted, |tokens| attention.recorded_tiles(tokens));
+        let attention = match recording {
+            Some(Recording::PromptLayers(tokens)) => attention.plan_recorded(device, batch, tokens)?,
+            _ => attention.plan(device, batch, prepared.block_size)?,
+        };
+        let mut plan = Plan {
+            tokens: recording.map_or(batch.num_tokens(), Recording::max_tokens),
+            samples: batch.samples.len(),
+            attention,
+        };
+        if let Some(Recording::Whole(size)) = recording {
+            plan.samples = size;
             prepared.upload_choices(device, batch, None)?;
         }
-        self.graphs.begin(device, recorded)?;
+        self.graphs.begin(device, recording)?;
         if self.graphs.issues() {
             prepared.step.begin(device)?;
         }
-        Ok(Plan {
-            tokens: recorded.unwrap_or(batch.num_tokens()),
-            samples: recorded.unwrap_or(batch.samples.len()),
-            attention,
-        })
+        Ok(plan)
     }
 
     fn embed(
@@ -504,6 +513,7 @@ impl Backend for Cuda {
         softcap: Option<f32>,
         logits: &mut Tensor,
     ) -> Result<(), BackendError> {
+        self.graphs.end_layers(&mut *self.device)?;
         if !self.graphs.issues() {
             return Ok(());
         }

@@ -1,84 +1,150 @@
-//! Steps of one token a sequence are recorded once for each size and replayed: launching their hundreds of kernels one by
-//! one takes longer than running them.
+//! Steps of few tokens are recorded once for each size and replayed: launching their hundreds of kernels one by one takes
+//! longer than running them.
+//!
+//! | recorded | of steps with | what runs kernel by kernel |
+//! |---|---|---|
+//! | the whole step | one token a sequence, chosen by parameters that are read on the device | nothing |
+//! | the layers | one token a sequence, chosen in any other way | last norm, logits, choice |
+//! | the layers | prompts | the same |
+//!
+//! The few launches behind recorded layers are issued while those run, whatever they are: masks, penalties and
+//! log-probabilities multiply no recordings.
 
 use std::collections::HashMap;
 
 use lapidary_engine::Batch;
-use lapidary_model::BackendError;
+use lapidary_model::{BackendError, Rehearsal, StepLimits};
 
 use crate::device::{Device, GraphId};
 
-/// Sizes that are recorded; a batch runs in the smallest that holds it. Finely spaced where the matrix kernels have a width
-/// of their own, coarsely where padding rows are nearly free.
-const SIZES: [usize; 15] = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256];
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
+
+/// Sizes of whole steps; a batch runs in the smallest that holds it. Finely spaced where the matrix kernels have a width of
+/// their own, coarsely where padding rows are nearly free.
+const WHOLE_SIZES: [usize; 15] = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256];
+/// Sizes of layers. Each takes memory and time at start, and serves steps that are rarer.
+const LAYER_SIZES: [usize; 7] = [4, 8, 16, 32, 64, 128, 256];
+/// The most tokens of a recorded step.
+const MAX_RECORDED: usize = 256;
+
+/// What is recorded, for how many tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Recording {
+    /// All of a step of one token a sequence.
+    Whole(usize),
+    /// Its layers.
+    DecodeLayers(usize),
+    /// Those of a step with prompts.
+    PromptLayers(usize),
+}
+
+impl Recording {
+    /// Tokens that it has room for.
+    pub(crate) fn max_tokens(self) -> usize {
+        let (Self::Whole(size) | Self::DecodeLayers(size) | Self::PromptLayers(size)) = self;
+        size
+    }
+}
+
+/// What a step needs of the recording it runs as.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) batch: &'a Batch,
+    /// Whether its tokens are chosen as those of whole recorded steps are.
+    pub(crate) is_plain: bool,
+    /// Query tiles of its prompts; `None`: their attention cannot be recorded.
+    pub(crate) tiles: Option<usize>,
+}
 
 /// What happens to the operations of the step at hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     /// They run one by one.
     Eager,
-    /// They are recorded for this size, and replayed when the step ends.
-    Record(usize),
-    /// They were recorded before: nothing is issued until the step ends.
-    Replay(GraphId),
+    /// They are recorded, and replayed when what is recorded ends.
+    Record(Recording),
+    /// They were recorded before: nothing is issued until what is recorded ends.
+    Replay(Recording, GraphId),
 }
 
 /// The recorded steps, and how the step at hand runs.
 #[derive(Debug)]
 pub(crate) struct Graphs {
-    /// Whether the caller promised that operations repeat.
-    enabled: bool,
-    max_size: usize,
-    recorded: HashMap<usize, GraphId>,
+    /// Tokens of the largest step of one token a sequence that is recorded, and of the largest with prompts. 0 before the
+    /// caller promised that operations repeat.
+    max_seqs: usize,
+    max_prompt: usize,
+    recorded: HashMap<Recording, GraphId>,
     mode: Mode,
 }
 
 impl Graphs {
     pub(crate) fn new() -> Self {
         Self {
-            enabled: false,
-            max_size: 0,
+            max_seqs: 0,
+            max_prompt: 0,
             recorded: HashMap::new(),
             mode: Mode::Eager,
         }
     }
 
-    /// From now on steps of at most `max_size` tokens are recorded. Gives the sizes.
-    pub(crate) fn enable(&mut self, max_size: usize) -> Vec<usize> {
-        self.enabled = true;
-        self.max_size = max_size;
-        let below = SIZES.iter().copied().filter(|size| *size < max_size);
-        below.chain(SIZES.contains(&max_size).then_some(max_size)).collect()
+    /// From now on steps within `limits` are recorded, those with prompts if `prompts` can be. Gives one of each recording.
+    pub(crate) fn enable(&mut self, limits: StepLimits, prompts: bool) -> Vec<Rehearsal> {
+        self.max_seqs = limits.max_seqs.min(limits.max_tokens).min(MAX_RECORDED);
+        self.max_prompt = match prompts {
+            true => limits.max_tokens.min(limits.max_model_len).min(MAX_RECORDED),
+            false => 0,
+        };
+        let (max_seqs, max_prompt) = (self.max_seqs, self.max_prompt);
+        let up_to = |sizes: &'static [usize], most| sizes.iter().copied().filter(move |size| *size <= most);
+        let decode = |logprobs| move |num_seqs| Rehearsal::Decode { num_seqs, logprobs };
+        up_to(&WHOLE_SIZES, max_seqs)
+            .map(decode(false))
+            .chain(up_to(&LAYER_SIZES, max_seqs).map(decode(true)))
+            .chain(up_to(&LAYER_SIZES, max_prompt).map(|num_tokens| Rehearsal::Prompt { num_tokens }))
+            .collect()
     }
 
     /// Throws away what a step that failed half-way has recorded.
     pub(crate) fn abandon(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
         match std::mem::replace(&mut self.mode, Mode::Eager) {
             Mode::Record(_) => device.end_capture(false).map(drop),
-            Mode::Eager | Mode::Replay(_) => Ok(()),
+            Mode::Eager | Mode::Replay(..) => Ok(()),
         }
     }
 
-    /// The recorded size a step runs in; `None`: its operations run one by one. `is_simple`: it needs nothing that a recorded
-    /// step has not.
-    pub(crate) fn size(&self, batch: &Batch, is_simple: bool) -> Option<usize> {
+    /// What a step runs as; `None`: its operations run one by one. `room`: query tiles of prompts that a recorded step of so
+    /// many tokens has.
+    pub(crate) fn recording(&self, wanted: Wanted<'_>, room: impl Fn(usize) -> usize) -> Option<Recording> {
+        let Wanted { batch, is_plain, tiles } = wanted;
         let num_tokens = batch.num_tokens();
-        let is_decode = num_tokens > 0 && num_tokens == batch.num_seqs() && !batch.samples.is_empty();
-        let holds = |size: &usize| *size >= num_tokens && *size <= self.max_size;
-        SIZES
-            .into_iter()
-            .find(holds)
-            .filter(|_| self.enabled && is_decode && is_simple)
+        if num_tokens == 0 {
+            return None;
+        }
+        let holding = |sizes: &[usize], most| {
+            let holds = |size: &usize| *size >= num_tokens && *size <= most;
+            sizes.iter().copied().find(holds)
+        };
+        if num_tokens > batch.num_seqs() {
+            let has_room = |size: &usize| tiles.is_some_and(|tiles| tiles <= room(*size));
+            let size = holding(&LAYER_SIZES, self.max_prompt).filter(has_room);
+            return size.map(Recording::PromptLayers);
+        }
+        if is_plain && !batch.samples.is_empty() {
+            return holding(&WHOLE_SIZES, self.max_seqs).map(Recording::Whole);
+        }
+        holding(&LAYER_SIZES, self.max_seqs).map(Recording::DecodeLayers)
     }
 
-    /// Begins a step of this size.
-    pub(crate) fn begin(&mut self, device: &mut dyn Device, size: Option<usize>) -> Result<(), BackendError> {
-        self.mode = match size.map(|size| (size, self.recorded.get(&size))) {
+    /// Begins a step.
+    pub(crate) fn begin(&mut self, device: &mut dyn Device, recording: Option<Recording>) -> Result<(), BackendError> {
+        self.mode = match recording.map(|recording| (recording, self.recorded.get(&recording))) {
             None => Mode::Eager,
-            Some((_, Some(graph))) => Mode::Replay(*graph),
-            Some((size, None)) => {
+            Some((recording, Some(graph))) => Mode::Replay(recording, *graph),
+            Some((recording, None)) => {
                 device.begin_capture()?;
-                Mode::Record(size)
+                Mode::Record(recording)
             }
         };
         Ok(())
@@ -86,7 +152,7 @@ impl Graphs {
 
     /// Whether operations are to be issued, to run or to be recorded.
     pub(crate) fn issues(&self) -> bool {
-        !matches!(self.mode, Mode::Replay(_))
+        !matches!(self.mode, Mode::Replay(..))
     }
 
     /// Whether the operations of the step at hand run as they are issued.
@@ -94,14 +160,22 @@ impl Graphs {
         self.mode == Mode::Eager
     }
 
+    /// The layers end: if they alone are recorded they run now, and what follows runs as it is issued.
+    pub(crate) fn end_layers(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
+        match self.mode {
+            Mode::Record(Recording::Whole(_)) | Mode::Replay(Recording::Whole(_), _) => Ok(()),
+            _ => self.end(device),
+        }
+    }
+
     /// Ends a step: what was only recorded runs now.
     pub(crate) fn end(&mut self, device: &mut dyn Device) -> Result<(), BackendError> {
         match std::mem::replace(&mut self.mode, Mode::Eager) {
             Mode::Eager => Ok(()),
-            Mode::Replay(graph) => device.replay(graph),
-            Mode::Record(size) => {
+            Mode::Replay(_, graph) => device.replay(graph),
+            Mode::Record(recording) => {
                 let graph = device.end_capture(true)?.expect("a kept capture is a graph");
-                self.recorded.insert(size, graph);
+                self.recorded.insert(recording, graph);
                 device.replay(graph)
             }
         }

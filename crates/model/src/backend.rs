@@ -245,10 +245,9 @@ pub trait Backend: 'static {
     }
 
     /// From now on, the operations between [`Backend::begin`] and [`Backend::sample`] depend on two things alone: the
-    /// number of tokens and whether the step samples. A backend may record and replay them. Gives the numbers of
-    /// sequences that the caller should run a step of one token each with before it serves, so that nothing has to be
-    /// reserved later.
-    fn operations_repeat(&mut self) -> Vec<usize> {
+    /// number of tokens and whether the step samples. A backend may record and replay them. Gives the steps that the caller
+    /// should run before it serves, so that nothing has to be reserved later.
+    fn operations_repeat(&mut self) -> Vec<Rehearsal> {
         Vec::new()
     }
 
@@ -390,9 +389,26 @@ pub trait Backend: 'static {
     /// Reads logits back as f32, for tests and scoring: row-major, the first `rows` rows.
     ///
     /// # Errors
-    /// The device failed, or the step at hand is a recorded one, which only runs when it ends
+    /// The device failed, or the step at hand is recorded as a whole and only runs when it ends
     /// ([`Backend::operations_repeat`]).
     fn read(&mut self, tensor: &Self::Tensor, rows: usize) -> Result<Vec<f32>, BackendError>;
+}
+
+/// A step that a backend wants to have run before the first request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rehearsal {
+    /// One token for each of several sequences.
+    Decode {
+        /// Sequences.
+        num_seqs: usize,
+        /// Whether log-probabilities are asked for.
+        logprobs: bool,
+    },
+    /// One prompt, and a token after it.
+    Prompt {
+        /// Of the prompt.
+        num_tokens: usize,
+    },
 }
 
 /// A norm and the form its result must have.

@@ -41,7 +41,7 @@ mod weights;
 
 pub use backend::{
     ActivationScheme, AttentionConfig, Backend, BackendError, DType, FP8_MAX, FP8_MIN_TOKEN_SCALE, HostTensor,
-    KvCacheDtype, KvScales, LastHidden, LinearWeights, MemoryInfo, NormArgs, StepLimits, Width,
+    KvCacheDtype, KvScales, LastHidden, LinearWeights, MemoryInfo, NormArgs, Rehearsal, StepLimits, Width,
 };
 pub use checkpoint::{Checkpoint, CheckpointError, EmbeddedFiles};
 pub use config::{ConfigError, ConfigOverrides, GenerationDefaults, ModelConfig};

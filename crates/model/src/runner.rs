@@ -7,7 +7,7 @@ use lapidary_engine::{
     Batch, BlockId, Executor, ExecutorError, KvCacheConfig, RequestId, SampleRow, SampledToken, SamplingParams, TokenId,
 };
 
-use crate::backend::{Backend, BackendError, KvCacheDtype, StepLimits, Width};
+use crate::backend::{Backend, BackendError, KvCacheDtype, Rehearsal, StepLimits, Width};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Scratch, scratch_bytes};
@@ -298,19 +298,18 @@ impl<B: Backend> ModelRunner<B> {
 
     /// Runs the steps that the backend wants to have seen before the first request.
     fn warm_up(&mut self, progress: &mut dyn FnMut(LoadProgress)) -> Result<(), RunnerError> {
-        let sizes = self.backend.operations_repeat();
+        let steps = self.backend.operations_repeat();
         let free_bytes = self.backend.memory().free_bytes;
-        for (done, num_seqs) in sizes.iter().enumerate() {
+        for (done, step) in steps.iter().enumerate() {
             progress(LoadProgress {
                 phase: LoadPhase::WarmUp,
                 done_bytes: done as u64,
-                total_bytes: sizes.len() as u64,
+                total_bytes: steps.len() as u64,
             });
-            let num_seqs = (*num_seqs).min(self.limits.max_seqs).min(self.limits.max_tokens);
-            self.run(&warm_up_batch(num_seqs, &self.plan), |_, _| Ok(()))?;
+            self.run(&rehearsal_batch(*step, &self.plan), |_, _| Ok(()))?;
             self.backend.collect()?;
         }
-        if !sizes.is_empty() {
+        if !steps.is_empty() {
             self.plan.graph_bytes = free_bytes.saturating_sub(self.backend.memory().free_bytes);
         }
         Ok(())
@@ -624,37 +623,49 @@ fn executor_error(error: RunnerError) -> ExecutorError {
     }
 }
 
-/// `num_seqs` sequences of one token each. Nobody has keys or values yet, so they may overwrite each other's.
-fn warm_up_batch(num_seqs: usize, plan: &MemoryPlan) -> Batch {
+/// Nobody has keys or values yet, so sequences may overwrite each other's.
+fn rehearsal_batch(step: Rehearsal, plan: &MemoryPlan) -> Batch {
+    let (lens, logprobs) = match step {
+        Rehearsal::Decode { num_seqs, logprobs } => (vec![1; num_seqs], logprobs),
+        Rehearsal::Prompt { num_tokens } => (vec![num_tokens as u32], false),
+    };
     let params = Arc::new(SamplingParams {
         temperature: 0.0,
+        logprobs: logprobs.then_some(0),
         ..SamplingParams::default()
     });
-    let rows = 0..num_seqs as u32;
-    let block = |row: u32| row % plan.num_blocks.max(1);
-    Batch {
-        step: 0,
-        request_ids: rows.clone().map(|row| RequestId(u64::from(row))).collect(),
-        token_ids: vec![0; num_seqs],
-        fed: Vec::new(),
-        positions: vec![0; num_seqs],
-        slot_mapping: rows.clone().map(|row| block(row) * plan.block_size).collect(),
-        query_start: (0..=num_seqs as u32).collect(),
-        context_lens: vec![1; num_seqs],
-        block_start: (0..=num_seqs as u32).collect(),
-        block_ids: rows.clone().map(|row| BlockId(block(row))).collect(),
-        samples: rows
-            .map(|row| SampleRow {
-                row,
-                position: 1,
-                given: None,
-                params: Arc::clone(&params),
-                banned: None,
-                mask: None,
-                history: None,
-            })
-            .collect(),
+    let mut batch = Batch {
+        query_start: vec![0],
+        block_start: vec![0],
+        ..Batch::default()
+    };
+    for (seq, len) in lens.iter().copied().enumerate() {
+        batch.request_ids.push(RequestId(seq as u64));
+        batch.positions.extend(0..len);
+        batch.context_lens.push(len);
+        let first_block = batch.block_ids.len() as u32;
+        let blocks = first_block..first_block + len.div_ceil(plan.block_size);
+        let blocks: Vec<u32> = blocks.map(|block| block % plan.num_blocks.max(1)).collect();
+        let slot = |position: u32| {
+            blocks[(position / plan.block_size) as usize] * plan.block_size + position % plan.block_size
+        };
+        batch.slot_mapping.extend((0..len).map(slot));
+        batch.block_ids.extend(blocks.iter().copied().map(BlockId));
+        batch.block_start.push(batch.block_ids.len() as u32);
+        let rows = batch.query_start[seq] + len;
+        batch.query_start.push(rows);
+        batch.samples.push(SampleRow {
+            row: rows - 1,
+            position: len,
+            given: None,
+            params: Arc::clone(&params),
+            banned: None,
+            mask: None,
+            history: None,
+        });
     }
+    batch.token_ids = vec![0; batch.positions.len()];
+    batch
 }
 
 /// Tokens `rows` of one sequence that occupies the first KV blocks in order; logits wanted for each of them.
@@ -662,8 +673,8 @@ fn scoring_batch(tokens: &[TokenId], rows: std::ops::Range<usize>, block_size: u
     let (start, end) = (rows.start as u32, rows.end as u32);
     let params = Arc::new(SamplingParams {
         temperature: 0.0,
-        // The logits are read before the step ends, so it must not run as a recorded one, which only then runs at all:
-        // no recorded step reports log-probabilities.
+        // The logits are read before the step ends, so it must not be recorded as a whole and run only then: no such step
+        // reports log-probabilities.
         logprobs: Some(0),
         ..SamplingParams::default()
     });

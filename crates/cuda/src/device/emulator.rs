@@ -3,6 +3,8 @@
 #![allow(unsafe_code, reason = "calls the emulator's C interface")]
 
 use std::ffi::{CString, c_char, c_uint, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use lapidary_model::{BackendError, MemoryInfo};
 
@@ -43,6 +45,7 @@ pub(crate) struct Emulator {
     graphs: Vec<Vec<Launch>>,
     capture: Option<Vec<Launch>>,
     readbacks: Vec<Option<Vec<u8>>>,
+    launches: Arc<AtomicUsize>,
 }
 
 impl Emulator {
@@ -54,7 +57,14 @@ impl Emulator {
             graphs: Vec::new(),
             capture: None,
             readbacks: Vec::new(),
+            launches: Arc::default(),
         }
+    }
+
+    /// Counts launches of single kernels, those that are recorded not among them.
+    #[cfg(test)]
+    pub(crate) fn launches(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.launches)
     }
 
     fn used(&self) -> u64 {
@@ -214,7 +224,10 @@ impl Device for Emulator {
         };
         match &mut self.capture {
             Some(capture) => capture.push(launch),
-            None => Self::run(&launch),
+            None => {
+                self.launches.fetch_add(1, Relaxed);
+                Self::run(&launch);
+            }
         }
         Ok(())
     }
