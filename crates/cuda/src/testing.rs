@@ -4,13 +4,19 @@ use crate::device::{Device, Driver, Emulator, devices};
 
 /// The device under test.
 pub(crate) fn device() -> Box<dyn Device> {
+    if let Some(emulator) = emulator() {
+        return Box::new(emulator);
+    }
+    let devices = devices().unwrap_or_else(|why| panic!("LAPIDARY_TEST_DEVICE=gpu: {why}"));
+    Box::new(Driver::open(devices[0].clone()).expect("the GPU can be opened"))
+}
+
+/// The device under test, unless it is a GPU.
+pub(crate) fn emulator() -> Option<Emulator> {
     match std::env::var("LAPIDARY_TEST_DEVICE").as_deref() {
-        Ok("gpu") => {
-            let devices = devices().unwrap_or_else(|why| panic!("LAPIDARY_TEST_DEVICE=gpu: {why}"));
-            Box::new(Driver::open(devices[0].clone()).expect("the GPU can be opened"))
-        }
-        Ok("emulator-portable") => Box::new(Emulator::new(89)),
-        _ => Box::new(Emulator::new(90)),
+        Ok("gpu") => None,
+        Ok("emulator-portable") => Some(Emulator::new(89)),
+        _ => Some(Emulator::new(90)),
     }
 }
 
