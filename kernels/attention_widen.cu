@@ -9,7 +9,7 @@
 struct WidenParams {
   const uint8_t* from;
   uint8_t* to;
-  const int* blocks;  // [gridDim.x][2]: which of `from`, and as which of `to`; complete before the step begins
+  const int* blocks;  // [gridDim.x][2]: which of `from`, and as which of `to`, or -1; complete before the step begins
   int block_rows;      // 2 * num_kv_heads * block_size
   int head_dim;
 };
@@ -28,6 +28,7 @@ KERNEL(attention_widen, WidenParams, kWidenThreads, 1) {
   const int* pair = p.blocks + 2 * blockIdx.x;
   const int from_block = load_l2(pair), to_block = load_l2(pair + 1);
   wait_for_previous_kernels();
+  if (from_block < 0) return;
   const int chunks = p.head_dim / 16, chunks_of_block = p.block_rows * chunks;
   const uint4* from = reinterpret_cast<const uint4*>(p.from) + size_t(from_block) * size_t(chunks_of_block);
   uint4* to = reinterpret_cast<uint4*>(p.to) + size_t(to_block) * size_t(2 * chunks_of_block);

@@ -329,18 +329,15 @@ impl Attention {
         Ok(())
     }
 
-    /// Whether one sequence of launches serves prompts of any shape: not where the cache has to be widened for them.
-    pub(crate) fn records_prompts(&self) -> bool {
-        self.widening.is_none()
+    /// Whether a recorded step of `max_tokens` tokens has room for a step's prompts.
+    pub(crate) fn has_room(&self, batch: &Batch, block_size: usize, max_tokens: usize) -> bool {
+        let has_widened = |widening: &Widening| widening.has_room(batch, block_size);
+        self.recorded_query_tiles(batch).len() <= self.recorded_tiles(max_tokens)
+            && self.widening.as_ref().is_none_or(has_widened)
     }
 
-    /// Tiles of the prompts in a recorded step.
-    pub(crate) fn num_tiles(&self, batch: &Batch) -> usize {
-        self.recorded_query_tiles(batch).len()
-    }
-
-    /// As many as a recorded step of so many tokens has room for.
-    pub(crate) fn recorded_tiles(&self, max_tokens: usize) -> usize {
+    /// Tiles of a recorded step of so many tokens.
+    fn recorded_tiles(&self, max_tokens: usize) -> usize {
         max_tokens.div_ceil(tokens_per_tile(self.prefill[0].rows, &self.config)) + SPARE_TILES
     }
 
@@ -349,8 +346,8 @@ impl Attention {
         query_tiles(batch, tokens_per_tile(self.prefill[0].rows, &self.config))
     }
 
-    /// As [`Attention::plan`], for a step that runs as a recorded one of `max_tokens` tokens: `batch` has no more of them, nor
-    /// more tiles than [`Attention::recorded_tiles`]. All such steps have the same plan.
+    /// As [`Attention::plan`], for a step that runs as a recorded one of `max_tokens` tokens, which
+    /// [`Attention::has_room`] for it. All such steps have the same plan.
     ///
     /// # Errors
     /// The device failed.
@@ -358,18 +355,22 @@ impl Attention {
         &self,
         device: &mut dyn Device,
         batch: &Batch,
+        block_size: usize,
         max_tokens: usize,
     ) -> Result<AttentionPlan, BackendError> {
         let room = self.recorded_tiles(max_tokens);
         let mut tiles = self.recorded_query_tiles(batch);
-        assert!(tiles.len() <= room, "{} tiles, there is room for {room}", tiles.len());
         tiles.resize(room, QueryTile::NONE);
         self.upload_tiles(device, &tiles)?;
+        let widened = match &self.widening {
+            None => None,
+            Some(widening) => Some(widening.plan_recorded(device, batch, block_size)?),
+        };
         Ok(AttentionPlan {
             has_decode: true,
             prompts: vec![Prompts {
                 tiles: 0..room,
-                widened: None,
+                widened,
             }],
             variant: 0,
         })

@@ -11,7 +11,7 @@ use lapidary_model::{
 
 use crate::attention::{Attention, AttentionInputs, AttentionPlan, value_bytes};
 use crate::device::{Device, DeviceInfo, DevicePtr, Driver, bytes_of};
-use crate::graphs::{Graphs, Recording, Wanted};
+use crate::graphs::{Graphs, Recording};
 use crate::matmul::{Matmul, Product};
 use crate::pack::{self, Element, Order};
 use crate::rope::Rope;
@@ -339,25 +339,20 @@ impl Backend for Cuda {
         if !self.config.graphs {
             return Vec::new();
         }
-        let prepared = prepared(&mut self.prepared);
-        self.graphs
-            .enable(prepared.limits, prepared.attention.records_prompts())
+        let limits = self.prepared().limits;
+        self.graphs.enable(limits)
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<Plan, BackendError> {
         let (device, prepared) = (&mut *self.device, prepared(&mut self.prepared));
         self.graphs.abandon(device)?;
         prepared.step.upload(device, batch)?;
-        let attention = &prepared.attention;
-        let wanted = Wanted {
-            batch,
-            is_plain: Needs::are_recordable(batch),
-            tiles: attention.records_prompts().then(|| attention.num_tiles(batch)),
-        };
-        let recording = self.graphs.recording(wanted, |tokens| attention.recorded_tiles(tokens));
+        let (attention, block_size) = (&prepared.attention, prepared.block_size);
+        let has_room = |tokens| attention.has_room(batch, block_size, tokens);
+        let recording = self.graphs.recording(batch, Needs::are_recordable(batch), has_room);
         let attention = match recording {
-            Some(Recording::PromptLayers(tokens)) => attention.plan_recorded(device, batch, tokens)?,
-            _ => attention.plan(device, batch, prepared.block_size)?,
+            Some(Recording::PromptLayers(tokens)) => attention.plan_recorded(device, batch, block_size, tokens)?,
+            _ => attention.plan(device, batch, block_size)?,
         };
         let mut plan = Plan {
             tokens: recording.map_or(batch.num_tokens(), Recording::max_tokens),

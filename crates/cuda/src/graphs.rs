@@ -47,16 +47,6 @@ impl Recording {
     }
 }
 
-/// What a step needs of the recording it runs as.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted<'a> {
-    pub(crate) batch: &'a Batch,
-    /// Whether its tokens are chosen as those of whole recorded steps are.
-    pub(crate) is_plain: bool,
-    /// Query tiles of its prompts; `None`: their attention cannot be recorded.
-    pub(crate) tiles: Option<usize>,
-}
-
 /// What happens to the operations of the step at hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -89,13 +79,10 @@ impl Graphs {
         }
     }
 
-    /// From now on steps within `limits` are recorded, those with prompts if `prompts` can be. Gives one of each recording.
-    pub(crate) fn enable(&mut self, limits: StepLimits, prompts: bool) -> Vec<Rehearsal> {
+    /// From now on steps within `limits` are recorded. Gives one of each recording.
+    pub(crate) fn enable(&mut self, limits: StepLimits) -> Vec<Rehearsal> {
         self.max_seqs = limits.max_seqs.min(limits.max_tokens).min(MAX_RECORDED);
-        self.max_prompt = match prompts {
-            true => limits.max_tokens.min(limits.max_model_len).min(MAX_RECORDED),
-            false => 0,
-        };
+        self.max_prompt = limits.max_tokens.min(limits.max_model_len).min(MAX_RECORDED);
         let (max_seqs, max_prompt) = (self.max_seqs, self.max_prompt);
         let up_to = |sizes: &'static [usize], most| sizes.iter().copied().filter(move |size| *size <= most);
         let decode = |logprobs| move |num_seqs| Rehearsal::Decode { num_seqs, logprobs };
@@ -114,10 +101,14 @@ impl Graphs {
         }
     }
 
-    /// What a step runs as; `None`: its operations run one by one. `room`: query tiles of prompts that a recorded step of so
-    /// many tokens has.
-    pub(crate) fn recording(&self, wanted: Wanted<'_>, room: impl Fn(usize) -> usize) -> Option<Recording> {
-        let Wanted { batch, is_plain, tiles } = wanted;
+    /// What a step runs as; `None`: its operations run one by one. `is_plain`: its tokens are chosen as those of whole recorded
+    /// steps are. `has_room`: whether a recorded step of so many tokens has room for the attention of its prompts.
+    pub(crate) fn recording(
+        &self,
+        batch: &Batch,
+        is_plain: bool,
+        has_room: impl Fn(usize) -> bool,
+    ) -> Option<Recording> {
         let num_tokens = batch.num_tokens();
         if num_tokens == 0 {
             return None;
@@ -127,8 +118,7 @@ impl Graphs {
             sizes.iter().copied().find(holds)
         };
         if num_tokens > batch.num_seqs() {
-            let has_room = |size: &usize| tiles.is_some_and(|tiles| tiles <= room(*size));
-            let size = holding(&LAYER_SIZES, self.max_prompt).filter(has_room);
+            let size = holding(&LAYER_SIZES, self.max_prompt).filter(|size| has_room(*size));
             return size.map(Recording::PromptLayers);
         }
         if is_plain && !batch.samples.is_empty() {

@@ -14,6 +14,10 @@ const THREADS: usize = 256;
 const VALUES: usize = 16;
 /// Tokens for which there is room beside a longest sequence and a step's own: what sequences leave unused of their last blocks.
 const SPARE_TOKENS: usize = 1024;
+/// Tokens that the prompts of a recorded step read at most, with those that came before them: it widens no more.
+const RECORDED_TOKENS: usize = 2048;
+/// Which block goes where, for threads that have none to widen.
+const NO_PAIR: [i32; 2] = [-1, -1];
 
 /// The kernel's `WidenParams`.
 #[derive(Debug, Clone, Copy)]
@@ -68,13 +72,14 @@ impl Widening {
     ) -> Result<Self, BackendError> {
         let max_tokens = limits.max_model_len + limits.max_tokens + SPARE_TOKENS;
         let max_blocks = limits.max_seqs * limits.max_model_len.div_ceil(KEY_TILE);
+        let max_pairs = max_blocks.max(recorded_blocks(KEY_TILE));
         let token_bytes = 2 * config.num_kv_heads * config.head_dim * 2;
         Ok(Self {
             kernel: device.kernel("attention_widen", THREADS as u32)?,
             config,
             max_tokens,
             widened: device.alloc("keys and values of prompts", max_tokens * token_bytes)?,
-            pairs: device.alloc("blocks of prompts", 8 * max_blocks)?,
+            pairs: device.alloc("blocks of prompts", 8 * max_pairs)?,
             table: device.alloc("blocks of prompts", 4 * max_blocks)?,
         })
     }
@@ -89,12 +94,46 @@ impl Widening {
         batch: &Batch,
         block_size: usize,
     ) -> Result<Vec<Round>, BackendError> {
-        let Rounds { rounds, pairs, table } = split(batch, block_size, self.max_tokens / block_size);
+        let Rounds { rounds, pairs, table } = self.split(batch, block_size);
         if !pairs.is_empty() {
-            device.upload(self.pairs, bytes_of(pairs.as_flattened()))?;
-            device.upload(self.table, bytes_of(&table))?;
+            self.upload(device, &pairs, &table)?;
         }
         Ok(rounds)
+    }
+
+    /// Whether a recorded step has room for the blocks of a step's prompts.
+    pub(super) fn has_room(&self, batch: &Batch, block_size: usize) -> bool {
+        self.split(batch, block_size).is_one_of(recorded_blocks(block_size))
+    }
+
+    /// As [`Widening::plan`], for a step that runs as a recorded one, which [`Widening::has_room`] for it: one round, the same
+    /// for all.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(super) fn plan_recorded(
+        &self,
+        device: &mut dyn Device,
+        batch: &Batch,
+        block_size: usize,
+    ) -> Result<Round, BackendError> {
+        let Rounds { mut pairs, table, .. } = self.split(batch, block_size);
+        let blocks = recorded_blocks(block_size);
+        pairs.resize(blocks, NO_PAIR);
+        self.upload(device, &pairs, &table)?;
+        Ok(Round {
+            seqs: 0..0,
+            blocks: 0..blocks,
+        })
+    }
+
+    fn split(&self, batch: &Batch, block_size: usize) -> Rounds {
+        split(batch, block_size, self.max_tokens / block_size)
+    }
+
+    fn upload(&self, device: &mut dyn Device, pairs: &[[i32; 2]], table: &[i32]) -> Result<(), BackendError> {
+        device.upload(self.pairs, bytes_of(pairs.as_flattened()))?;
+        device.upload(self.table, bytes_of(table))
     }
 
     /// Widens what a round's sequences read of the cache at `kv`. Gives the blocks and their table.
@@ -124,6 +163,18 @@ impl Widening {
         launch(device, &self.kernel, grid, &params)?;
         Ok((self.widened, self.table))
     }
+}
+
+impl Rounds {
+    /// Whether there is one round of at most so many blocks.
+    fn is_one_of(&self, max_blocks: usize) -> bool {
+        self.rounds.len() == 1 && self.pairs.len() <= max_blocks
+    }
+}
+
+/// Blocks that a recorded step widens.
+fn recorded_blocks(block_size: usize) -> usize {
+    RECORDED_TOKENS.div_ceil(block_size)
 }
 
 /// Takes sequences of more than one query token in their order, as many a round as `max_blocks` hold; one always fits.
@@ -203,5 +254,6 @@ mod tests {
         assert_eq!(two.table[..3], [0, 1, 2]);
         assert_eq!(two.table[10..], [3, 4, 0, 1, 2, 3]);
         assert_eq!(split(&batch, 16, 4).rounds.len(), 3);
+        assert!(all.is_one_of(9) && !all.is_one_of(8) && !two.is_one_of(9));
     }
 }
