@@ -57,6 +57,7 @@ struct Fiber {
 struct Warp {
   Barrier barrier;
   Slot slots[2][32];
+  unsigned exchanges = 0;  // of the lanes that wait at the barrier
 };
 
 /// What each block of a cluster has for itself.
@@ -270,7 +271,13 @@ Slot* warp_slots() {
   const unsigned turn = cluster.fibers[cluster.current].exchanges++ % 2;
   return block().warps[thread() / 32].slots[turn];
 }
-void arrive_and_wait_warp() { arrive_and_wait(block().warps[thread() / 32].barrier, warp_size()); }
+void arrive_and_wait_warp() {
+  Warp& warp = block().warps[thread() / 32];
+  const unsigned exchanges = cluster.fibers[cluster.current].exchanges;
+  if (warp.barrier.arrived == 0) warp.exchanges = exchanges;
+  if (warp.exchanges != exchanges) fail("lanes of a warp exchange values with others that do not");
+  arrive_and_wait(warp.barrier, warp_size());
+}
 void block_barrier() { arrive_and_wait(block().barriers[16], unsigned(cluster.threads)); }
 
 void arrive_and_wait_named(int barrier, int threads) {
