@@ -14,7 +14,8 @@ const THREADS: usize = 256;
 const VALUES: usize = 16;
 /// Tokens for which there is room beside a longest sequence and a step's own: what sequences leave unused of their last blocks.
 const SPARE_TOKENS: usize = 1024;
-/// Tokens that the prompts of a recorded step read at most, with those that came before them: it widens no more.
+/// Tokens that the prompts of a recorded step read at most, with those that came before them, in whole blocks: it widens no
+/// more.
 const RECORDED_TOKENS: usize = 2048;
 /// Which block goes where, for threads that have none to widen.
 const NO_PAIR: [i32; 2] = [-1, -1];

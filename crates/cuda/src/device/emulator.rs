@@ -45,7 +45,15 @@ pub(crate) struct Emulator {
     graphs: Vec<Vec<Launch>>,
     capture: Option<Vec<Launch>>,
     readbacks: Vec<Option<Vec<u8>>>,
-    launches: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
+}
+
+/// What was asked of an emulator so far.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    /// Of single kernels that were to run at once.
+    pub(crate) launches: AtomicUsize,
+    pub(crate) recordings: AtomicUsize,
 }
 
 impl Emulator {
@@ -57,14 +65,13 @@ impl Emulator {
             graphs: Vec::new(),
             capture: None,
             readbacks: Vec::new(),
-            launches: Arc::default(),
+            counts: Arc::default(),
         }
     }
 
-    /// Counts launches of single kernels, those that are recorded not among them.
     #[cfg(test)]
-    pub(crate) fn launches(&self) -> Arc<AtomicUsize> {
-        Arc::clone(&self.launches)
+    pub(crate) fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 
     fn used(&self) -> u64 {
@@ -225,7 +232,7 @@ impl Device for Emulator {
         match &mut self.capture {
             Some(capture) => capture.push(launch),
             None => {
-                self.launches.fetch_add(1, Relaxed);
+                self.counts.launches.fetch_add(1, Relaxed);
                 Self::run(&launch);
             }
         }
@@ -233,6 +240,7 @@ impl Device for Emulator {
     }
 
     fn begin_capture(&mut self) -> Result<(), BackendError> {
+        self.counts.recordings.fetch_add(1, Relaxed);
         self.capture = Some(Vec::new());
         Ok(())
     }

@@ -18,6 +18,8 @@ mod images;
 
 pub(crate) use driver::Driver;
 pub use driver::{DeviceInfo, Unavailable, devices};
+#[cfg(all(test, feature = "emulator"))]
+pub(crate) use emulator::Counts;
 #[cfg(feature = "emulator")]
 pub(crate) use emulator::Emulator;
 #[cfg(all(test, feature = "emulator"))]
