@@ -6,9 +6,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
+SETTLE_TIMEOUT_S = 30
 
 
 class Lapidary:
@@ -51,6 +53,15 @@ class Lapidary:
         """Body of a GET."""
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
             return response.read().decode()
+
+    def wait_for_metrics(self, holds: Callable[[str], bool]) -> None:
+        """Until `holds` is true of what `/metrics` says. Other connections than the caller's are counted as they end, and
+        what they held comes back a step later."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        while not holds(text := self.get("/metrics")):
+            if time.monotonic() > deadline:
+                raise AssertionError("the metrics do not settle:\n" + text)
+            time.sleep(0.05)  # polls an observable state; the deadline above bounds it
 
     def __enter__(self) -> "Lapidary":
         return self

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 from lapidary_process import Lapidary
@@ -86,14 +85,10 @@ def test_stop_aborts_the_request(server, visit):
     visit.page.keyboard.press("Escape")
     expect(visit.last_answer().locator(".facts")).to_contain_text("stopped")
     expect(visit.page.get_by_role("button", name="Send")).to_be_visible()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        text = server.get("/metrics")
-        if metric(text, "lapidary_requests_finished_total", outcome="client_abort") == aborted + 1:
-            break
-        time.sleep(0.05)  # polls an observable state; the deadline above bounds it
-    assert metric(text, "lapidary_requests_finished_total", outcome="client_abort") == aborted + 1
-    assert metric(text, "vllm:num_requests_running") == 0
+    server.wait_for_metrics(
+        lambda text: metric(text, "lapidary_requests_finished_total", outcome="client_abort") == aborted + 1
+        and metric(text, "vllm:num_requests_running") == 0
+    )
 
 
 def test_errors_are_shown_in_full_and_can_be_mended(server, visit):
