@@ -16,6 +16,7 @@ use thiserror::Error;
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokRxInfo, TokTrie};
 
 use crate::grammar_size;
+use crate::thread_clock::ThreadClock;
 use crate::tokenizer::Tokenizer;
 use crate::tool_calls::{CallGrammar, OPENING, Otherwise};
 use crate::warm_up::Walker;
@@ -193,12 +194,20 @@ impl GrammarCompiler {
     /// # Errors
     /// All but [`GrammarError::Lost`] and [`GrammarError::Vocabulary`].
     pub fn compile(&self, grammar: &Grammar) -> Result<GrammarState, GrammarError> {
+        self.compile_timed(grammar, &ThreadClock::default())
+    }
+
+    /// [`Self::compile`] with a clock that shows meanwhile how long the compiler has computed.
+    ///
+    /// # Errors
+    /// As [`Self::compile`].
+    pub fn compile_timed(&self, grammar: &Grammar, clock: &ThreadClock) -> Result<GrammarState, GrammarError> {
         let is_optional = matches!(grammar, Grammar::Calls(calls) if calls.otherwise == Otherwise::Text);
         let hold = if is_optional { Hold::Undecided(0) } else { Hold::Fast };
         thread::scope(|scope| {
             let build = || {
                 yield_to_others();
-                self.build(source(grammar)?, hold)
+                clock.time(|| self.build(source(grammar)?, hold))
             };
             let thread = thread::Builder::new().stack_size(COMPILER_STACK_BYTES);
             let thread = thread

@@ -12,6 +12,7 @@
 //! | [`stop`] | stop strings that span tokens |
 //! | [`tool_calls`] | functions in the prompt, calls in the answer |
 //! | [`grammar`] | JSON schemas, regular expressions and Lark grammars to the tokens that may come next |
+//! | [`thread_clock`] | how long a thread has computed, whatever else the machine does |
 //!
 //! A request passes through them in this order:
 //!
@@ -52,6 +53,7 @@ pub mod rendered;
 mod schema_growth;
 pub mod stop;
 mod template_functions;
+pub mod thread_clock;
 mod token_table;
 pub mod tokenizer;
 mod tokenizer_config;
@@ -65,5 +67,6 @@ pub use detokenizer::Detokenizer;
 pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarState};
 pub use rendered::Rendered;
 pub use stop::{StopError, StopMatcher};
+pub use thread_clock::ThreadClock;
 pub use tokenizer::{Tokenizer, TokenizerError};
 pub use tool_calls::{CallEvent, CallGrammar, CallReader, Function, Otherwise};

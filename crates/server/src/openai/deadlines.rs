@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
+use lapidary_engine::{EngineError, StatsSnapshot};
+use tokio::time::timeout_at;
 
 use super::types::GenerationBody;
 use crate::error::ApiError;
@@ -82,6 +84,25 @@ impl Patience {
     }
 }
 
+impl Deadlines {
+    /// Waits for `work` that comes before the engine's: compiling a grammar may take long on a busy machine. From then on
+    /// the engine sees to the deadlines.
+    pub(super) async fn bound<T>(
+        self,
+        work: impl Future<Output = Result<T, ApiError>>,
+        stats: impl FnOnce() -> StatsSnapshot,
+    ) -> Result<T, ApiError> {
+        let answer = self.answer.map(|at| (at, EngineError::DeadlineExceeded));
+        let queue = self.queue.map(|at| (at, EngineError::QueueDeadlineExceeded));
+        let Some((at, error)) = answer.into_iter().chain(queue).min_by_key(|(at, _)| *at) else {
+            return work.await;
+        };
+        timeout_at(at.into(), work)
+            .await
+            .unwrap_or_else(|_elapsed| Err(ApiError::failed(&error, &stats())))
+    }
+}
+
 fn of_header(headers: &HeaderMap, name: &'static str) -> Result<Option<Duration>, ApiError> {
     let Some(value) = headers.get(name) else {
         return Ok(None);
@@ -110,4 +131,39 @@ fn of_body(field: &'static str, typed: Option<Number>) -> Result<Option<Duration
 fn timeout(seconds: f64) -> Option<Duration> {
     let timeout = Duration::try_from_secs_f64(seconds).ok();
     timeout.filter(|timeout| !timeout.is_zero())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_comes_before_the_engine_is_bound_by_the_nearest_deadline() {
+        let now = Instant::now();
+        let later = now.checked_add(Duration::from_secs(3600));
+        for (answer, queue, status, code) in [
+            (Some(now), None, 408, "request_timeout"),
+            (None, Some(now), 429, "queue_timeout"),
+            (Some(now), later, 408, "request_timeout"),
+            (later, Some(now), 429, "queue_timeout"),
+        ] {
+            let bound = Deadlines { answer, queue }.bound(pending::<Result<(), _>>(), StatsSnapshot::default);
+            let error = bound.await.unwrap_err();
+            assert_eq!((error.status().as_u16(), error.code()), (status, Some(code)));
+        }
+    }
+
+    #[tokio::test]
+    async fn work_that_is_done_is_the_engines_to_refuse() {
+        for deadline in [None, Some(Instant::now())] {
+            let deadlines = Deadlines {
+                answer: deadline,
+                queue: deadline,
+            };
+            let done = deadlines.bound(ready(Ok(7)), StatsSnapshot::default).await;
+            assert_eq!(done.unwrap(), 7);
+        }
+    }
 }

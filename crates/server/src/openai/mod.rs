@@ -268,18 +268,19 @@ async fn submit(
         request_id,
         arrival,
     } = request;
+    let checked = check(endpoint, state, &headers, &body)?;
+    // Before the dear part: refusing must stay cheap when most are refused.
+    checked.patience.check_queue(checked.model, &state.limits)?;
+    let deadlines = checked.patience.from(arrival);
+    let engine = &checked.model.engine;
     let Prepared {
         model,
         params,
         prompts,
-        patience,
         constraint,
-    } = {
-        let checked = check(endpoint, state, &headers, &body)?;
-        // Before the dear part: refusing must stay cheap when most are refused.
-        checked.patience.check_queue(checked.model, &state.limits)?;
-        checked.prepare(endpoint, state, body).await?
-    };
+    } = deadlines
+        .bound(checked.prepare(endpoint, state, body), || engine.stats())
+        .await?;
     let shape = match settings {
         None => Shape::Choices(Head::new(
             endpoint,
@@ -300,7 +301,7 @@ async fn submit(
         }
     };
     let admission = Admission {
-        deadlines: patience.from(arrival),
+        deadlines,
         arrival,
         constraint,
     };
@@ -321,7 +322,6 @@ struct Prepared<'a> {
     params: Params,
     prompts: Prompts,
     constraint: Option<AnswerConstraint>,
-    patience: Patience,
 }
 
 /// What is cheap to check: a request that will be refused should not cost its tokenisation.
@@ -354,11 +354,7 @@ impl<'a> Checked<'a> {
         state: &AppState,
         body: GenerationBody,
     ) -> Result<Prepared<'a>, ApiError> {
-        let Self {
-            model,
-            params,
-            patience,
-        } = self;
+        let Self { model, params, .. } = self;
         let grammar = tools::compile(model, &params).await?;
         let rules = Vocabulary::rules(&params, state, model).await?;
         let prompts = match endpoint {
@@ -371,7 +367,6 @@ impl<'a> Checked<'a> {
             params,
             prompts,
             constraint: AnswerConstraint::new(grammar, rules),
-            patience,
         })
     }
 }
