@@ -28,6 +28,12 @@ const LAYER_SIZES: [usize; 7] = [4, 8, 16, 32, 64, 128, 256];
 /// The most tokens of a recorded step.
 const MAX_RECORDED: usize = 256;
 
+/// Those of `sizes` below `most`, and `most`: whatever the limit of a step, it is recorded up to there.
+fn up_to(sizes: &'static [usize], most: usize) -> impl Iterator<Item = usize> {
+    let smaller = sizes.iter().copied().take_while(move |size| *size < most);
+    smaller.chain((most > 0).then_some(most))
+}
+
 /// What is recorded, for how many tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Recording {
@@ -84,12 +90,13 @@ impl Graphs {
         self.max_seqs = limits.max_seqs.min(limits.max_tokens).min(MAX_RECORDED);
         self.max_prompt = limits.max_tokens.min(limits.max_model_len).min(MAX_RECORDED);
         let (max_seqs, max_prompt) = (self.max_seqs, self.max_prompt);
-        let up_to = |sizes: &'static [usize], most| sizes.iter().copied().filter(move |size| *size <= most);
         let decode = |logprobs| move |num_seqs| Rehearsal::Decode { num_seqs, logprobs };
+        // A step with prompts has more tokens than sequences.
+        let prompt_sizes = up_to(&LAYER_SIZES, max_prompt).filter(|size| *size > 1);
         up_to(&WHOLE_SIZES, max_seqs)
             .map(decode(false))
             .chain(up_to(&LAYER_SIZES, max_seqs).map(decode(true)))
-            .chain(up_to(&LAYER_SIZES, max_prompt).map(|num_tokens| Rehearsal::Prompt { num_tokens }))
+            .chain(prompt_sizes.map(|num_tokens| Rehearsal::Prompt { num_tokens }))
             .collect()
     }
 
@@ -113,18 +120,15 @@ impl Graphs {
         if num_tokens == 0 {
             return None;
         }
-        let holding = |sizes: &[usize], most| {
-            let holds = |size: &usize| *size >= num_tokens && *size <= most;
-            sizes.iter().copied().find(holds)
-        };
+        let holding = |sizes, most| up_to(sizes, most).filter(move |size| *size >= num_tokens);
         if num_tokens > batch.num_seqs() {
-            let size = holding(&LAYER_SIZES, self.max_prompt).filter(|size| has_room(*size));
+            let size = holding(&LAYER_SIZES, self.max_prompt).find(|size| has_room(*size));
             return size.map(Recording::PromptLayers);
         }
         if is_plain && !batch.samples.is_empty() {
-            return holding(&WHOLE_SIZES, self.max_seqs).map(Recording::Whole);
+            return holding(&WHOLE_SIZES, self.max_seqs).next().map(Recording::Whole);
         }
-        holding(&LAYER_SIZES, self.max_seqs).map(Recording::DecodeLayers)
+        holding(&LAYER_SIZES, self.max_seqs).next().map(Recording::DecodeLayers)
     }
 
     /// Begins a step.

@@ -13,7 +13,7 @@ use crate::{Cuda, CudaConfig};
 const BLOCK_SIZE: u32 = 16;
 /// KV blocks of a sequence: more tokens than a unit of decode attention takes, so that some have parts to merge.
 const BLOCKS_EACH: u32 = 20;
-const MAX_SEQS: usize = 24;
+const MAX_SEQS: usize = 26;
 const VOCAB: u32 = TinyShape::ALIGNED.vocab as u32;
 
 /// Launches of the last norm, of logits, and of what chooses in every way.
@@ -131,7 +131,7 @@ fn load(graphs: bool, kv_cache_dtype: KvCacheDtype) -> (ModelRunner<Cuda>, Optio
     let device = emulator.map_or_else(device, |emulator| Box::new(emulator));
     let backend = Cuda::on(device, CudaConfig { graphs }).expect("the device has every kernel");
     let config = RunnerConfig {
-        max_num_batched_tokens: 200,
+        max_num_batched_tokens: 300,
         max_num_seqs: MAX_SEQS,
         max_model_len: Some((BLOCKS_EACH * BLOCK_SIZE) as usize),
         block_size: BLOCK_SIZE,
@@ -169,7 +169,7 @@ fn short_steps() -> [Step; 8] {
     let every_way = [rows(2, 5, 1, Penalised), rows(0, 21, 1, Masked), rows(1, 4, 1, Given)];
     let plain = [rows(0, 22, 1, Plain), rows(1, 5, 1, Drawn)];
     let end = [rows(3, 34, 20, Logprobs), rows(0, 23, 1, Logprobs)];
-    let crowd: Vec<_> = (0..20).map(|seq| rows(seq, 0, 2, Plain)).collect();
+    let crowd: Vec<_> = (0..MAX_SEQS as u32).map(|seq| rows(seq, 0, 2, Plain)).collect();
     [
         step("prompts", Layers, &prompts, false),
         step("a prompt beside tokens", Layers, &beside, true),
@@ -186,8 +186,8 @@ fn short_steps() -> [Step; 8] {
 fn long_steps() -> [Step; 6] {
     use As::{Eager, Layers, Whole};
     use Choice::{Logprobs, Masked, Plain};
-    let many = [rows(4, 0, 170, Logprobs), rows(5, 0, 20, Plain)];
-    let end = [rows(4, 170, 110, Logprobs), rows(5, 20, 1, Logprobs)];
+    let many = [rows(4, 0, 170, Logprobs), rows(5, 0, 100, Plain)];
+    let end = [rows(4, 170, 110, Logprobs), rows(5, 100, 1, Logprobs)];
     let beside = [rows(4, 280, 1, Masked), rows(6, 0, 6, Logprobs)];
     let prompts = [rows(4, 281, 12, Logprobs), rows(6, 6, 9, Logprobs)];
     let tokens = [rows(6, 15, 1, Logprobs), rows(4, 293, 1, Logprobs)];
@@ -278,6 +278,12 @@ fn the_warm_up_has_every_recording() {
                 }
             })
             .collect();
+        let largest = graphs.recording(&step(2, 2, Choice::Plain), true, |size| size > 4);
+        assert_eq!(
+            largest.is_some(),
+            max_model_len.min(max_tokens) > 4,
+            "a larger one may have room"
+        );
         for num_seqs in 1..=max_seqs.min(max_tokens) as u32 {
             for (len, choice, is_plain) in [
                 (1, Choice::Plain, true),
@@ -287,13 +293,19 @@ fn the_warm_up_has_every_recording() {
             ] {
                 let batch = step(num_seqs, len, choice);
                 let recording = graphs.recording(&batch, is_plain, |_| true);
-                let is_rehearsed = recording.is_none() || rehearsed.contains(&recording);
-                assert!(is_rehearsed, "{recording:?} within {limits:?}");
-                assert!(recording.is_none_or(|recording| recording.max_tokens() >= batch.num_tokens()));
-                assert_eq!(
-                    graphs.recording(&batch, is_plain, |_| false).is_some(),
-                    recording.is_some() && len == 1
+                let most = if len == 1 { max_seqs } else { max_model_len }.min(max_tokens);
+                if batch.num_tokens() > most.min(MAX_RECORDED) {
+                    assert_eq!(recording, None, "{} tokens within {limits:?}", batch.num_tokens());
+                    continue;
+                }
+                let size = recording.map_or(0, Recording::max_tokens);
+                assert!(
+                    (batch.num_tokens()..=most).contains(&size),
+                    "{recording:?} within {limits:?}"
                 );
+                assert!(rehearsed.contains(&recording), "{recording:?} within {limits:?}");
+                let without_room = graphs.recording(&batch, is_plain, |_| false);
+                assert_eq!(without_room, recording.filter(|_| len == 1));
             }
         }
     }
