@@ -186,8 +186,10 @@ struct EmbedParams {
 /// out[t] = table[token_ids[t]] * scale. Grid y cuts a row into pieces of 128 groups.
 template <class T>
 DEVICE void embed(const EmbedParams& p) {
-  let_next_kernel_start();
+  // In this order, unlike any other kernel: what step_begin wrote is in place before any that follows can start, however
+  // many of them start early.
   wait_for_previous_kernels();
+  let_next_kernel_start();
   const int row = int(blockIdx.x), col = int(blockIdx.y * blockDim.x + threadIdx.x) * 8;
   const int token = p.step.token_ids[row];
   if (row >= p.step.counts->num_tokens || col >= p.cols) return;

@@ -25,7 +25,8 @@ struct StepParams {
 DEVICE int resolved(int token, const int* previous) { return token >= 0 ? token : previous[-1 - token]; }
 
 KERNEL(step_begin, StepParams, kStepThreads, 1) {
-  // It does not let the next kernel start early: when any other kernel of the step runs, its inputs are in place.
+  // It does not let the next kernel start early, which is `embed`, and that lets none start before this one's words are in
+  // place.
   wait_for_previous_kernels();
   const int num_tokens = p.packed[0], num_seqs = p.packed[1], num_samples = p.packed[2], parity = p.packed[3];
   const int num_blocks = p.packed[4];

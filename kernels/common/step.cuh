@@ -13,7 +13,7 @@ struct StepCounts {
 };
 
 /// Pointers into the step's device buffers; every kernel that looks at the batch takes them in its parameters. What they
-/// point to is complete before any kernel but the one that writes it can start: it may be read, past L1, before
+/// point to is complete before any kernel behind `embed` can start: it may be read there, past L1, before
 /// wait_for_previous_kernels().
 struct Step {
   const StepCounts* counts;
