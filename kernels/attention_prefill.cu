@@ -106,7 +106,7 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   }
 
 // What fits a block's shared memory: 227 KB or 99 KB. Of the larger tiles, 64 rows are for steps with few tokens.
-#if defined(LAPIDARY_EMULATOR) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#if defined(LAPIDARY_EMULATOR) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000)
 ATTENTION_PREFILL(64, 64, 64)
 ATTENTION_PREFILL(64, 128, 64)
 ATTENTION_PREFILL(128, 64, 64)
@@ -114,7 +114,7 @@ ATTENTION_PREFILL(128, 128, 64)
 ATTENTION_PREFILL(256, 64, 64)
 ATTENTION_PREFILL(256, 128, 64)
 #endif
-#if defined(LAPIDARY_EMULATOR) || __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200
+#if defined(LAPIDARY_EMULATOR) || __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1000
 ATTENTION_PREFILL(64, 64, 32)
 ATTENTION_PREFILL(128, 64, 32)
 ATTENTION_PREFILL(256, 64, 32)

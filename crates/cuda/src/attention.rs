@@ -706,10 +706,10 @@ const MANY_SEQS: usize = 48;
 /// Two blocks of so much fit on a multiprocessor.
 const HALF_SHARED_BYTES: usize = 113 << 10;
 
-/// Shared memory a block may have.
+/// Shared memory a block may have, and for which there are kernels: newer data centre parts run the portable ones.
 fn shared_limit(compute_capability: u32) -> usize {
     match compute_capability {
-        90..=119 => LARGE_SHARED_BYTES,
+        90..=99 => LARGE_SHARED_BYTES,
         _ => 99 << 10,
     }
 }

@@ -10,14 +10,15 @@ use cudarc::driver::{DriverError, result, sys};
 use lapidary_model::{BackendError, MemoryInfo};
 
 use super::fault::{Fault, failed};
-use super::{Device, DevicePtr, GraphId, Grid, Kernel, READBACK_BYTES, Readback, images};
+use super::images::{self, Image};
+use super::{Device, DevicePtr, GraphId, Grid, Kernel, READBACK_BYTES, Readback};
 
 /// CUDA 13.0: what the kernels are compiled for.
 const MIN_DRIVER_VERSION: i32 = 13000;
 /// The oldest part with e4m3 arithmetic.
 const MIN_COMPUTE_CAPABILITY: u32 = 89;
 /// Pinned memory a step's inputs pass through; more than the steps in flight, so that none waits for it.
-const UPLOAD_SLOTS: usize = 8;
+const UPLOAD_SLOTS: usize = 16;
 const UPLOAD_BYTES: usize = 1 << 20;
 /// Steps in flight, and some.
 const READBACK_SLOTS: usize = 4;
@@ -194,6 +195,8 @@ impl Drop for Slot {
 /// A GPU.
 pub(crate) struct Driver {
     info: DeviceInfo,
+    /// Whether a kernel may start while the one before it ends.
+    starts_early: bool,
     multiprocessors: usize,
     max_shared_bytes: i32,
     stream: sys::CUstream,
@@ -234,12 +237,11 @@ impl Driver {
             .map_err(failed("asking what the GPU has"))?;
         let max_shared_bytes = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
             .map_err(failed("asking what the GPU has"))?;
-        let modules = images::for_device(info.compute_capability)
-            .iter()
-            .map(load_module)
-            .collect::<Result<_, _>>()?;
+        let images = images::for_device(info.compute_capability);
+        let modules = images.iter().map(load_module).collect::<Result<_, _>>()?;
         Ok(Self {
             info,
+            starts_early: images.iter().all(Image::waits_for_previous_kernels),
             multiprocessors: multiprocessors as usize,
             max_shared_bytes,
             stream,
@@ -329,7 +331,7 @@ impl Driver {
     }
 }
 
-fn load_module(image: &images::Image) -> Result<sys::CUmodule, BackendError> {
+fn load_module(image: &Image) -> Result<sys::CUmodule, BackendError> {
     // PTX ends with a zero byte.
     let text = image.is_ptx.then(|| [image.bytes, &[0]].concat());
     let bytes = text.as_deref().unwrap_or(image.bytes);
@@ -492,8 +494,7 @@ impl Device for Driver {
             sharedMemBytes: grid.shared_bytes,
             hStream: self.stream,
             attrs: &raw mut attribute,
-            // Before Hopper the attribute is unknown.
-            numAttrs: u32::from(self.info.compute_capability >= 90),
+            numAttrs: u32::from(self.starts_early),
         };
         let mut arguments = [params.cast_mut()];
         let function = kernel.handle.cast_mut().cast();
@@ -530,18 +531,17 @@ impl Device for Driver {
             Err(error) if !keep && Fault::is_failed_capture(error) => return Ok(None),
             ended => ended.map_err(failed("recording a step"))?,
         };
-        let id = if keep {
+        let exec = keep.then(|| {
             // SAFETY: just captured.
-            let exec = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }
-                .map_err(failed("recording a step"))?;
-            self.graphs.push(exec);
-            Some(GraphId(self.graphs.len() - 1))
-        } else {
-            None
-        };
+            unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }
+        });
         // SAFETY: an instance does not need the graph it was made from.
         unsafe { result::graph::destroy(graph) }.map_err(failed("recording a step"))?;
-        Ok(id)
+        let Some(exec) = exec.transpose().map_err(failed("recording a step"))? else {
+            return Ok(None);
+        };
+        self.graphs.push(exec);
+        Ok(Some(GraphId(self.graphs.len() - 1)))
     }
 
     fn replay(&mut self, graph: GraphId) -> Result<(), BackendError> {
@@ -558,6 +558,12 @@ impl Device for Driver {
 impl Drop for Driver {
     /// Nobody can act on a failure here: the process ends or the device is lost.
     fn drop(&mut self) {
+        // Of a stream that records nothing but this is accepted, and of one that does not, it is refused.
+        // SAFETY: the stream is ours.
+        if let Ok(graph) = unsafe { result::stream::end_capture(self.stream) } {
+            // SAFETY: just captured.
+            let _ = unsafe { result::graph::destroy(graph) };
+        }
         let _ = self.synchronize();
         for graph in self.graphs.drain(..) {
             // SAFETY: owned, and nothing runs any more.

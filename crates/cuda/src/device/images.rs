@@ -15,6 +15,18 @@ pub(super) struct Image {
     pub(super) bytes: &'static [u8],
 }
 
+impl Image {
+    /// Whether its kernels, which may start before the one before them has ended, then wait for it: code for older
+    /// architectures can't, and must not be started early where it runs on a newer one.
+    pub(super) fn waits_for_previous_kernels(&self) -> bool {
+        matches!(self.number(), Some(90..))
+    }
+
+    fn number(&self) -> Option<u32> {
+        self.arch.trim_end_matches('a').parse().ok()
+    }
+}
+
 static IMAGES: &[Image] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// Whether the program was built with kernels at all.
@@ -45,9 +57,8 @@ fn choose(images: &[Image], compute_capability: u32) -> Vec<Image> {
 
 /// Higher is better; `None` does not run there.
 fn rank(image: &Image, compute_capability: u32) -> Option<u32> {
-    let specific = image.arch.strip_suffix('a');
-    let arch: u32 = specific.unwrap_or(image.arch).parse().ok()?;
-    match (image.is_ptx, specific.is_some()) {
+    let arch = image.number()?;
+    match (image.is_ptx, image.arch.ends_with('a')) {
         (true, _) => (arch <= compute_capability).then_some(0),
         // Architecture-specific code runs on that architecture alone.
         (false, true) => (arch == compute_capability).then_some(1000),
@@ -86,6 +97,13 @@ mod tests {
         assert_eq!(chosen(121), Some(("120", false)));
         assert_eq!(chosen(100), Some(("89", true)));
         assert_eq!(chosen(86), None);
+    }
+
+    #[test]
+    fn code_that_cannot_wait_for_what_precedes_it_is_known() {
+        let waits = |arch, is_ptx| image(arch, is_ptx).waits_for_previous_kernels();
+        assert!(waits("90a", false) && waits("120", false));
+        assert!(!waits("89", false) && !waits("89", true));
     }
 
     #[test]
