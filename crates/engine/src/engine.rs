@@ -215,8 +215,13 @@ impl<E: Executor> Engine<E> {
             "launch"
         );
         let step = batch.step;
+        // Where nothing runs beside this thread, launching a step is computing it: nobody waits in the queue meanwhile.
+        let mut callers = lock(&self.callers);
+        callers.publish(&self.scheduler);
+        callers.started(self.scheduler.newly_started());
+        drop(callers);
+        let batch = self.scheduler.batch();
         let launched = self.clock.time(Call::Launch, || self.executor.launch(batch));
-        lock(&self.callers).started(self.scheduler.newly_started());
         let Err(error) = launched else {
             return Ok(Launched::Step);
         };
@@ -387,7 +392,7 @@ struct Callers {
 struct Caller {
     events: mpsc::Sender<EventResult>,
     submitted_at: Instant,
-    /// Known once a step was launched for it.
+    /// Known once a step is launched for it.
     queue_time: Option<Duration>,
     num_prompt_tokens: u64,
     deadline: Option<Instant>,
@@ -453,7 +458,7 @@ impl Callers {
         }
     }
 
-    /// Notes when requests left the queue.
+    /// Notes that requests leave the queue, and when.
     fn started(&mut self, ids: &[RequestId]) {
         for id in ids {
             if let Some(caller) = self.by_id.get_mut(id) {

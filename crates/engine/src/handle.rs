@@ -156,7 +156,7 @@ impl Shared {
         }
     }
 
-    /// A request left the queue: its first step was launched, or it ended before.
+    /// A request left the queue: its first step is launched, or it ended before.
     pub(crate) fn dequeued(&self, prompt_tokens: u64) {
         self.stats.num_queued.fetch_sub(1, Ordering::AcqRel);
         self.stats.queued_tokens.fetch_sub(prompt_tokens, Ordering::AcqRel);

@@ -254,6 +254,12 @@ impl Scheduler {
         Some(&self.batch)
     }
 
+    /// The step scheduled last.
+    #[must_use]
+    pub fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
     /// Takes in the tokens of the oldest step in flight, one for each of its samples. What was generated counts in the
     /// result; what was scored does not.
     ///

@@ -21,7 +21,7 @@ pub struct StatsSnapshot {
     pub num_running: u64,
     /// Sequences that wait: queued ones and preempted ones.
     pub num_waiting: u64,
-    /// Requests submitted that no step has computed anything for; what `max_queued_requests` limits.
+    /// Requests submitted that no step was launched for; what `max_queued_requests` limits.
     pub num_queued: u64,
     /// Prompt tokens of those; what `max_queued_tokens` limits.
     pub queued_tokens: u64,
@@ -275,7 +275,8 @@ impl Stats {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
         let rate = |index: usize| f64::from_bits(get(&self.rates[index]));
         let requests = |outcome: Outcome| get(&self.requests[outcome as usize]);
-        let num_queued = get(&self.num_queued);
+        // Read first: whoever leaves the queue for a step is seen to run.
+        let num_queued = self.num_queued.load(Acquire);
         StatsSnapshot {
             num_running: get(&self.num_running),
             num_waiting: num_queued + get(&self.num_preempted),

@@ -36,6 +36,23 @@ fn depth(max_steps_in_flight: usize) -> ScriptedConfig {
     }
 }
 
+/// An engine whose thread is the caller's.
+fn by_hand(config: EngineConfig, script: ScriptedConfig) -> (Engine<ScriptedExecutor>, EngineHandle) {
+    let executor = ScriptedExecutor::new(script);
+    let shared = Arc::new(Shared::new(config, executor.kv_cache_config()));
+    let engine = Engine::new(executor, Arc::clone(&shared), &config);
+    (engine, EngineHandle::new(shared, std::thread::spawn(|| {})))
+}
+
+impl Engine<ScriptedExecutor> {
+    /// Reads what was posted and does one step.
+    fn turn(&mut self) {
+        self.shared.receive(&mut self.mailbox, false);
+        self.take_in_mail();
+        self.step().unwrap();
+    }
+}
+
 /// All tokens, and how the stream ended.
 fn read(mut stream: TokenStream) -> (Vec<TokenId>, Result<FinishReason, EngineError>) {
     let mut tokens = Vec::new();
@@ -598,19 +615,12 @@ fn a_deadline_of_the_queue_is_over_once_a_request_runs() {
 
 #[test]
 fn a_deadline_of_the_queue_that_passes_just_before_a_step_is_scheduled_is_kept() {
-    // This thread is the engine's; it has read its mail and is about to schedule.
-    let config = EngineConfig::default();
-    let executor = ScriptedExecutor::new(depth(1));
-    let shared = Arc::new(Shared::new(config, executor.kv_cache_config()));
-    let mut engine = Engine::new(executor, Arc::clone(&shared), &config);
-    let handle = EngineHandle::new(shared, std::thread::spawn(|| {}));
+    let (mut engine, handle) = by_hand(EngineConfig::default(), depth(1));
     let stream = handle.submit(Request {
         queue_deadline: Some(Instant::now()),
         ..Request::for_test([1], 1)
     });
-    engine.shared.receive(&mut engine.mailbox, false);
-    engine.take_in_mail();
-    engine.step().unwrap();
+    engine.turn();
     let (tokens, end) = read(stream.unwrap());
     assert!(tokens.is_empty() && matches!(end, Err(EngineError::QueueDeadlineExceeded)));
     assert_eq!(handle.stats().num_queued, 0);
@@ -642,6 +652,46 @@ fn cached_tokens_and_queue_time_are_reported() {
         (stats.prefix_cache_queried_tokens, stats.prefix_cache_hit_tokens),
         (26, 12)
     );
+}
+
+#[test]
+fn a_request_waits_in_the_queue_until_its_first_step_is_launched_however_long_that_takes() {
+    // On a CPU launching a step is computing it. This one takes longer than the request's submission did, so that a time
+    // taken after it is seen to be.
+    let (launched, at) = mpsc::channel();
+    let submission = Arc::new(Mutex::new(Duration::MAX));
+    let took = Arc::clone(&submission);
+    let script = Script::new(move |_| {
+        let now = Instant::now();
+        launched.send(now).unwrap();
+        let took = *took.lock().unwrap();
+        while now.elapsed() <= took {}
+        None
+    });
+    let (mut engine, handle) = by_hand(
+        EngineConfig::default(),
+        ScriptedConfig {
+            script: Some(script),
+            ..depth(1)
+        },
+    );
+    let before = Instant::now();
+    let mut stream = handle.submit(Request::for_test([1], 1)).unwrap();
+    *submission.lock().unwrap() = before.elapsed();
+    engine.turn();
+    let event = stream.blocking_recv().unwrap().unwrap();
+    assert!(event.queue_time <= at.recv().unwrap() - before);
+}
+
+#[test]
+fn who_is_in_a_step_that_is_being_launched_is_not_queued() {
+    let (handle, gate) = spawn_gated(EngineConfig::default(), depth(1));
+    let stream = handle.submit(Request::for_test([1; 5], 1)).unwrap();
+    // The gate is closed: it stays in its first launch.
+    wait_for(&handle, |stats| (stats.num_queued, stats.queued_tokens) == (0, 0));
+    assert_eq!((handle.stats().num_running, handle.stats().num_waiting), (1, 0));
+    drop(gate);
+    assert!(read(stream).1.is_ok());
 }
 
 #[test]
