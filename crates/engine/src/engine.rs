@@ -162,6 +162,7 @@ impl<E: Executor> Engine<E> {
         }
         for id in self.mailbox.aborts.drain(..) {
             if self.scheduler.abort(id) {
+                callers.publish(&self.scheduler);
                 callers.end(id, Outcome::Aborted);
             }
         }
@@ -196,7 +197,9 @@ impl<E: Executor> Engine<E> {
                 );
                 if scheduler.abort(id) {
                     let source = Arc::new(error);
-                    lock(callers).end_with(id, Err(EngineError::ConstraintFailed { source }), Outcome::Failed);
+                    let mut callers = lock(callers);
+                    callers.publish(scheduler);
+                    callers.end_with(id, Err(EngineError::ConstraintFailed { source }), Outcome::Failed);
                 }
             }
         });
@@ -245,6 +248,8 @@ impl<E: Executor> Engine<E> {
                     let id = output.id;
                     if !callers.emit(output) {
                         self.scheduler.abort(id);
+                        callers.publish(&self.scheduler);
+                        callers.end(id, Outcome::Aborted);
                     }
                 }
                 Ok(())
@@ -446,6 +451,7 @@ impl Callers {
             && deadline <= now
         {
             scheduler.abort(id);
+            self.publish(scheduler);
             let is_queued = self
                 .by_id
                 .get(&id)
@@ -471,7 +477,7 @@ impl Callers {
         }
     }
 
-    /// Sends a token. False when its stream is gone, and with it the caller.
+    /// Sends a token. False when its stream is gone: the caller must be ended.
     fn emit(&mut self, output: SequenceOutput) -> bool {
         let SequenceOutput {
             id,
@@ -499,11 +505,7 @@ impl Callers {
             return true;
         }
         // Room for every token was made at submission, so only a dropped stream can refuse one.
-        let is_sent = caller.events.try_send(Ok(event)).is_ok();
-        if !is_sent {
-            self.end(id, Outcome::Aborted);
-        }
-        is_sent
+        caller.events.try_send(Ok(event)).is_ok()
     }
 
     /// Forgets a caller and sends the last item of its stream: counted first, so that who has it finds it counted.
@@ -566,6 +568,7 @@ impl Callers {
         self.shared.stats.set_full_rates(ends, prompts);
     }
 
+    /// To be done before a caller is ended: whoever then finds the engine idle finds its numbers so too.
     fn publish(&self, scheduler: &Scheduler) {
         self.shared.stats.set_gauges(&scheduler.gauges());
     }

@@ -258,6 +258,78 @@ fn queue_limits_are_exact_and_refusals_name_the_numbers() {
     assert!(handle.stats().queue_drain_time().is_some());
 }
 
+/// The engine's numbers at the moment it tells that it is idle.
+#[derive(Clone)]
+struct WhenIdle {
+    handle: EngineHandle,
+    seen: Arc<Mutex<Option<StatsSnapshot>>>,
+}
+
+impl std::task::Wake for WhenIdle {
+    fn wake(self: Arc<Self>) {
+        *self.seen.lock().unwrap() = Some(self.handle.stats());
+    }
+}
+
+/// Has `end` end all that is in the engine, and gives its numbers as whoever waits for that sees them.
+fn when_idle(handle: &EngineHandle, end: impl FnOnce()) -> StatsSnapshot {
+    let waker = Arc::new(WhenIdle {
+        handle: handle.clone(),
+        seen: Arc::default(),
+    });
+    let mut idle = std::pin::pin!(handle.idle());
+    let task = std::task::Waker::from(Arc::clone(&waker));
+    assert!(
+        idle.as_mut()
+            .poll(&mut std::task::Context::from_waker(&task))
+            .is_pending()
+    );
+    end();
+    waker.seen.lock().unwrap().expect("the engine is idle")
+}
+
+#[test]
+fn an_engine_that_says_it_is_idle_shows_it() {
+    let endless = || Request::for_test([1, 2, 3], 100);
+    let running = |request: Request| {
+        let (mut engine, handle) = by_hand(EngineConfig::default(), depth(1));
+        let stream = handle.submit(request).unwrap();
+        engine.turn();
+        assert_eq!(handle.stats().num_running, 1);
+        (engine, handle, stream)
+    };
+    let assert_idle = |stats: StatsSnapshot| {
+        assert_eq!((stats.num_running, stats.num_waiting), (0, 0), "{stats:?}");
+        assert_eq!(stats.blocks_free, stats.blocks_total, "{stats:?}");
+    };
+
+    let (mut engine, handle, stream) = running(endless());
+    drop(stream);
+    assert_idle(when_idle(&handle, || engine.turn()));
+
+    // Between the mail and the end of a step.
+    let (mut engine, handle, stream) = running(endless());
+    drop(stream);
+    assert_idle(when_idle(&handle, || engine.step().unwrap()));
+
+    let (mut engine, handle, _stream) = running(endless());
+    let (now, id) = (Instant::now(), RequestId(0));
+    let mut callers = lock(&engine.callers);
+    callers.by_id.get_mut(&id).unwrap().deadline = Some(now);
+    callers.deadlines.insert((now, id));
+    drop(callers);
+    assert_idle(when_idle(&handle, || engine.step().unwrap()));
+
+    let form = ScriptedConstraint::new(1000, 20, STOP).failing_after(1);
+    let (mut engine, handle) = by_hand(EngineConfig::default(), depth(1));
+    let _stream = handle.submit(constrained(&[4], 30, &form)).unwrap();
+    assert_idle(when_idle(&handle, || {
+        while handle.stats().requests_failed == 0 {
+            engine.turn();
+        }
+    }));
+}
+
 #[test]
 fn a_request_that_can_never_fit_is_refused_with_the_numbers() {
     let handle = spawn(
