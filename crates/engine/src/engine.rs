@@ -556,9 +556,10 @@ impl Callers {
         let elapsed = now - self.last_step_at;
         self.last_step_at = now;
         self.shared.stats.progressed(now);
-        self.shared.stats.count_step(&counts);
         let amounts = [counts.prompt_tokens, counts.generated_tokens, counts.starts];
+        // Before the step counts: whoever sees that there was one sees its rates.
         self.shared.stats.set_rates(self.rates.record(elapsed, amounts));
+        self.shared.stats.count_step(&counts);
         let config = &self.shared.config;
         let num_ended = std::mem::take(&mut self.num_ended);
         let has_no_slot = num_running >= u64::from(config.max_num_seqs);

@@ -79,12 +79,19 @@ impl StatsSnapshot {
         1.0 - self.blocks_free as f64 / self.blocks_total as f64
     }
 
-    /// How long the present queue takes at the measured rate, or `None` while nothing was measured.
+    /// How long the present queue takes at the measured rate, or `None` while nothing was measured. For ever where nothing
+    /// was seen to leave it for long.
     #[must_use]
     pub fn queue_drain_time(&self) -> Option<Duration> {
-        let by_tokens = self.queued_tokens as f64 / self.prompt_tokens_per_second;
-        let by_requests = self.num_queued as f64 / self.starts_per_second;
-        Duration::try_from_secs_f64(by_tokens.max(by_requests)).ok()
+        if self.steps == 0 {
+            return None;
+        }
+        let at = |amount: u64, rate: f64| match amount {
+            0 => Duration::ZERO,
+            amount => duration(amount as f64 / rate),
+        };
+        let by_tokens = at(self.queued_tokens, self.prompt_tokens_per_second);
+        Some(by_tokens.max(at(self.num_queued, self.starts_per_second)))
     }
 
     /// How long a request that came now would wait for its first step where `max_num_seqs` may run: not at all if it finds
@@ -107,6 +114,11 @@ impl StatsSnapshot {
         };
         Duration::try_from_secs_f64(by_ends.max(by_tokens)).ok()
     }
+}
+
+/// Longer than a [`Duration`] can be is as long as one can be.
+fn duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 
 /// Whether the engine makes progress, for a watchdog.
@@ -446,10 +458,36 @@ mod tests {
         };
         assert_eq!(snapshot.queue_drain_time(), None);
         let snapshot = StatsSnapshot {
+            steps: 1,
             prompt_tokens_per_second: 10.0,
             starts_per_second: 3.0,
             ..snapshot
         };
         assert_eq!(snapshot.queue_drain_time(), Some(Duration::from_secs(3)));
+        let snapshot = StatsSnapshot {
+            num_queued: 0,
+            queued_tokens: 0,
+            ..snapshot
+        };
+        assert_eq!(snapshot.queue_drain_time(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_queue_that_nothing_leaves_for_long_takes_for_ever() {
+        let mut meter = RateMeter::default();
+        meter.record(Duration::from_secs(1), [10, 10, 1]);
+        // First the wait is too long for a duration, then the rate is nothing.
+        for hours in [1, 100] {
+            let rates = meter.record(Duration::from_secs(3600 * hours), [0, 5, 0]);
+            let snapshot = StatsSnapshot {
+                steps: 2,
+                num_queued: 3,
+                queued_tokens: 30,
+                prompt_tokens_per_second: rates[0],
+                starts_per_second: rates[2],
+                ..StatsSnapshot::default()
+            };
+            assert_eq!(snapshot.queue_drain_time(), Some(Duration::MAX), "{rates:?}");
+        }
     }
 }

@@ -433,3 +433,22 @@ impl ApiError {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_finds_a_queue_that_does_not_move_is_to_come_back_late() {
+        let stuck = StatsSnapshot {
+            steps: 1,
+            num_queued: 3,
+            ..StatsSnapshot::default()
+        };
+        let unmeasured = StatsSnapshot { steps: 0, ..stuck };
+        for (stats, expected) in [(stuck, RETRY_AFTER_MAX), (unmeasured, RETRY_AFTER_MIN)] {
+            let refused = ApiError::failed(&EngineError::QueueDeadlineExceeded, &stats);
+            assert_eq!(refused.retry_after(), Some(expected));
+        }
+    }
+}
