@@ -239,10 +239,10 @@ impl<E: Executor> Engine<E> {
         let collected = collected.and_then(|sampled| self.check_length(sampled));
         match collected {
             Ok(sampled) => {
-                let num_running = self.scheduler.gauges().num_running;
+                let lacks_slots = self.scheduler.gauges().lacks_slots;
                 let counts = self.scheduler.update(sampled, &mut self.outputs);
                 let mut callers = lock(&self.callers);
-                callers.count(counts, num_running);
+                callers.count(counts, lacks_slots);
                 callers.publish(&self.scheduler);
                 for output in self.outputs.drain(..) {
                     let id = output.id;
@@ -276,7 +276,7 @@ impl<E: Executor> Engine<E> {
     /// Tells the callers of a failed step, whose sequences are in `failed` and out of the scheduler.
     fn fail(&mut self, step: u64, error: ExecutorError, counts: StepCounts) -> Result<(), Death> {
         let mut callers = lock(&self.callers);
-        callers.count(counts, self.scheduler.gauges().num_running);
+        callers.count(counts, self.scheduler.gauges().lacks_slots);
         if matches!(error, ExecutorError::DeviceLost(_)) {
             // Streams end with the reason when their senders are dropped.
             let num_requests = self.failed.len();
@@ -385,7 +385,7 @@ struct Callers {
     /// When the last step was collected, or work came in after a pause.
     last_step_at: Instant,
     rates: RateMeter,
-    /// Of ends of requests, when all slots are taken.
+    /// Of ends of requests, when somebody waits for one.
     ends: FullMeter,
     /// Since the last step.
     num_ended: u64,
@@ -420,9 +420,9 @@ impl Callers {
             deadlines: BTreeSet::new(),
             last_step_at: Instant::now(),
             rates: RateMeter::default(),
-            ends: FullMeter::default(),
+            ends: FullMeter::new(ENOUGH_ENDS),
             num_ended: 0,
-            prompts: FullMeter::default(),
+            prompts: FullMeter::new(1.0),
         }
     }
 
@@ -550,8 +550,8 @@ impl Callers {
         self.shared.stats.progressed(self.last_step_at);
     }
 
-    /// Counts a step in which `num_running` sequences could take part.
-    fn count(&mut self, counts: StepCounts, num_running: u64) {
+    /// Counts a step; `lacks_slots` if its plan left somebody waiting until another ends.
+    fn count(&mut self, counts: StepCounts, lacks_slots: bool) {
         let now = Instant::now();
         let elapsed = now - self.last_step_at;
         self.last_step_at = now;
@@ -560,12 +560,12 @@ impl Callers {
         // Before the step counts: whoever sees that there was one sees its rates.
         self.shared.stats.set_rates(self.rates.record(elapsed, amounts));
         self.shared.stats.count_step(&counts);
-        let config = &self.shared.config;
         let num_ended = std::mem::take(&mut self.num_ended);
-        let has_no_slot = num_running >= u64::from(config.max_num_seqs);
-        let ends = self.ends.step(elapsed, num_ended, has_no_slot, ENOUGH_ENDS);
-        let is_full = counts.tokens >= u64::from(config.max_num_batched_tokens);
-        let prompts = self.prompts.step(elapsed, counts.prompt_tokens, is_full, 1.0);
+        let ends = self.ends.step(elapsed, num_ended, lacks_slots);
+        // A step full of sequences that generate says nothing of prompts: those wait for an end.
+        let is_full = counts.tokens >= u64::from(self.shared.config.max_num_batched_tokens) && counts.prompt_tokens > 0;
+        let num_prompt_tokens = counts.prompt_tokens + counts.cached_tokens;
+        let prompts = self.prompts.step(elapsed, num_prompt_tokens, is_full);
         self.shared.stats.set_full_rates(ends, prompts);
     }
 

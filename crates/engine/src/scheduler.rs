@@ -342,8 +342,16 @@ impl Scheduler {
     /// What runs, waits and is held.
     #[must_use]
     pub(crate) fn gauges(&self) -> Gauges {
+        // Those whom the last plan left waiting may be gone.
+        let lacks_slots = self.plan.lacks_slots && !self.waiting.is_empty();
+        let num_slots = match lacks_slots {
+            true => self.plan.num_slots,
+            false => self.config.max_num_seqs as usize,
+        };
         Gauges {
             num_running: self.running.len() as u64,
+            lacks_slots,
+            num_slots: num_slots as u64,
             num_preempted: self.num_preempted,
             blocks_total: self.kv.num_blocks() as u64,
             blocks_free: self.kv.num_free_blocks() as u64,

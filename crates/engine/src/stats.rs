@@ -19,6 +19,9 @@ pub(crate) const ENOUGH_ENDS: f64 = 4.0;
 pub struct StatsSnapshot {
     /// Sequences that take part in steps.
     pub num_running: u64,
+    /// Sequences that can run at the same time: as many as did when somebody had to wait for one of them to end, be it for
+    /// want of KV blocks; `max_num_seqs` while nobody has to.
+    pub num_slots: u64,
     /// Sequences that wait: queued ones and preempted ones.
     pub num_waiting: u64,
     /// Requests submitted that no step was launched for; what `max_queued_requests` limits.
@@ -63,9 +66,11 @@ pub struct StatsSnapshot {
     pub generated_tokens_per_second: f64,
     /// Requests that left the queue for their first step, a second of recent busy time.
     pub starts_per_second: f64,
-    /// Requests that ended, a second of recent time in which as many ran as may; 0 while there was no such time lately.
+    /// Requests that ended, a second of recent time in which somebody had to wait for that; 0 while there was no such time
+    /// lately.
     pub ends_per_second_when_full: f64,
-    /// Prompt tokens computed, a second of recent time in which steps had as many tokens as they may; 0 likewise.
+    /// Prompt tokens computed or found in the cache, a second of recent time in which steps had as many tokens as they may;
+    /// 0 likewise.
     pub prompt_tokens_per_second_when_full: f64,
 }
 
@@ -94,25 +99,27 @@ impl StatsSnapshot {
         Some(by_tokens.max(at(self.num_queued, self.starts_per_second)))
     }
 
-    /// How long a request that came now would wait for its first step where `max_num_seqs` may run: not at all if it finds
-    /// a slot; else until enough others have ended, and until the prompts before it are computed. `None` while no full
-    /// engine was seen.
+    /// How long a request that came now would wait for its first step: not at all where nobody is queued; else until the
+    /// prompts before it are computed and, if there is no slot for it, until enough others have ended. `None` while nobody
+    /// knows how fast others end.
     #[must_use]
-    pub fn queue_wait(&self, max_num_seqs: u32) -> Option<Duration> {
-        let num_others = self.num_running + self.num_queued;
-        let Some(num_ahead) = num_others
-            .checked_sub(u64::from(max_num_seqs))
-            .filter(|_| self.num_queued > 0)
-        else {
-            return Some(Duration::ZERO);
+    pub fn queue_wait(&self) -> Option<Duration> {
+        let num_others = self.num_running + self.num_waiting;
+        let by_ends = match num_others.checked_sub(self.num_slots).filter(|_| self.num_queued > 0) {
+            None => Duration::ZERO,
+            Some(_) if self.ends_per_second_when_full == 0.0 => return None,
+            Some(num_ahead) => duration((num_ahead + 1) as f64 / self.ends_per_second_when_full),
         };
-        let by_ends = (num_ahead + 1) as f64 / self.ends_per_second_when_full;
-        // Where steps were never full, nothing had to wait for one.
-        let by_tokens = match self.prompt_tokens_per_second_when_full {
-            0.0 => 0.0,
-            rate => self.queued_tokens as f64 / rate,
-        };
-        Duration::try_from_secs_f64(by_ends.max(by_tokens)).ok()
+        Some(by_ends.max(self.prompts_wait()))
+    }
+
+    /// How long it takes to compute the prompts of the queue. Where steps were not full lately, nothing has to wait for one.
+    #[must_use]
+    pub fn prompts_wait(&self) -> Duration {
+        match self.prompt_tokens_per_second_when_full {
+            0.0 => Duration::ZERO,
+            rate => duration(self.queued_tokens as f64 / rate),
+        }
     }
 }
 
@@ -143,6 +150,8 @@ pub struct StepCounts {
     pub generated_tokens: u64,
     /// Requests it was the first step of.
     pub starts: u64,
+    /// Prompt tokens that those found in the cache.
+    pub cached_tokens: u64,
     /// It failed, and nobody got anything.
     pub failed: bool,
 }
@@ -151,6 +160,9 @@ pub struct StepCounts {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Gauges {
     pub(crate) num_running: u64,
+    /// Somebody waits until another ends.
+    pub(crate) lacks_slots: bool,
+    pub(crate) num_slots: u64,
     pub(crate) num_preempted: u64,
     pub(crate) blocks_total: u64,
     pub(crate) blocks_free: u64,
@@ -178,6 +190,7 @@ pub(crate) struct Stats {
     pub(crate) queued_tokens: AtomicU64,
     pub(crate) num_live: AtomicU64,
     num_running: AtomicU64,
+    num_slots: AtomicU64,
     num_preempted: AtomicU64,
     blocks_total: AtomicU64,
     blocks_free: AtomicU64,
@@ -208,6 +221,7 @@ impl Stats {
             queued_tokens: zero(),
             num_live: zero(),
             num_running: zero(),
+            num_slots: zero(),
             num_preempted: zero(),
             blocks_total: zero(),
             blocks_free: zero(),
@@ -234,6 +248,7 @@ impl Stats {
 
     pub(crate) fn set_gauges(&self, gauges: &Gauges) {
         self.num_running.store(gauges.num_running, Relaxed);
+        self.num_slots.store(gauges.num_slots, Relaxed);
         self.num_preempted.store(gauges.num_preempted, Relaxed);
         self.blocks_total.store(gauges.blocks_total, Relaxed);
         self.blocks_free.store(gauges.blocks_free, Relaxed);
@@ -291,6 +306,7 @@ impl Stats {
         let num_queued = self.num_queued.load(Acquire);
         StatsSnapshot {
             num_running: get(&self.num_running),
+            num_slots: get(&self.num_slots),
             num_waiting: num_queued + get(&self.num_preempted),
             num_queued,
             queued_tokens: get(&self.queued_tokens),
@@ -351,29 +367,50 @@ impl RateMeter {
 
 /// How much of something happens when it is all there is room for: how fast a queue for it moves.
 ///
-/// Other times do not count: what happens then depends on how much is asked for.
-#[derive(Debug, Default)]
+/// Other times do not count: what happens then depends on how much is asked for. It looks back as far as it takes to have
+/// seen enough: a slow engine may end fewer requests than that in all of [`RATE_WINDOW_SECONDS`].
+#[derive(Debug)]
 pub(crate) struct FullMeter {
-    meter: RateMeter,
-    since_full: Duration,
+    /// What a rate can be told from.
+    enough: f64,
+    seconds: f64,
+    amount: f64,
+    seconds_since_full: f64,
 }
 
 impl FullMeter {
-    /// A step took `elapsed`. Gives the rate a second, 0 as long as less than `enough` was seen.
-    pub(crate) fn step(&mut self, elapsed: Duration, amount: u64, is_full: bool, enough: f64) -> f64 {
+    /// Has seen nothing; says nothing before it has seen `enough`.
+    pub(crate) fn new(enough: f64) -> Self {
+        Self {
+            enough,
+            seconds: 0.0,
+            amount: 0.0,
+            seconds_since_full: 0.0,
+        }
+    }
+
+    /// A step took `elapsed`. Gives the rate a second, 0 as long as less than enough was seen.
+    pub(crate) fn step(&mut self, elapsed: Duration, amount: u64, is_full: bool) -> f64 {
+        let (seconds, amount) = (elapsed.as_secs_f64(), amount as f64);
         if is_full {
-            self.since_full = Duration::ZERO;
-            self.meter.record(elapsed, [amount, 0, 0]);
+            self.seconds_since_full = 0.0;
+            let keep = (-seconds / RATE_WINDOW_SECONDS).exp();
+            // All of it, as long as it was not enough.
+            let least = ((self.enough - amount) / self.amount).min(1.0);
+            let keep = keep.max(least);
+            self.seconds = self.seconds * keep + seconds;
+            self.amount = self.amount * keep + amount;
         } else {
-            self.since_full += elapsed;
-            if self.since_full.as_secs_f64() > RATE_WINDOW_SECONDS {
-                self.meter = RateMeter::default();
+            self.seconds_since_full += seconds;
+            if self.seconds_since_full > RATE_WINDOW_SECONDS.max(self.seconds) {
+                *self = Self::new(self.enough);
             }
         }
-        if self.meter.amounts[0] < enough {
+        // What was kept down to the limit may be a rounding error below it.
+        if self.amount < self.enough * (1.0 - 1e-9) {
             0.0
         } else {
-            self.meter.rates()[0]
+            self.amount / self.seconds.max(1e-9)
         }
     }
 }
@@ -409,10 +446,10 @@ mod tests {
 
     #[test]
     fn a_queue_moves_as_fast_as_a_full_engine() {
-        let mut meter = FullMeter::default();
+        let mut meter = FullMeter::new(ENOUGH_ENDS);
         let step = Duration::from_millis(100);
         let mut run = |num_steps: u32, amount: u64, is_full: bool| {
-            let rates = (0..num_steps).map(|_| meter.step(step, amount, is_full, ENOUGH_ENDS));
+            let rates = (0..num_steps).map(|_| meter.step(step, amount, is_full));
             rates.last().unwrap_or_default()
         };
         assert_eq!(run(50, 1, false), 0.0, "there was room");
@@ -426,27 +463,61 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_engine_has_a_rate_too() {
+        let mut meter = FullMeter::new(ENOUGH_ENDS);
+        // One end in five seconds, one in sixty, and none for long.
+        let mut run = |seconds: u64, num_steps: u32, num_ended: u64| {
+            let step = Duration::from_secs(seconds);
+            let rates: Vec<f64> = (0..num_steps).map(|_| meter.step(step, num_ended, true)).collect();
+            rates
+        };
+        let rates = run(5, 100, 1);
+        assert_eq!(rates[..3], [0.0; 3], "too few to tell");
+        assert!(rates[3..].iter().all(|rate| (rate - 0.2).abs() < 1e-6), "{rates:?}");
+        let rates = run(60, 100, 1);
+        assert!((rates[99] - 1.0 / 60.0).abs() < 1e-6, "{rates:?}");
+        let rates = run(60, 60, 0);
+        assert!((rates[59] - 4.0 / 3840.0).abs() < 1e-6, "{rates:?}");
+        // What was measured so slowly is worth as much a while later.
+        assert!(meter.step(Duration::from_secs(60), 0, false) > 0.0);
+        assert_eq!(meter.step(Duration::from_secs(6000), 0, false), 0.0);
+    }
+
+    #[test]
     fn who_comes_waits_for_slots_and_for_the_prompts_before_it() {
+        let (zero, seconds) = (Some(Duration::ZERO), |seconds| Some(Duration::from_secs(seconds)));
+        let with_slots = |num_slots, snapshot| StatsSnapshot { num_slots, ..snapshot }.queue_wait();
         let snapshot = StatsSnapshot {
             num_running: 4,
             num_queued: 3,
+            num_waiting: 3,
             queued_tokens: 300,
             ..StatsSnapshot::default()
         };
-        assert_eq!(snapshot.queue_wait(8), Some(Duration::ZERO), "there is a slot for it");
-        assert_eq!(snapshot.queue_wait(4), None, "nobody knows when there is");
+        assert_eq!(with_slots(8, snapshot), zero, "there is a slot for it");
+        assert_eq!(with_slots(4, snapshot), None, "nobody knows when there is");
         let snapshot = StatsSnapshot {
             ends_per_second_when_full: 2.0,
             ..snapshot
         };
-        assert_eq!(snapshot.queue_wait(4), Some(Duration::from_secs(2)), "four must end");
+        assert_eq!(with_slots(4, snapshot), seconds(2), "four must end");
+        let preempted = StatsSnapshot {
+            num_waiting: 5,
+            ..snapshot
+        };
+        assert_eq!(with_slots(4, preempted), seconds(3), "who was preempted goes before it");
         let snapshot = StatsSnapshot {
             prompt_tokens_per_second_when_full: 100.0,
             ..snapshot
         };
-        assert_eq!(snapshot.queue_wait(4), Some(Duration::from_secs(3)));
-        assert_eq!(snapshot.queue_wait(8), Some(Duration::ZERO));
-        assert_eq!(StatsSnapshot::default().queue_wait(1), Some(Duration::ZERO));
+        assert_eq!(with_slots(4, snapshot), seconds(3));
+        assert_eq!(with_slots(8, snapshot), seconds(3), "a slot computes no prompts");
+        let hardly = StatsSnapshot {
+            ends_per_second_when_full: 1e-300,
+            ..snapshot
+        };
+        assert_eq!(with_slots(4, hardly), Some(Duration::MAX));
+        assert_eq!(StatsSnapshot::default().queue_wait(), zero);
     }
 
     #[test]

@@ -161,7 +161,7 @@ pub struct Settings {
     pub max_num_queued_tokens: Option<u64>,
 
     /// Wait in the queue, foreseen from how fast it moves, above which a request is answered 429 at once, so that those
-    /// that are taken are answered soon; 0 sets no limit. Only while as many run as may, and not with `--scheduling-policy
+    /// that are taken are answered soon; 0 sets no limit. Only while others wait already, and not with `--scheduling-policy
     /// priority` [default: 10s].
     #[arg(long, value_name = "TIME")]
     pub max_queue_wait: Option<Span>,

@@ -330,6 +330,78 @@ fn an_engine_that_says_it_is_idle_shows_it() {
     }));
 }
 
+/// Ten prompts of so many tokens that have nothing in common, with an answer of one token each.
+fn ten_prompts(num_tokens: u32) -> impl Iterator<Item = Request> {
+    (0..10).map(move |n| Request::for_test(vec![n; num_tokens as usize], 1))
+}
+
+#[test]
+fn a_queue_that_waits_for_blocks_is_foreseen() {
+    // 64 blocks of 4 tokens: room for two of 100, though 256 may run.
+    let (mut engine, handle) = by_hand(EngineConfig::default(), depth(1));
+    let _streams: Vec<_> = ten_prompts(100)
+        .map(|request| handle.submit(request).unwrap())
+        .collect();
+    assert_eq!(handle.stats().num_slots, 256);
+    engine.turn();
+    assert_eq!(handle.stats().num_slots, 2);
+    assert_eq!(handle.stats().queue_wait(), None, "none has ended");
+    for _ in 0..2 {
+        engine.turn();
+    }
+    let stats = handle.stats();
+    assert_eq!((stats.num_running, stats.num_queued), (0, 4));
+    // Three more must end before a fifth begins.
+    let expected = Duration::from_secs_f64(3.0 / stats.ends_per_second_when_full);
+    assert_eq!(stats.queue_wait(), Some(expected));
+    for _ in 0..2 {
+        engine.turn();
+    }
+    let stats = handle.stats();
+    assert_eq!((stats.num_slots, stats.queue_wait()), (256, Some(Duration::ZERO)));
+}
+
+#[test]
+fn a_queue_that_waits_for_tokens_of_a_step_is_foreseen() {
+    let config = EngineConfig {
+        max_num_batched_tokens: 8,
+        max_num_seqs: 8,
+        ..EngineConfig::default()
+    };
+    let (mut engine, handle) = by_hand(config, depth(1));
+    let _streams: Vec<_> = ten_prompts(20).map(|request| handle.submit(request).unwrap()).collect();
+    engine.turn();
+    let stats = handle.stats();
+    assert_eq!((stats.num_running, stats.num_slots, stats.queued_tokens), (2, 8, 160));
+    let expected = Duration::from_secs_f64(160.0 / stats.prompt_tokens_per_second_when_full);
+    assert!(!expected.is_zero());
+    assert_eq!(stats.prompts_wait(), expected);
+}
+
+#[test]
+fn what_the_cache_has_of_prompts_makes_the_queue_shorter() {
+    let config = EngineConfig {
+        max_num_batched_tokens: 8,
+        max_num_seqs: 8,
+        ..EngineConfig::default()
+    };
+    let (mut engine, handle) = by_hand(config, depth(1));
+    let same = || Request::for_test([7; 16], 1);
+    let first = handle.submit(same()).unwrap();
+    for _ in 0..2 {
+        engine.turn();
+    }
+    assert!(read(first).1.is_ok());
+    let _streams: Vec<_> = (0..4).map(|_| handle.submit(same()).unwrap()).collect();
+    // Two compute four tokens each and find twelve: 32 leave the queue with a step of eight.
+    engine.turn();
+    let stats = handle.stats();
+    assert_eq!((stats.num_queued, stats.prompt_tokens_computed), (2, 24));
+    // All steps were full: without the cache both rates would be the same.
+    let ratio = stats.prompt_tokens_per_second_when_full / stats.prompt_tokens_per_second;
+    assert!(ratio > 1.9, "{ratio}");
+}
+
 #[test]
 fn a_request_that_can_never_fit_is_refused_with_the_numbers() {
     let handle = spawn(

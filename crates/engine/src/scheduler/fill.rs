@@ -13,6 +13,7 @@ impl Scheduler {
         let mut step = self.spare_steps.pop().unwrap_or_default();
         step.counts = StepCounts {
             starts: self.newly_started.len() as u64,
+            cached_tokens: self.plan.num_cached_tokens as u64,
             ..StepCounts::default()
         };
         let batch = &mut self.batch;

@@ -24,6 +24,12 @@ pub(super) struct Plan {
     spare_samples: usize,
     /// A running sequence needs blocks that are not there: nobody new may take any.
     is_short_of_blocks: bool,
+    /// Somebody waits until another ends: for a slot, a sampled row or blocks.
+    pub(super) lacks_slots: bool,
+    /// How many run then.
+    pub(super) num_slots: usize,
+    /// Prompt tokens that those it starts found in the cache.
+    pub(super) num_cached_tokens: usize,
     /// A prefill that was cut to its share.
     cut: Option<SequenceIndex>,
 }
@@ -115,6 +121,8 @@ impl Scheduler {
         self.plan.budget = self.config.max_num_batched_tokens as usize;
         self.plan.spare_samples = self.config.max_num_seqs as usize - self.running.len();
         self.plan.is_short_of_blocks = false;
+        self.plan.lacks_slots = false;
+        self.plan.num_cached_tokens = 0;
         self.plan.cut = None;
         let num_prefills = self.plan_decodes();
         let mut is_first = true;
@@ -122,9 +130,12 @@ impl Scheduler {
             self.plan_prefills(num_prefills > 1 || !self.waiting.is_empty());
             is_first = false;
         }
-        if !self.plan.is_short_of_blocks {
+        if self.plan.is_short_of_blocks {
+            self.plan.lacks_slots = !self.waiting.is_empty();
+        } else {
             self.admit_waiting(is_first);
         }
+        self.plan.num_slots = self.running.len();
         self.extend_cut_prefill();
     }
 
@@ -206,16 +217,22 @@ impl Scheduler {
         let mut num_reserved = self.num_reserved_blocks();
         let mut after = Bound::Unbounded;
         let mut num_passed_over = 0;
-        // A newcomer takes a sampled row, of which there are as many as sequences may run.
-        while self.plan.budget > 0 && self.plan.spare_samples > 0 && num_passed_over < MAX_PASSED_OVER {
-            let Some((&rank, &index)) = self.waiting.range((after, Bound::Unbounded)).next() else {
+        while num_passed_over < MAX_PASSED_OVER
+            && let Some((&rank, &index)) = self.waiting.range((after, Bound::Unbounded)).next()
+        {
+            // A newcomer takes a sampled row, of which there are as many as sequences may run.
+            self.plan.lacks_slots = self.plan.spare_samples == 0;
+            if self.plan.lacks_slots || self.plan.budget == 0 {
                 break;
-            };
+            }
             after = Bound::Excluded(rank);
             match self.admit(index, rank, is_first, &mut num_reserved) {
                 Admission::Admitted => is_first = false,
                 Admission::PassedOver => num_passed_over += 1,
-                Admission::NoRoom => break,
+                Admission::NoRoom => {
+                    self.plan.lacks_slots = true;
+                    break;
+                }
             }
         }
     }
@@ -293,6 +310,7 @@ impl Scheduler {
         } else {
             sequence.has_started = true;
             sequence.num_cached_tokens = num_matched as u32;
+            self.plan.num_cached_tokens += num_matched;
             if sequence.next_to_score().is_none() {
                 self.totals.prefix_cache_queried_tokens += sequence.num_prompt_tokens() as u64;
             }

@@ -61,12 +61,11 @@ impl Patience {
             return Ok(());
         };
         let stats = model.engine.stats();
-        let max_num_seqs = model.engine.config().max_num_seqs;
-        let wait = stats.queue_wait(max_num_seqs);
+        let wait = stats.queue_wait();
         let is_too_long = match wait {
             Some(wait) => wait > limit,
             // Nobody knows. A queue as long as the batch is wide waits about as long as an answer takes.
-            None => max_wait.is_some() && stats.num_queued >= u64::from(max_num_seqs),
+            None => stats.prompts_wait() > limit || (max_wait.is_some() && stats.num_queued >= stats.num_slots),
         };
         if is_too_long {
             return Err(ApiError::overloaded(stats.num_queued, wait, limit));

@@ -224,14 +224,30 @@ async fn assert_is_refused(server: &Server, body: Value) {
 
 #[tokio::test]
 async fn who_would_wait_for_too_long_is_refused_at_once() {
+    let mut one_slot = Setup::default();
+    one_slot.engine.max_num_seqs = 1;
+    let mut blocks_for_one = Setup::default();
+    blocks_for_one.scripted.kv_cache.num_blocks = 2;
+    for setup in [one_slot, blocks_for_one] {
+        refuses_who_would_wait_for_too_long(setup).await;
+    }
+}
+
+/// Only one runs at a time.
+async fn refuses_who_would_wait_for_too_long(setup: Setup) {
     let limits = Limits {
         max_queue_wait: Some(PATIENCE),
         ..Limits::default()
     };
-    let (mut setup, gate) = Setup::default().gated();
-    setup.engine.max_num_seqs = 1;
+    let (setup, gate) = setup.gated();
     let server = Setup { limits, ..setup }.start();
     let first = start_one(&server).await;
+    let second = start_one(&server).await;
+    // The first one's second step leaves the other waiting.
+    gate.send(()).unwrap();
+    while server.engine.stats().num_slots != 1 {
+        tokio::task::yield_now().await;
+    }
     // Nobody knows yet how fast the queue moves: it may be as long as the batch is wide.
     let (refused, waiting) = first_refused(&server).await;
     assert_eq!(refused.status(), 429);
@@ -242,7 +258,9 @@ async fn who_would_wait_for_too_long_is_refused_at_once() {
         .await;
     assert_eq!(rendered.status, 200);
     drop(gate);
-    assert_eq!(first.await.unwrap().status(), 200);
+    for answered in [first, second] {
+        assert_eq!(answered.await.unwrap().status(), 200);
+    }
     drop(waiting);
     server.assert_idle().await;
 }
