@@ -136,6 +136,7 @@ fn model(tokenizer: Tokenizer, executor: impl FnOnce() -> FreeExecutor + Send + 
         kv_cache_dtype: "auto",
         defaults: SamplingDefaults::default(),
         system_fingerprint: "bench".to_owned(),
+        stall_limit: None,
         engine,
     }
 }

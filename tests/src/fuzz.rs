@@ -121,6 +121,7 @@ impl FuzzedServer {
             kv_cache_dtype: "auto",
             defaults: SamplingDefaults::default(),
             system_fingerprint: "fp".to_owned(),
+            stall_limit: None,
             engine: engine.clone(),
         };
         assert!(state.model.set(model).is_ok(), "set once");

@@ -133,6 +133,15 @@ impl Device {
         }
     }
 
+    /// After which probes say that a step is stuck. That of a large model on a few CPU cores takes minutes without being so.
+    pub(crate) fn stall_limit(&self) -> Option<Duration> {
+        match self {
+            Self::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(..) => Some(Duration::from_secs(120)),
+        }
+    }
+
     /// Starts the engine on this device: the runner is built on the engine's thread, where it stays.
     pub(crate) fn spawn(
         self,
@@ -147,5 +156,20 @@ impl Device {
                 start.run(backend)
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_of_a_cpu_may_take_as_long_as_it_takes() {
+        let device = Device::cpu(DeviceChoice {
+            setting: DeviceSetting::Cpu,
+            threads: Some(1),
+            record_steps: false,
+        });
+        assert_eq!((device.stall_limit(), device.default_step_timeout()), (None, None));
     }
 }

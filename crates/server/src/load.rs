@@ -137,7 +137,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         kv_cache_dtype.dtype(),
         device.name(),
     )?;
-    let device_name = device.full_name();
+    let (device_name, stall_limit) = (device.full_name(), device.stall_limit());
     let grammars = Grammars::new(Arc::clone(&tokenizer), vocab_size, Arc::clone(&stop_token_ids));
     // While the weights are read.
     grammars.warm_up();
@@ -159,6 +159,7 @@ pub fn load(config: &Config, state: &AppState) -> Result<ServedModel, LoadError>
         kv_cache_dtype: kv_cache_dtype.as_str(),
         defaults,
         system_fingerprint,
+        stall_limit,
         engine,
     })
 }

@@ -120,8 +120,9 @@ impl AppState {
 
     /// Since when the engine is stuck in a step.
     pub(crate) fn engine_stall(&self) -> Option<Duration> {
-        let heartbeat = self.model.get()?.engine.heartbeat();
-        let is_stuck = heartbeat.busy && heartbeat.since_progress > self.limits.engine_stall;
+        let model = self.model.get()?;
+        let heartbeat = model.engine.heartbeat();
+        let is_stuck = heartbeat.busy && heartbeat.since_progress > model.stall_limit?;
         is_stuck.then_some(heartbeat.since_progress)
     }
 }
@@ -171,6 +172,8 @@ pub struct ServedModel {
     pub defaults: SamplingDefaults,
     /// Identifies build, checkpoint, KV cache and backend: equal fingerprints and seeds give equal answers.
     pub system_fingerprint: String,
+    /// A step that takes longer makes `/health` and `/ready` fail; `None` where nobody knows what a step may take.
+    pub stall_limit: Option<Duration>,
     /// Runs it.
     pub engine: EngineHandle,
 }
@@ -237,8 +240,6 @@ pub struct Limits {
     pub queue_timeout: Option<Duration>,
     /// Time for a request's body to arrive.
     pub body_timeout: Duration,
-    /// A step that takes longer makes `/health` fail.
-    pub engine_stall: Duration,
 }
 
 impl Default for Limits {
@@ -261,8 +262,6 @@ impl Default for Limits {
             request_timeout: None,
             queue_timeout: None,
             body_timeout: Duration::from_secs(60),
-            // A step of a large prompt on a slow CPU takes tens of seconds.
-            engine_stall: Duration::from_secs(120),
         }
     }
 }

@@ -336,9 +336,31 @@ async fn a_step_that_does_not_end_fails_requests_and_health() {
 }
 
 #[tokio::test]
+async fn a_step_whose_length_nobody_knows_is_not_stuck() {
+    // As on a CPU.
+    let (setup, gate) = Setup::default().gated();
+    assert_eq!(setup.stall_limit, None);
+    let server = setup.start();
+    let request = start_one(&server).await;
+    let heartbeat = || server.engine.heartbeat();
+    while !heartbeat().busy || heartbeat().since_progress.is_zero() {
+        tokio::task::yield_now().await;
+    }
+    for probe in ["/health", "/ready"] {
+        assert_eq!(server.get(probe).await.status, 200, "{probe}");
+    }
+    assert!(
+        server.metric("lapidary_engine_stalled_seconds", "").await > 0.0,
+        "who wants to knows"
+    );
+    drop(gate);
+    assert_eq!(request.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
 async fn health_says_that_the_engine_is_stuck_before_it_is_given_up() {
     let (mut setup, gate) = Setup::default().gated();
-    setup.limits.engine_stall = PATIENCE;
+    setup.stall_limit = Some(PATIENCE);
     let server = setup.start();
     let request = start_one(&server).await;
     let stalled = loop {

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -34,6 +35,8 @@ pub(crate) struct Setup {
     pub(crate) limits: Limits,
     pub(crate) access: Access,
     pub(crate) is_loaded: bool,
+    /// Of the model's steps.
+    pub(crate) stall_limit: Option<Duration>,
 }
 
 impl Default for Setup {
@@ -54,6 +57,7 @@ impl Default for Setup {
             limits: Limits::default(),
             access: Access::default(),
             is_loaded: true,
+            stall_limit: None,
         }
     }
 }
@@ -90,7 +94,11 @@ impl Setup {
         let engine = Engine::spawn(self.engine, build).unwrap();
         let state = AppState::with_access(self.limits, Metrics::new(MODEL), self.access);
         if self.is_loaded {
-            state.model.set(served(tokenizer, engine.clone())).unwrap();
+            let model = ServedModel {
+                stall_limit: self.stall_limit,
+                ..served(tokenizer, engine.clone())
+            };
+            state.model.set(model).unwrap();
             state.lifecycle.enter(Phase::Ready);
         }
         Server {
@@ -146,6 +154,7 @@ pub(crate) fn served(tokenizer: Arc<Tokenizer>, engine: EngineHandle) -> ServedM
         kv_cache_dtype: "auto",
         defaults: SamplingDefaults::default(),
         system_fingerprint: "fp_test".to_owned(),
+        stall_limit: None,
         engine,
     }
 }
