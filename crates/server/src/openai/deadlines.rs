@@ -73,12 +73,13 @@ impl Patience {
         Ok(())
     }
 
-    /// Of a request that came then.
-    pub(super) fn from(self, arrival: Instant) -> Deadlines {
-        let at = |timeout: Option<Duration>| timeout.and_then(|timeout| arrival.checked_add(timeout));
+    /// Of a request that came at `arrival`, with all of its body there at `read`: what a client waits for begins with its
+    /// request, but it waits in no queue while it sends.
+    pub(super) fn from(self, arrival: Instant, read: Instant) -> Deadlines {
+        let after = |since: Instant, timeout: Option<Duration>| timeout.and_then(|timeout| since.checked_add(timeout));
         Deadlines {
-            answer: at(self.answer),
-            queue: at(self.queue),
+            answer: after(arrival, self.answer),
+            queue: after(read, self.queue),
         }
     }
 }

@@ -127,17 +127,17 @@ impl Endpoint {
 
 /// `POST /v1/chat/completions`.
 pub(crate) async fn chat(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Chat, state, request).await
+    respond(Endpoint::Chat, state, request, Instant::now()).await
 }
 
 /// `POST /v1/completions`.
 pub(crate) async fn completions(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Completions, state, request).await
+    respond(Endpoint::Completions, state, request, Instant::now()).await
 }
 
 /// `POST /v1/responses`.
 pub(crate) async fn responses(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Responses, state, request).await
+    respond(Endpoint::Responses, state, request, Instant::now()).await
 }
 
 /// A request that is on its way: what is left is to wait for tokens.
@@ -181,6 +181,7 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
     struct Kind {
         prompt: Option<serde::de::IgnoredAny>,
     }
+    let arrival = Instant::now();
     let (mut parts, body) = request.into_parts();
     let (bytes, room) = match read_body(&state, &parts.headers, body).await {
         Ok(read) => read,
@@ -197,11 +198,10 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
         Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
         _ => Endpoint::Chat,
     };
-    respond(endpoint, state, Request::from_parts(parts, bytes.into())).await
+    respond(endpoint, state, Request::from_parts(parts, bytes.into()), arrival).await
 }
 
-async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
-    let arrival = Instant::now();
+async fn respond(endpoint: Endpoint, state: AppState, request: Request, arrival: Instant) -> Response {
     let request_id = request
         .extensions()
         .get::<RequestId>()
@@ -268,10 +268,12 @@ async fn submit(
         request_id,
         arrival,
     } = request;
+    // Nobody's queue is as long as a client's upload.
+    let read = Instant::now();
     let checked = check(endpoint, state, &headers, &body)?;
     // Before the dear part: refusing must stay cheap when most are refused.
     checked.patience.check_queue(checked.model, &state.limits)?;
-    let deadlines = checked.patience.from(arrival);
+    let deadlines = checked.patience.from(arrival, read);
     let engine = &checked.model.engine;
     let Prepared {
         model,

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::http::Request;
@@ -103,4 +103,53 @@ async fn large_bodies_wait_for_room_and_small_ones_do_not() {
     assert_eq!(first.await.unwrap(), 200);
     assert_eq!(second.await.unwrap(), 200);
     server.assert_idle().await;
+}
+
+/// A machine with other things to do may hold a request up for any while: what takes time is tried with more of it.
+const PATIENCES: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(250),
+    Duration::from_millis(1250),
+    Duration::from_millis(6250),
+];
+
+/// Sends a completion whose body comes only when `patience`, in `header`, is over.
+async fn send_late(path: &str, header: &'static str, patience: Duration) -> u16 {
+    let server = Setup::default().start();
+    let (sender, mut slow) = request(None);
+    *slow.uri_mut() = path.parse().unwrap();
+    let seconds = patience.as_secs_f64().to_string();
+    slow.headers_mut().insert(header, seconds.parse().unwrap());
+    let mut answer = server.router.clone().oneshot(slow);
+    let polled = std::future::poll_fn(|context| Poll::Ready(Pin::new(&mut answer).poll(context))).await;
+    assert!(polled.is_pending(), "it waits for its body");
+    let arrived = Instant::now();
+    while arrived.elapsed() <= patience {
+        tokio::task::yield_now().await;
+    }
+    sender.send(completion(50)).unwrap();
+    drop(sender);
+    answer.await.unwrap().status().as_u16()
+}
+
+#[tokio::test]
+async fn who_sends_slowly_waits_in_no_queue() {
+    for path in ["/v1/completions", "/invocations"] {
+        let mut statuses = Vec::new();
+        for patience in PATIENCES {
+            statuses.push(send_late(path, "x-queue-timeout", patience).await);
+            if statuses.last() == Some(&200) {
+                break;
+            }
+        }
+        assert_eq!(statuses.last(), Some(&200), "{path}: {statuses:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_has_its_time_from_when_it_arrives() {
+    for path in ["/v1/completions", "/invocations"] {
+        let status = send_late(path, "x-request-timeout", Duration::from_millis(250)).await;
+        assert_eq!(status, 408, "{path}");
+    }
 }
