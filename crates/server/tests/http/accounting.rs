@@ -168,7 +168,9 @@ async fn read_status(socket: &mut TcpStream) -> u16 {
 }
 
 async fn until(condition: impl Fn() -> bool) {
+    let since = Instant::now();
     while !condition() {
+        assert!(since.elapsed() < DEADLINE, "it never happens");
         tokio::task::yield_now().await;
     }
 }
@@ -252,9 +254,12 @@ async fn send_what_waits(books: &mut Books, gate: mpsc::Sender<()>) {
         .begin(COMPLETIONS, KEY, "", &json!({ "prompt": "a", "max_tokens": 30 }))
         .await;
     books.expect("length");
-    gate.send(()).unwrap();
-    // It is in its second step, or about to be: patience ends between steps only.
-    until(|| books.server.engine.stats().steps == 1).await;
+    // It has left the queue for its first step, which waits at the gate: patience ends between steps only.
+    until(|| {
+        let stats = books.server.engine.stats();
+        (stats.num_queued, stats.num_running) == (0, 1)
+    })
+    .await;
     let patience = format!("x-queue-timeout: {}\r\n", PATIENCE.as_secs_f64());
     let mut impatient = books.begin(COMPLETIONS, KEY, &patience, &short()).await;
     books.expect("timeout");
