@@ -131,6 +131,8 @@ struct Acceptor {
     /// The same for connections beyond the bound.
     spare_router: Router,
     tls: Option<Arc<Tls>>,
+    /// [`FIRST_BYTE_GRACE`] but in tests.
+    first_byte_grace: Duration,
     header_read_timeout: Duration,
     write_timeout: Duration,
     slots: Arc<Semaphore>,
@@ -148,6 +150,7 @@ impl Acceptor {
             spare_router: router.clone().layer(Extension(SpareConnection)),
             router,
             tls,
+            first_byte_grace: FIRST_BYTE_GRACE,
             header_read_timeout: http.header_read_timeout,
             write_timeout: http.write_timeout,
             slots: Arc::new(Semaphore::new(http.max_connections as usize)),
@@ -225,11 +228,12 @@ impl Acceptor {
             .max_header_size(MAX_HEAD_BYTES)
             .max_buf_size(MAX_BUFFERED_BYTES);
         let (tls, handshake_timeout) = (self.tls.clone(), self.header_read_timeout);
-        let (write_timeout, stopping) = (self.write_timeout, self.stopping.subscribe());
+        let (first_byte_grace, write_timeout) = (self.first_byte_grace, self.write_timeout);
+        let stopping = self.stopping.subscribe();
         let state = self.state.clone();
         async move {
             // Not `readable`: tokio takes an accepted socket to be that from the start. An error is hyper's to handle.
-            let _ = timeout(FIRST_BYTE_GRACE, stream.peek(&mut [0])).await;
+            let _ = timeout(first_byte_grace, stream.peek(&mut [0])).await;
             let stream = WriteDeadline::new(stream, write_timeout);
             let ended = match tls {
                 None => converse(builder, stream, router, stopping).await,
@@ -330,6 +334,8 @@ mod tests {
         let client = TcpStream::connect(socket.local_addr().unwrap()).await.unwrap();
         let state = AppState::new(Limits::default(), Metrics::new("test"));
         let mut acceptor = Acceptor::new(socket, state, router, http, None);
+        // On a busy machine a client may be silent for longer.
+        acceptor.first_byte_grace = DEADLINE;
         let stream = acceptor.accept().await;
         acceptor.serve(stream);
         assert_eq!(acceptor.slots.available_permits(), 0, "the connection is open");
