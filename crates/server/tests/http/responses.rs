@@ -1,9 +1,11 @@
 //! `/v1/responses` without state: the chat behind it, in the newer shape.
 
+use http_body_util::BodyExt;
 use lapidary_engine::{EngineConfig, Script};
 use serde_json::{Value, json};
+use tower::ServiceExt;
 
-use crate::support::{Answer, Server, Setup};
+use crate::support::{Answer, Server, Setup, post_request};
 
 fn drawing() -> Server {
     let mut setup = Setup {
@@ -319,5 +321,30 @@ async fn a_failure_after_the_first_event_is_one_more() {
     assert_eq!(last["type"], "response.failed");
     assert_eq!(last["response"]["status"], "failed");
     assert_eq!(last["response"]["error"]["code"], "internal_error");
+    server.assert_idle().await;
+}
+
+/// The status and a comment are sent by then: clients take a failure for one of a response that they know.
+#[tokio::test(start_paused = true)]
+async fn a_failure_before_the_first_token_is_that_of_a_response_that_began() {
+    let (setup, gate) = Setup::default().failing_at([0, 1]).gated();
+    let server = setup.start();
+    let body = json!({ "input": "x", "stream": true });
+    let response = server.router.clone().oneshot(post_request("/v1/responses", body));
+    let (parts, body) = response.await.unwrap().into_parts();
+    assert_eq!(parts.status, 200);
+    drop(gate);
+    let bytes = body.collect().await.unwrap().to_bytes();
+    let answer = Answer {
+        status: parts.status,
+        headers: parts.headers,
+        body: String::from_utf8(bytes.to_vec()).unwrap().replace(": ping\n\n", ""),
+    };
+    let events = events(&answer);
+    assert_eq!(
+        types(&events),
+        ["response.created", "response.in_progress", "response.failed"]
+    );
+    assert_eq!(events[2]["response"]["error"]["code"], "internal_error");
     server.assert_idle().await;
 }

@@ -117,13 +117,18 @@ impl ResponsesWriter {
         self.response(status, Some(usage), &Value::Null)
     }
 
-    /// Takes what the latest event added.
-    fn take(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+    /// Says that there is a response, which is what clients expect before anything else, a failure included.
+    fn begin(&mut self, out: &mut BytesMut) {
         if !std::mem::replace(&mut self.has_begun, true) {
             let response = self.response("in_progress", None, &Value::Null);
             self.emit(out, "response.created", json!({ "response": response }));
             self.emit(out, "response.in_progress", json!({ "response": response }));
         }
+    }
+
+    /// Takes what the latest event added.
+    fn take(&mut self, out: &mut BytesMut, generation: &Generation, index: usize) {
+        self.begin(out);
         let delta = &generation.choice(index).delta;
         if let Some(names) = &self.names {
             for entry in &delta.logprobs {
@@ -319,6 +324,7 @@ impl StreamWriter for ResponsesWriter {
     }
 
     fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
+        self.begin(out);
         self.close(out, "incomplete");
         let code = error.code().unwrap_or("server_error");
         let error = json!({ "code": code, "message": error.to_string() });
