@@ -393,6 +393,9 @@ impl Drop for Generation {
     fn drop(&mut self) {
         if let Some(record) = &self.record {
             record.time(self.timings());
+            for prompt in self.prompts.iter().filter(|prompt| prompt.num_cached_tokens.is_none()) {
+                record.unanswered_prompt(prompt.num_tokens());
+            }
         }
         let end = if self.has_failed {
             SequenceEnd::Error

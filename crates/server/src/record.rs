@@ -20,6 +20,8 @@ pub(crate) struct RequestRecord {
     prompt_tokens: AtomicU32,
     cached_tokens: AtomicU32,
     completion_tokens: AtomicU32,
+    /// Of prompts whose answers never began.
+    unanswered_tokens: AtomicU32,
     /// Of the API key it came with.
     permit: OnceLock<KeyPermit>,
 }
@@ -28,7 +30,12 @@ impl Drop for RequestRecord {
     fn drop(&mut self) {
         let usage = self.usage();
         if let Some(permit) = self.permit.get_mut() {
-            permit.num_tokens = u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens);
+            let num_tokens = [
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                *self.unanswered_tokens.get_mut(),
+            ];
+            permit.num_tokens = num_tokens.into_iter().map(u64::from).sum();
         }
     }
 }
@@ -53,6 +60,12 @@ impl RequestRecord {
     pub(crate) fn prompt(&self, num_tokens: u32, num_cached: u32) {
         self.prompt_tokens.fetch_add(num_tokens, Relaxed);
         self.cached_tokens.fetch_add(num_cached, Relaxed);
+    }
+
+    /// A prompt was handed to the engine, and nobody waits for its answer any more, of which nothing came. It is charged
+    /// all the same, since it may have been computed, and is no part of the usage, since it may not.
+    pub(crate) fn unanswered_prompt(&self, num_tokens: u32) {
+        self.unanswered_tokens.fetch_add(num_tokens, Relaxed);
     }
 
     /// A token was generated.

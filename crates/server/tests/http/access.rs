@@ -234,6 +234,34 @@ async fn an_answer_that_is_left_unread_is_charged() {
     );
 }
 
+#[tokio::test]
+async fn a_prompt_whose_answer_never_began_is_charged() {
+    let limits = KeyLimits {
+        tokens_per_minute: Some(5),
+        ..KeyLimits::default()
+    };
+    let (setup, gate) = guarded(limits).gated();
+    let server = setup.start();
+    let leaving = tokio::spawn(
+        server
+            .router
+            .clone()
+            .oneshot(chat_request(Some("Bearer sk-right"), json!({}))),
+    );
+    while server.engine.stats().num_running + server.engine.stats().num_queued == 0 {
+        tokio::task::yield_now().await;
+    }
+    leaving.abort();
+    assert!(leaving.await.is_err_and(|error| error.is_cancelled()));
+    drop(gate);
+    assert_eq!(
+        chat_as(&server, KEY, json!({})).await.status,
+        429,
+        "its prompt is longer than the limit"
+    );
+    assert_eq!(chat_as(&server, OTHER_KEY, json!({})).await.status, 200);
+}
+
 fn preflight(origin: &str) -> Request<Body> {
     Request::options(CHAT)
         .header("origin", origin)
