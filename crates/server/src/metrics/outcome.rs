@@ -101,7 +101,8 @@ impl From<&ApiError> for Outcome {
 #[derive(Debug)]
 pub(crate) struct RequestOutcome {
     state: AppState,
-    endpoint: Endpoint,
+    /// `None` until it is known, and the request counted as received.
+    endpoint: Option<Endpoint>,
     request_id: RequestId,
     is_recorded: bool,
 }
@@ -109,14 +110,29 @@ pub(crate) struct RequestOutcome {
 impl RequestOutcome {
     /// Counts the request as received.
     pub(crate) fn new(state: &AppState, endpoint: Endpoint, request_id: RequestId) -> Self {
-        state.metrics.request_received(endpoint);
-        request_id.record().begin(endpoint);
+        let mut outcome = Self::of_undecided(state, request_id);
+        outcome.decide(endpoint);
+        outcome
+    }
+
+    /// Of a request whose body tells which endpoint it is for. It is counted as received when that is known, or when it
+    /// ends before, and then as a chat.
+    pub(crate) fn of_undecided(state: &AppState, request_id: RequestId) -> Self {
         Self {
             state: state.clone(),
-            endpoint,
+            endpoint: None,
             request_id,
             is_recorded: false,
         }
+    }
+
+    /// The request is for this endpoint, if that was not known before.
+    pub(crate) fn decide(&mut self, endpoint: Endpoint) -> Endpoint {
+        *self.endpoint.get_or_insert_with(|| {
+            self.state.metrics.request_received(endpoint);
+            self.request_id.record().begin(endpoint);
+            endpoint
+        })
     }
 
     /// The request ended; `usage` is what it used.
@@ -124,7 +140,8 @@ impl RequestOutcome {
         if std::mem::replace(&mut self.is_recorded, true) {
             return;
         }
-        self.state.metrics.request_ended(self.endpoint, outcome);
+        let endpoint = self.decide(Endpoint::Chat);
+        self.state.metrics.request_ended(endpoint, outcome);
         self.request_id.record().end(outcome, usage);
     }
 

@@ -127,17 +127,17 @@ impl Endpoint {
 
 /// `POST /v1/chat/completions`.
 pub(crate) async fn chat(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Chat, state, request, Instant::now()).await
+    respond(Endpoint::Chat, state, request).await
 }
 
 /// `POST /v1/completions`.
 pub(crate) async fn completions(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Completions, state, request, Instant::now()).await
+    respond(Endpoint::Completions, state, request).await
 }
 
 /// `POST /v1/responses`.
 pub(crate) async fn responses(State(state): State<AppState>, request: Request) -> Response {
-    respond(Endpoint::Responses, state, request, Instant::now()).await
+    respond(Endpoint::Responses, state, request).await
 }
 
 /// A request that is on its way: what is left is to wait for tokens.
@@ -182,14 +182,12 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
         prompt: Option<serde::de::IgnoredAny>,
     }
     let arrival = Instant::now();
+    let request_id = request_id_of(&request);
+    let outcome = RequestOutcome::of_undecided(&state, request_id.clone());
     let (mut parts, body) = request.into_parts();
     let (bytes, room) = match read_body(&state, &parts.headers, body).await {
         Ok(read) => read,
-        Err(error) => {
-            let request_id = parts.extensions.get::<RequestId>().cloned();
-            let request_id = request_id.unwrap_or_else(RequestId::random);
-            return RequestOutcome::new(&state, Endpoint::Chat, request_id).refuse(error);
-        }
+        Err(error) => return outcome.refuse(error),
     };
     // Kept for as long as the request.
     parts.extensions.insert(room.map(Arc::new));
@@ -198,18 +196,33 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
         Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
         _ => Endpoint::Chat,
     };
-    respond(endpoint, state, Request::from_parts(parts, bytes.into()), arrival).await
+    let request = Request::from_parts(parts, bytes.into());
+    answer(endpoint, state, request, &request_id, arrival, outcome).await
 }
 
-async fn respond(endpoint: Endpoint, state: AppState, request: Request, arrival: Instant) -> Response {
-    let request_id = request
-        .extensions()
-        .get::<RequestId>()
-        .cloned()
-        .unwrap_or_else(RequestId::random);
+fn request_id_of(request: &Request) -> RequestId {
+    let known = request.extensions().get::<RequestId>().cloned();
+    known.unwrap_or_else(RequestId::random)
+}
+
+async fn respond(endpoint: Endpoint, state: AppState, request: Request) -> Response {
+    let arrival = Instant::now();
+    let request_id = request_id_of(&request);
     // Before anything can fail or be cancelled: from here on the request is counted, whatever happens.
     let outcome = RequestOutcome::new(&state, endpoint, request_id.clone());
-    match start(endpoint, &state, request, &request_id, arrival).await {
+    answer(endpoint, state, request, &request_id, arrival, outcome).await
+}
+
+async fn answer(
+    endpoint: Endpoint,
+    state: AppState,
+    request: Request,
+    request_id: &RequestId,
+    arrival: Instant,
+    mut outcome: RequestOutcome,
+) -> Response {
+    outcome.decide(endpoint);
+    match start(endpoint, &state, request, request_id, arrival).await {
         Err(error) => outcome.refuse(error),
         Ok(started) => match started.stream {
             None => whole(started, outcome).await,

@@ -79,6 +79,21 @@ async fn a_large_body_that_is_looked_at_twice_needs_room_once() {
 }
 
 #[tokio::test]
+async fn whoever_leaves_in_the_midst_of_a_body_is_counted() {
+    for path in ["/v1/completions", "/invocations"] {
+        let server = Setup::default().start();
+        let (_sender, mut leaving) = request(Some(100));
+        *leaving.uri_mut() = path.parse().unwrap();
+        let answer = server.router.clone().oneshot(leaving);
+        // As far as it comes without the body.
+        assert!(tokio::time::timeout(Duration::ZERO, answer).await.is_err(), "{path}");
+        assert_eq!(server.outcomes().await, [("client_abort".to_owned(), 1)], "{path}");
+        let received = server.metric("lapidary_requests_received_total", "").await;
+        assert_eq!(received, 1.0, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn large_bodies_wait_for_room_and_small_ones_do_not() {
     const LARGE: usize = 600 << 10;
     let mut setup = Setup::default();
