@@ -494,6 +494,7 @@ impl Callers {
             finish,
             num_cached_tokens,
             queue_time,
+            sampled_at: self.last_step_at,
         };
         if finish.is_some() {
             let outcome = if caller.events.is_closed() {

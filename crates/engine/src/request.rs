@@ -148,4 +148,6 @@ pub struct TokenEvent {
     pub num_cached_tokens: u32,
     /// From `submit` to the first step that computed anything for the request.
     pub queue_time: Duration,
+    /// When the step that computed it was over, however late its stream is read.
+    pub sampled_at: Instant,
 }

@@ -494,10 +494,13 @@ impl Choice {
     }
 
     fn take(&mut self, event: TokenEvent) -> Arrived {
-        let now = Instant::now();
-        let since_last = self.first_token.map(|_| now - self.last_token);
-        self.first_token.get_or_insert(now);
-        self.last_token = now;
+        // Not when it was fetched: a client that does not read is no slow engine.
+        let sampled_at = event.sampled_at;
+        let since_last = self
+            .first_token
+            .map(|_| sampled_at.saturating_duration_since(self.last_token));
+        self.first_token.get_or_insert(sampled_at);
+        self.last_token = sampled_at;
         self.queue_time = event.queue_time;
         self.num_tokens += 1;
         let token = event.sampled.token;

@@ -1,6 +1,6 @@
 //! Answers as server-sent events.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -176,6 +176,31 @@ async fn a_silent_stream_is_pinged_and_its_status_waits_for_the_first() {
         rest += &next().await;
     }
     assert!(rest.replace(": ping\n\n", "").starts_with("data: {"));
+}
+
+#[tokio::test]
+async fn a_client_that_is_late_to_read_makes_no_token_late() {
+    let server = Setup::answering(&["a"; 50]).start();
+    let began = Instant::now();
+    let body = with_messages(json!({ "stream": true }));
+    let response = server
+        .router
+        .clone()
+        .oneshot(post_request("/v1/chat/completions", body));
+    let response = response.await.unwrap();
+    server.engine.idle().await;
+    let generated_within = began.elapsed();
+    // For longer than all of it took, the rest of the answer lies there.
+    while began.elapsed() < 3 * generated_within {
+        tokio::task::yield_now().await;
+    }
+    response.into_body().collect().await.unwrap();
+    let between_tokens = server.metric("vllm:inter_token_latency_seconds_sum", "").await;
+    assert!(between_tokens > 0.0);
+    assert!(
+        between_tokens <= generated_within.as_secs_f64(),
+        "{between_tokens} s of {generated_within:?}"
+    );
 }
 
 #[tokio::test]
