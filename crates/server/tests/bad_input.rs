@@ -344,6 +344,18 @@ async fn conversations_that_are_none() {
             "messages[0].role",
             "invalid_value",
         ),
+        fault(
+            &json!({ "messages": [{ "role": "user", "content": "a" }, { "role": "wizard", "content": "a" }],
+                     "tools": [{ "type": "function", "function": { "name": "now" } }] }),
+            "messages[1].role",
+            "invalid_value",
+        ),
+        // Results of calls are said together.
+        messages(
+            json!([{ "role": "tool", "content": "1" }, { "role": "tool", "content": "2" }, { "role": "wizard", "content": "a" }]),
+            "messages[2].role",
+            "invalid_value",
+        ),
         messages(
             json!([{ "role": "user", "content": image }]),
             "messages[0].content[1].type",

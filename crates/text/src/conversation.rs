@@ -12,6 +12,8 @@ pub struct Message {
     pub role: String,
     /// The text; empty where the client sent null.
     pub content: String,
+    /// Its place among those that the client sent, where that is not its place here: errors name it.
+    pub index: Option<usize>,
 }
 
 impl Message {
@@ -20,6 +22,7 @@ impl Message {
         Self {
             role: role.into(),
             content: content.into(),
+            index: None,
         }
     }
 
@@ -136,6 +139,7 @@ fn check(
     policy: SystemRole,
     abilities: TemplateAbilities,
 ) -> Result<Turn, ConversationError> {
+    let index = message.index.unwrap_or(index);
     let refuse_system = policy == SystemRole::Error && !abilities.system;
     let role = match message.role.as_str() {
         "system" if refuse_system => return Err(ConversationError::SystemNotSupported { index, role: "system" }),

@@ -22,9 +22,10 @@ pub(super) fn convert(messages: Vec<Object<ChatMessage>>) -> Result<Vec<Message>
         let called = message.tool_call_id.take().and_then(|id| names.get(&id).cloned());
         let mut message = content(index, message)?;
         if is_result {
-            let result = tool_calls::result(called.or(own_name).as_deref(), &message.content);
-            message = Message::new("user", result);
+            message.content = tool_calls::result(called.or(own_name).as_deref(), &message.content);
+            "user".clone_into(&mut message.role);
         }
+        message.index = Some(index);
         if message.role == "assistant" {
             add_calls(&mut message, calls, &mut names);
         }

@@ -254,10 +254,9 @@ async fn start(
         return submit(state, request, body, None).await;
     }
     let body: ResponsesBody = read_json(state, &request.headers, body).await?;
-    let has_instructions = body.has_instructions();
-    let (chat, settings) = responses::chat(body)?;
+    let (chat, settings, places) = responses::chat(body)?;
     let started = submit(state, request, chat, Some(settings)).await;
-    started.map_err(|error| responses::rename(error, has_instructions))
+    started.map_err(|error| responses::rename(error, &places))
 }
 
 /// What is known of a request beside its body.

@@ -278,6 +278,14 @@ async fn faults_are_named_in_the_requests_own_words() {
             "input[0].content",
         ),
         (
+            json!({ "instructions": "x", "input": [{ "type": "reasoning" }, { "role": "user" }] }),
+            "input[1].content",
+        ),
+        (
+            json!({ "input": [{ "type": "reasoning" }, { "role": "wizard", "content": "a" }] }),
+            "input[1].role",
+        ),
+        (
             json!({ "input": [{ "role": "user", "content": [{ "type": "input_image" }] }] }),
             "input[0].content[0].type",
         ),

@@ -113,10 +113,28 @@ enum FlatChoice {
 #[derive(Debug)]
 pub(in crate::openai) struct Settings(pub(super) Value);
 
-impl ResponsesBody {
-    /// Whether the chat begins with a message that is not part of `input`.
-    pub(in crate::openai) fn has_instructions(&self) -> bool {
-        self.instructions.is_some()
+/// Where each message of the chat comes from.
+pub(in crate::openai) type Places = Vec<Place>;
+
+/// Where a message of the chat comes from.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::openai) enum Place {
+    /// `instructions`.
+    Instructions,
+    /// `input`, a text.
+    Text,
+    /// An item of `input`.
+    Item(usize),
+}
+
+impl Place {
+    /// The name of a field below a message; empty for the message itself.
+    fn param(self, field: &str) -> String {
+        match self {
+            Self::Instructions => "instructions".to_owned(),
+            Self::Text => "input".to_owned(),
+            Self::Item(index) => format!("input[{index}]{field}"),
+        }
     }
 }
 
@@ -146,8 +164,8 @@ impl<'de> Deserialize<'de> for Input {
     }
 }
 
-/// The chat that a request means, and what its response repeats.
-pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Settings), ApiError> {
+/// The chat that a request means, what its response repeats, and where the messages come from.
+pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Settings, Places), ApiError> {
     let stateful = [
         ("previous_response_id", body.previous_response_id),
         ("conversation", body.conversation),
@@ -164,11 +182,17 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
     let settings = settings(&body);
     let mut messages: Vec<Object<ChatMessage>> = Vec::new();
     messages.extend(body.instructions.map(|text| message("system", Content::Text(text))));
+    let mut places = vec![Place::Instructions; messages.len()];
     match body.input.ok_or_else(|| ApiError::missing("input"))? {
-        Input::Text(text) => messages.push(message("user", Content::Text(text))),
+        Input::Text(text) => {
+            messages.push(message("user", Content::Text(text)));
+            places.push(Place::Text);
+        }
         Input::Items(items) => {
             for (index, item) in items.into_iter().enumerate() {
                 push_item(&mut messages, index, item)?;
+                // Some items are no message.
+                places.resize(messages.len(), Place::Item(index));
             }
         }
     }
@@ -196,7 +220,7 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
     let tool_choice = chat
         .tool_choice
         .filter(|choice| chat.tools.is_some() || *choice != Choice::Mode("auto".to_owned()));
-    Ok((GenerationBody { tool_choice, ..chat }, settings))
+    Ok((GenerationBody { tool_choice, ..chat }, settings, places))
 }
 
 /// Whether the text's log-probabilities are part of what is to be included.
@@ -240,7 +264,7 @@ fn check_metadata(metadata: Option<&Object<Map<String, Value>>>) -> Result<(), A
 }
 
 /// An error of the chat in the request's own words.
-pub(in crate::openai) fn rename(error: ApiError, has_instructions: bool) -> ApiError {
+pub(in crate::openai) fn rename(error: ApiError, places: &[Place]) -> ApiError {
     let ApiError::InvalidRequest {
         message,
         param: Some(param),
@@ -255,9 +279,9 @@ pub(in crate::openai) fn rename(error: ApiError, has_instructions: bool) -> ApiE
         "response_format.json_schema.schema" => "text.format.schema".to_owned(),
         "response_format" | "response_format.type" => "text.format.type".to_owned(),
         other => match other.strip_prefix("messages[").and_then(|rest| rest.split_once(']')) {
-            Some((index, rest)) => {
-                let index = index.parse::<usize>().unwrap_or_default();
-                format!("input[{}]{rest}", index.saturating_sub(usize::from(has_instructions)))
+            Some((index, field)) => {
+                let place = index.parse::<usize>().ok().and_then(|index| places.get(index));
+                place.map_or_else(|| "input".to_owned(), |place| place.param(field))
             }
             None => other.replace(".function.", "."),
         },
