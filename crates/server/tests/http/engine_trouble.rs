@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::response::Response;
 use http_body_util::BodyExt;
-use lapidary_engine::{EngineConfig, StatsSnapshot};
+use lapidary_engine::EngineConfig;
 use lapidary_server::Limits;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -27,12 +27,16 @@ const PATIENCES: [Duration; 4] = [
 
 /// Starts a request and waits until the engine has it.
 async fn start_one(server: &Server) -> JoinHandle<Response> {
-    let before = server.engine.stats();
-    let router = server.router.clone();
-    let request = post_request("/v1/chat/completions", with_messages(json!({ "max_tokens": 2 })));
-    let task = tokio::spawn(async move { router.oneshot(request).await.unwrap() });
-    let total = |stats: StatsSnapshot| stats.num_running + stats.num_waiting;
-    while total(server.engine.stats()) == total(before) {
+    submit(server, json!({ "max_tokens": 2 })).await
+}
+
+/// Waits until the engine has the request. Not by how many it says run and wait: who stops waiting to run counts as both for
+/// a moment.
+async fn submit(server: &Server, body: Value) -> JoinHandle<Response> {
+    let num_submitted = async || server.metric("vllm:request_params_n_count", "").await;
+    let before = num_submitted().await;
+    let task = send(server, body);
+    while num_submitted().await == before {
         tokio::task::yield_now().await;
     }
     task
@@ -217,12 +221,8 @@ async fn busy(limits: Limits, num_queued: u64) -> (Server, Sender<()>, Vec<JoinH
     while server.engine.stats().requests_finished == 0 {
         tokio::task::yield_now().await;
     }
-    for expected in 0..=num_queued {
-        asked.push(send(&server, json!({ "max_tokens": 1 })));
-        let stats = || server.engine.stats();
-        while stats().num_running + stats().num_queued <= expected {
-            tokio::task::yield_now().await;
-        }
+    for _ in 0..=num_queued {
+        asked.push(submit(&server, json!({ "max_tokens": 1 })).await);
     }
     (server, gate, asked)
 }
