@@ -8,6 +8,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lapidary_tests::hostile::{converse, drip, flood};
@@ -22,6 +23,9 @@ use tokio::time::{sleep, timeout};
 
 const NUM_IDLE: usize = 10_000;
 const NUM_CLIENTS: usize = 64;
+/// Bodies that would parse into many times their size are sent by fewer: together they are a fraction of what bodies may take.
+const NUM_AMPLIFIERS: usize = 4;
+const AMPLIFIED_BYTES: usize = 8 << 20;
 /// Attacks that do not end by themselves.
 const DURATION: Duration = Duration::from_secs(10);
 const WATCH_INTERVAL: Duration = Duration::from_millis(5);
@@ -88,12 +92,13 @@ async fn measure<T>(server: &ServerProcess, what: &str, attack: impl Future<Outp
 
 /// `attack` by many, again and again, for as long as [`DURATION`]; each must end by itself.
 async fn repeat<F: Future<Output = io::Result<String>> + Send + 'static>(
+    num_clients: usize,
     attack: impl Fn() -> F + Clone + Send + 'static,
     expected: &'static str,
 ) -> io::Result<()> {
     let started = Instant::now();
     let mut clients = JoinSet::new();
-    for _ in 0..NUM_CLIENTS {
+    for _ in 0..num_clients {
         let attack = attack.clone();
         clients.spawn(async move {
             while started.elapsed() < DURATION {
@@ -123,7 +128,7 @@ async fn floods(
         let (head, unit) = (head.clone(), unit.clone());
         async move { Ok(flood(address, head, unit).await) }
     };
-    measure(server, what, repeat(attack, expected)).await
+    measure(server, what, repeat(NUM_CLIENTS, attack, expected)).await
 }
 
 /// Many connections that say nothing, or not enough; then all of them gone.
@@ -196,6 +201,87 @@ async fn endless(server: &ServerProcess) -> io::Result<()> {
     .await
 }
 
+/// Bodies of few bytes for each value that a parser makes of them: a path, what comes before and after, and what is repeated.
+const AMPLIFIERS: [(&str, &str, &str, &str); 14] = [
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":{"x":["#,
+        "0,",
+        "0]}}}}",
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":"a"}],"guided_json":["#,
+        r#"{"a":0},"#,
+        "0]}",
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":"a"}],"tools":[{"function":{"name":"a","parameters":{"x":["#,
+        r#"{"a":0},"#,
+        "0]}}}]}",
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"x":["#,
+        r#"{"a":0},"#,
+        "0]}}",
+    ),
+    ("/v1/chat/completions", r#"{"messages":["#, "{},", "{}]}"),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":["#,
+        r#"{"role":"tool"},"#,
+        r#"{"role":"tool"}]}"#,
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"user","content":["#,
+        "{},",
+        "{}]}]}",
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"assistant","tool_calls":["#,
+        "{},",
+        r#"{}]},{"role":"bogus","content":"a"}]}"#,
+    ),
+    (
+        "/v1/chat/completions",
+        r#"{"messages":[{"role":"bogus","content":"a","tool_calls":[{"function":{"name":"a","arguments":["#,
+        r#"{"a":0},"#,
+        "0]}}]}]}",
+    ),
+    ("/v1/responses", r#"{"input":["#, "{},", "{}]}"),
+    (
+        "/v1/responses",
+        r#"{"input":"a","metadata":{"#,
+        r#""a":[],"#,
+        r#""b":0}}"#,
+    ),
+    ("/v1/completions", r#"{"prompt":["#, "0,", "0]}"),
+    ("/v1/completions", r#"{"prompt":["#, "[0],", "[0]]}"),
+    ("/v1/completions", r#"{"prompt":"a","stop":["#, r#""","#, r#"""]}"#),
+];
+
+/// Bodies that would take many times their size once they are parsed.
+async fn amplified(server: &ServerProcess) -> io::Result<()> {
+    let address = server.address;
+    for (path, before, unit, after) in AMPLIFIERS {
+        let body = [before, &unit.repeat(AMPLIFIED_BYTES / unit.len()), after].concat();
+        let length = body.len();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+        let request: Arc<[u8]> = [head, body].concat().into_bytes().into();
+        let attack = move || {
+            let request = Arc::clone(&request);
+            async move { converse(address, &request).await }
+        };
+        let what = format!("{path} {before}{unit}...");
+        measure(server, &what, repeat(NUM_AMPLIFIERS, attack, "HTTP/1.1 400")).await?;
+    }
+    Ok(())
+}
+
 /// Requests that are whole or slow, and answers that nobody reads.
 async fn ended(server: &ServerProcess) -> io::Result<()> {
     let address = server.address;
@@ -206,7 +292,7 @@ async fn ended(server: &ServerProcess) -> io::Result<()> {
         let deep = deep.clone();
         async move { converse(address, &deep).await }
     };
-    measure(server, "JSON 100,000 deep", repeat(attack, "HTTP/1.1 400")).await?;
+    measure(server, "JSON 100,000 deep", repeat(NUM_CLIENTS, attack, "HTTP/1.1 400")).await?;
 
     let slow = move || {
         drip(
@@ -215,7 +301,7 @@ async fn ended(server: &ServerProcess) -> io::Result<()> {
             Duration::from_millis(100),
         )
     };
-    measure(server, "heads by the byte", repeat(slow, "HTTP/1.1 408")).await?;
+    measure(server, "heads by the byte", repeat(NUM_CLIENTS, slow, "HTTP/1.1 408")).await?;
 
     let unread = r#"{"prompt":"Hello","stream":true,"ignore_eos":true,"max_tokens":2000}"#;
     let unread = post(&format!("content-length: {}", unread.len())) + unread;
@@ -271,5 +357,6 @@ async fn main() -> io::Result<()> {
 
     idle(&server).await?;
     endless(&server).await?;
+    amplified(&server).await?;
     ended(&server).await
 }

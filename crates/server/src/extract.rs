@@ -9,6 +9,7 @@ use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::bounded::code_of;
 use crate::error::{ApiError, shorten};
 use crate::state::{AppState, Limits};
 
@@ -19,7 +20,10 @@ const MAX_INLINE_BYTES: usize = 128 << 10;
 /// are smaller.
 const SMALL_BODY_BYTES: usize = 64 << 10;
 
-/// Reads a request's body and parses it.
+/// Room in memory for a body. What was parsed from it takes a small multiple of its bytes: whoever keeps that keeps this.
+pub(crate) type Room = Option<OwnedSemaphorePermit>;
+
+/// Reads a request's body and parses it. It has its room until that is dropped.
 ///
 /// # Errors
 /// As [`read_body`] and [`parse_json`].
@@ -27,15 +31,20 @@ pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
     state: &AppState,
     headers: &HeaderMap,
     body: Body,
-) -> Result<T, ApiError> {
+) -> Result<(T, Room), ApiError> {
     let (bytes, room) = read_body(state, headers, body).await?;
-    let num_bytes = bytes.len();
+    let is_long = is_long(&bytes);
     let parse = move || {
-        let value = parse_json(&bytes);
-        drop((bytes, room));
-        value
+        // The room goes along: if the client leaves, what is parsed here is still there.
+        let value = parse_json(&bytes)?;
+        Ok((value, room))
     };
-    state.compute(num_bytes > MAX_INLINE_BYTES, parse).await?
+    state.compute(is_long, parse).await?
+}
+
+/// Whether a body is too long to be looked at where other requests wait for it.
+pub(crate) fn is_long(body: &Bytes) -> bool {
+    body.len() > MAX_INLINE_BYTES
 }
 
 /// Reads the whole body. A large one waits for room among the other large ones, which is to be kept for as long as it.
@@ -150,7 +159,7 @@ fn field_error<T: DeserializeOwned>(text: &str) -> ApiError {
     ApiError::InvalidRequest {
         message: format!("Invalid value for '{}': {}.", shorten(&path), shorten(reason)),
         param: Some(shorten(&path).into_owned().into()),
-        code: Some("invalid_type"),
+        code: Some(code_of(reason)),
     }
 }
 

@@ -94,13 +94,14 @@ impl Grammars {
         }
     }
 
-    /// Compiles a grammar that came as `param`; `what` begins the message if it cannot be used.
-    pub(crate) async fn compile(
+    /// Makes a grammar from what came as `param`, and whatever else comes of that, once it is the next to be compiled:
+    /// until then there is only its text. `what` begins the message if it cannot be used.
+    pub(crate) async fn compile<T: Send + 'static>(
         self: &Arc<Self>,
-        grammar: Grammar,
+        make: impl FnOnce() -> Result<(Grammar, T), GrammarError> + Send + 'static,
         param: &str,
         what: &str,
-    ) -> Result<GrammarState, ApiError> {
+    ) -> Result<(GrammarState, T), ApiError> {
         let place = Arc::clone(&self.places).acquire_owned();
         let Ok(place) = timeout(self.limits.place, place).await else {
             return Err(self.limits.overloaded("too many grammars wait to be compiled"));
@@ -108,9 +109,12 @@ impl Grammars {
         let clock = Arc::new(ThreadClock::default());
         let (this, timed) = (Arc::clone(self), Arc::clone(&clock));
         let work = tokio::task::spawn_blocking(move || {
-            let compiled = this
-                .compiler()
-                .and_then(|compiler| compiler.compile_timed(&grammar, &timed));
+            let compile = || {
+                let (grammar, made) = make()?;
+                let compiled = this.compiler()?.compile_timed(&grammar, &timed)?;
+                Ok((compiled, made))
+            };
+            let compiled = compile();
             drop(place);
             compiled
         });
@@ -118,7 +122,7 @@ impl Grammars {
         tokio::select! {
             biased;
             compiled = work => match compiled {
-                Ok(Ok(state)) => Ok(state),
+                Ok(Ok(compiled)) => Ok(compiled),
                 Ok(Err(error @ GrammarError::Vocabulary { .. })) => Err(internal(&error)),
                 Ok(Err(error)) => Err(invalid(format_args!("{error}"))),
                 Err(panicked) => Err(internal(&panicked)),
@@ -192,8 +196,9 @@ mod tests {
     }
 
     async fn compile(grammars: &Arc<Grammars>) -> Result<GrammarState, ApiError> {
-        let grammar = Grammar::Regex("ab".to_owned());
-        grammars.compile(grammar, "guided_regex", "Invalid expression").await
+        let make = || Ok((Grammar::Regex("ab".to_owned()), ()));
+        let compiled = grammars.compile(make, "guided_regex", "Invalid expression").await;
+        compiled.map(|(state, ())| state)
     }
 
     #[tokio::test]

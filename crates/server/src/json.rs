@@ -61,8 +61,12 @@ pub(crate) fn push_escaped(out: &mut BytesMut, text: &str) {
 
 /// Appends a value, escaped as [`push_escaped`] has it.
 pub(crate) fn push_value(out: &mut BytesMut, value: &serde_json::Value) {
+    push_json(out, &value.to_string());
+}
+
+/// Appends JSON that was written by somebody else, escaped as [`push_escaped`] has it.
+pub(crate) fn push_json(out: &mut BytesMut, text: &str) {
     // Outside of strings none of these can occur.
-    let text = value.to_string();
     let mut written = 0;
     for (at, character) in text.char_indices() {
         if matches!(character, '\u{7f}' | '\u{85}' | '\u{2028}' | '\u{2029}') {

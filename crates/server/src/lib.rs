@@ -8,7 +8,7 @@
 //! | `sse` | streaming: when the status is sent, frames, keep-alive |
 //! | `tokenize`, `probes`, `page`, `openapi` | the small endpoints; the page at `/`; what all of them take and give |
 //! | `access`, `access_log`, `record` | who may come in; a line in the log for each request; what it says |
-//! | `error`, `extract`, `lenient`, `request_id` | every error; bodies; JSON as clients send it; `x-request-id` |
+//! | `error`, `extract`, `lenient`, `bounded`, `request_id` | every error; bodies; JSON as clients send it, and how much of it; `x-request-id` |
 //! | [`traces`] | a span for each request, to a collector |
 //! | [`metrics`] | what `/metrics` shows, and that every request is counted once |
 //! | [`cli`], [`config`], `units` | what can be typed; what it means |
@@ -21,6 +21,7 @@
 pub mod access;
 mod access_log;
 pub mod bench;
+mod bounded;
 pub mod check;
 pub mod cli;
 pub mod config;

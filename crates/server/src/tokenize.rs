@@ -29,7 +29,7 @@ struct Detokenized {
 /// `POST /tokenize`: a prompt, or messages.
 pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
-    let body: TokenizeBody = read_json(&state, &parts.headers, body).await?;
+    let (body, _room): (TokenizeBody, _) = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     let tokens = match (body.prompt, body.messages) {
         (Some(text), None) => {
@@ -76,7 +76,7 @@ pub(crate) async fn tokenize(State(state): State<AppState>, request: Request) ->
 /// `POST /detokenize`.
 pub(crate) async fn detokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
-    let body: DetokenizeBody = read_json(&state, &parts.headers, body).await?;
+    let (body, _room): (DetokenizeBody, _) = read_json(&state, &parts.headers, body).await?;
     let model = state.served_model(body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::missing("tokens"))?;
     check_num_tokens(model, tokens.len(), "tokens")?;

@@ -18,6 +18,8 @@ mod engine_trouble;
 mod extras;
 #[path = "../../text/tests/text/hostile.rs"]
 mod hostile;
+#[path = "http/large.rs"]
+mod large;
 #[path = "http/logprobs.rs"]
 mod logprobs;
 #[path = "http/openapi.rs"]

@@ -13,6 +13,7 @@ pub(super) async fn prompts(
     model: &ServedModel,
     body: GenerationBody,
     params: &Params,
+    instructions: Option<String>,
 ) -> Result<Prompts, ApiError> {
     let wants_echo = body.echo.is_some_and(|Flag(echo)| echo);
     let echoes = body
@@ -24,7 +25,7 @@ pub(super) async fn prompts(
     let chat = Chat {
         end: prompt_end(body.add_generation_prompt, body.continue_final_message)?,
         messages: body.messages,
-        instructions: params.tools.as_ref().map(|tools| tools.calls.instructions()),
+        instructions,
         template: body.chat_template,
         variables: body.chat_template_kwargs,
         truncation: params.truncation,

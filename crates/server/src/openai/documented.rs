@@ -69,7 +69,7 @@ impl RequestType {
         };
         Self {
             fields: fields.into_iter().collect(),
-            read: |value| serde_json::from_value::<T>(value).map(drop),
+            read: |value| serde_json::from_str::<T>(&value.to_string()).map(drop),
         }
     }
 }

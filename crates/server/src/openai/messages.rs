@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 
 use lapidary_text::{Message, SystemRole, tool_calls};
-use serde_json::Value;
 
-use super::types::{ChatMessage, Content, ContentPart, ToolCall};
+use super::types::{Arguments, ChatMessage, Content, ContentPart, ToolCall};
 use crate::error::{ApiError, shorten};
 use crate::lenient::Object;
 
@@ -60,11 +59,9 @@ fn add_calls(message: &mut Message, calls: Vec<Object<ToolCall>>, names: &mut Ha
             continue;
         };
         let name = function.name.unwrap_or_default();
-        let arguments = match function.arguments {
-            Some(Value::String(text)) => text,
-            Some(value) => value.to_string(),
-            None => "{}".to_owned(),
-        };
+        let arguments = function
+            .arguments
+            .map_or_else(|| "{}".to_owned(), |Arguments(text)| text);
         if !message.content.is_empty() {
             message.content.push('\n');
         }

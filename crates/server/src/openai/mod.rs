@@ -37,6 +37,7 @@ pub(crate) use self::params::{Params, Streaming};
 use self::answer::{BodyWriter, ChunkWriter, Head, StreamWriter, WholeWriter};
 use self::logprobs::TokenNames;
 use self::responses::{ResponsesBody, ResponsesWriter, Settings};
+use self::tools::Held;
 use self::types::GenerationBody;
 use self::vocabulary::Vocabulary;
 use crate::constraint::AnswerConstraint;
@@ -249,11 +250,12 @@ async fn start(
         request_id,
         arrival,
     };
+    // The body's room is kept for as long as the body may wait.
     if endpoint != Endpoint::Responses {
-        let body: GenerationBody = read_json(state, &request.headers, body).await?;
+        let (body, _room): (GenerationBody, _) = read_json(state, &request.headers, body).await?;
         return submit(state, request, body, None).await;
     }
-    let body: ResponsesBody = read_json(state, &request.headers, body).await?;
+    let (body, _room): (ResponsesBody, _) = read_json(state, &request.headers, body).await?;
     let (chat, settings, places) = responses::chat(body)?;
     let started = submit(state, request, chat, Some(settings)).await;
     started.map_err(|error| responses::rename(error, &places))
@@ -369,10 +371,10 @@ impl<'a> Checked<'a> {
         body: GenerationBody,
     ) -> Result<Prepared<'a>, ApiError> {
         let Self { model, params, .. } = self;
-        let grammar = tools::compile(model, &params).await?;
+        let Held { grammar, instructions } = tools::compile(model, &params).await?;
         let rules = Vocabulary::rules(&params, state, model).await?;
         let prompts = match endpoint {
-            Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params).await?,
+            Endpoint::Chat | Endpoint::Responses => chat::prompts(state, model, body, &params, instructions).await?,
             Endpoint::Completions => completions::prompts(state, model, body, &params).await?,
         };
         check_lengths(endpoint, &prompts.tokens, model, &params)?;

@@ -17,12 +17,6 @@ use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::state::{Limits, ServedModel};
 
-/// Stop tokens of one request, beside the model's own.
-const MAX_STOP_TOKEN_IDS: usize = 256;
-
-/// Biased tokens of one request: each costs a write a step.
-const MAX_LOGIT_BIASES: usize = 1024;
-
 /// `max_tokens` of a completion that does not say: OpenAI's.
 const DEFAULT_COMPLETION_TOKENS: u32 = 16;
 
@@ -384,13 +378,6 @@ fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId,
     let Some(LogitBias(entries)) = bias else {
         return Ok(Vec::new());
     };
-    if entries.len() > MAX_LOGIT_BIASES {
-        let message = format!(
-            "logit_bias has {} entries, the limit is {MAX_LOGIT_BIASES}.",
-            entries.len()
-        );
-        return Err(ApiError::invalid("logit_bias", message));
-    }
     let (mut biases, mut bad_keys) = (Vec::with_capacity(entries.len()), Vec::new());
     for (key, Number(value)) in entries {
         match key.trim().parse::<i64>() {
@@ -401,7 +388,7 @@ fn logit_bias(bias: Option<&LogitBias>, vocab_size: u32) -> Result<Vec<(TokenId,
                     return Err(ApiError::invalid("logit_bias", message));
                 }
             },
-            Err(_) => bad_keys.push(key.as_str()),
+            Err(_) => bad_keys.push(shorten(key)),
         }
     }
     if !bad_keys.is_empty() {
@@ -451,13 +438,6 @@ fn stop_tokens(
     ignore_eos: bool,
 ) -> Result<(Arc<[TokenId]>, bool), ApiError> {
     let given = body.stop_token_ids.as_deref().unwrap_or_default();
-    if given.len() > MAX_STOP_TOKEN_IDS {
-        let message = format!(
-            "stop_token_ids has {} entries, the limit is {MAX_STOP_TOKEN_IDS}.",
-            given.len()
-        );
-        return Err(ApiError::invalid("stop_token_ids", message));
-    }
     let asked = given.iter().enumerate().map(|(index, &Int(id))| {
         TokenId::try_from(id)
             .ok()

@@ -8,7 +8,7 @@ use lapidary_text::{
 };
 
 use super::messages::{convert, instruct};
-use super::types::ChatMessage;
+use super::types::{Arguments, ChatMessage, Content, VariablesText};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Object};
 use crate::state::{AppState, ServedModel};
@@ -16,6 +16,9 @@ use crate::state::{AppState, ServedModel};
 /// Texts up to this many bytes are tokenised where they are: at 0.25 us a byte they hold up other requests for half a
 /// millisecond at most, and a hop to another thread costs a tenth of that.
 pub(super) const MAX_INLINE_BYTES: usize = 2048;
+
+/// What rendering a message costs beside its text, as text.
+const MESSAGE_BYTES: usize = 64;
 
 /// Texts of up to so many contexts are tokenised where what does not fit is cut off.
 const MAX_TRUNCATED_CONTEXTS: usize = 16;
@@ -86,18 +89,18 @@ pub(crate) async fn encode(
     }
     let tokenizer = Arc::clone(&model.tokenizer);
     let work = move || {
-        let encoded = sources
-            .iter()
-            .map(|source| source.encode(&tokenizer, truncation).map(Arc::from));
-        encoded.collect::<Result<Vec<_>, _>>()
+        let encoded = sources.iter().map(|source| source.encode(&tokenizer, truncation));
+        encoded
+            .map(|tokens| tokens.map(Arc::from))
+            .collect::<Result<Vec<_>, _>>()
     };
-    state
-        .compute(num_bytes > MAX_INLINE_BYTES, work)
-        .await?
-        .map_err(|error| {
-            tracing::warn!(error = &error as &dyn std::error::Error, "text could not be tokenised");
-            ApiError::invalid(param, "The text cannot be tokenised.")
-        })
+    let encoded = state.compute(num_bytes > MAX_INLINE_BYTES, work).await?;
+    encoded.map_err(|error| untokenisable(&error, param))
+}
+
+fn untokenisable(error: &TokenizerError, param: &'static str) -> ApiError {
+    tracing::warn!(error = error as &dyn std::error::Error, "text could not be tokenised");
+    ApiError::invalid(param, "The text cannot be tokenised.")
 }
 
 /// Refuses a text of so many bytes if no tokenisation of it fits, or if too much of it would be cut.
@@ -134,42 +137,83 @@ pub(crate) struct Chat {
     /// The client's own template.
     pub(crate) template: Option<String>,
     /// The client's variables.
-    pub(crate) variables: Option<Object<TemplateVariables>>,
+    pub(crate) variables: Option<VariablesText>,
     /// What is left of the prompt.
     pub(crate) truncation: Option<Truncation>,
 }
 
-/// Renders and tokenises a chat with the model's template, or the client's where clients are trusted that far.
-pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
-    let Chat {
-        messages,
-        instructions,
-        end,
-        template,
-        variables,
-        truncation,
-    } = chat;
-    let variables = variables.map(|Object(variables)| variables).unwrap_or_default();
-    check_variables(&variables, template.is_some(), state.limits.trust_request_chat_template)?;
-    let messages = convert_all(model, messages, instructions, truncation)?;
-    let rendered = match template {
-        None => {
-            let template = own_template(model)?;
-            template
-                .render_with(&messages, end, &variables)
-                .map_err(|error| template_error(&error))?
-        }
-        Some(source) => {
-            let (tokenizer, system_role) = (Arc::clone(&model.tokenizer), model.system_role);
-            let render = move || {
-                ChatTemplate::from_client(&source, &tokenizer, system_role)?.render_with(&messages, end, &variables)
-            };
-            let rendered = state.compute(true, render).await?;
-            rendered.map_err(|error| client_template_error(&error))?
+impl Chat {
+    /// About how much text there is to render.
+    fn num_bytes(&self) -> usize {
+        let messages = self.messages.iter().flatten();
+        let messages: usize = messages.map(|Object(message)| MESSAGE_BYTES + num_bytes(message)).sum();
+        let instructions = self.instructions.as_ref().map_or(0, String::len);
+        let variables = self.variables.as_ref().map_or(0, |variables| variables.as_str().len());
+        messages + instructions + variables
+    }
+
+    /// Renders and tokenises it, however long that takes.
+    fn encode(self, model: &ServedModel, is_trusted: bool) -> Result<Arc<[TokenId]>, ApiError> {
+        let variables = self
+            .variables
+            .as_ref()
+            .map_or_else(|| Ok(TemplateVariables::new()), variables)?;
+        check_variables(&variables, self.template.is_some(), is_trusted)?;
+        let messages = convert_all(model, self.messages, self.instructions, self.truncation)?;
+        let rendered = match self.template {
+            None => own_template(model)?
+                .render_with(&messages, self.end, &variables)
+                .map_err(|error| template_error(&error)),
+            Some(source) => ChatTemplate::from_client(&source, &model.tokenizer, model.system_role)
+                .and_then(|template| template.render_with(&messages, self.end, &variables))
+                .map_err(|error| client_template_error(&error)),
+        };
+        let source = Source::Chat(rendered?);
+        check_bytes(model, source.text().len(), self.truncation, "messages")?;
+        let tokens = source.encode(&model.tokenizer, self.truncation);
+        tokens.map(Arc::from).map_err(|error| untokenisable(&error, "messages"))
+    }
+}
+
+/// Bytes of what a message says.
+fn num_bytes(message: &ChatMessage) -> usize {
+    let content = match &message.content {
+        None => 0,
+        Some(Content::Text(text)) => text.len(),
+        Some(Content::Parts(parts)) => {
+            let texts = parts.iter().flat_map(|part| [&part.text, &part.refusal]);
+            texts.flatten().map(String::len).sum()
         }
     };
-    let encoded = encode(state, model, vec![Source::Chat(rendered)], truncation, "messages").await?;
-    Ok(encoded.into_iter().next().expect("one source was encoded"))
+    let calls = message.tool_calls.iter().flatten();
+    let functions = calls.filter_map(|Object(call)| call.function.as_ref());
+    let arguments = functions.filter_map(|Object(function)| function.arguments.as_ref());
+    content + arguments.map(|Arguments(text)| text.len()).sum::<usize>()
+}
+
+/// Renders and tokenises a chat with the model's template, or the client's where clients are trusted that far.
+pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
+    let is_trusted = state.limits.trust_request_chat_template;
+    if chat.template.is_none() && chat.num_bytes() <= MAX_INLINE_BYTES {
+        return chat.encode(model, is_trusted);
+    }
+    let state_there = state.clone();
+    let encode = move || match state_there.model.get() {
+        Some(model) => chat.encode(model, is_trusted),
+        None => Err(ApiError::Internal {
+            is_deterministic: false,
+        }),
+    };
+    state.compute(true, encode).await?
+}
+
+/// The client's variables. They stay text for as long as they wait.
+fn variables(text: &VariablesText) -> Result<TemplateVariables, ApiError> {
+    text.parse().map_err(|error| ApiError::InvalidRequest {
+        message: format!("Invalid value for 'chat_template_kwargs': {error}."),
+        param: Some("chat_template_kwargs".into()),
+        code: Some("invalid_type"),
+    })
 }
 
 fn own_template(model: &ServedModel) -> Result<&ChatTemplate, ApiError> {

@@ -57,7 +57,7 @@ pub(crate) async fn completions(state: State<AppState>, request: Request) -> Res
 
 async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let (parts, body) = request.into_parts();
-    let body: GenerationBody = read_json(&state, &parts.headers, body).await?;
+    let (body, _room): (GenerationBody, _) = read_json(&state, &parts.headers, body).await?;
     let Prepared {
         model, params, prompts, ..
     } = check(endpoint, &state, &parts.headers, &body)?

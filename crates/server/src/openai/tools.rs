@@ -3,18 +3,21 @@
 //! Gemma-2 has no form for calls. The functions go into the prompt, the answer is held to a form by a grammar
 //! (`lapidary_text::tool_calls`), and read back.
 
-use lapidary_text::{CallGrammar, Function, Grammar, GrammarState, Otherwise};
+use std::sync::Arc;
+
+use lapidary_text::{CallGrammar, Function, Grammar, GrammarError, GrammarState, Otherwise};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::params::Params;
-use super::structured::Form;
-use super::types::{Choice, GenerationBody, Tool};
+use super::structured::{Form, FormText, not_json};
+use super::types::{Choice, GenerationBody, SchemaText, Tool};
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Object};
 use crate::state::ServedModel;
 
-/// Functions of one request: OpenAI's limit.
-const MAX_TOOLS: usize = 128;
+/// Bytes of all functions of one request, those that may not be called included: many times what a prompt has room for.
+const MAX_TOOLS_BYTES: usize = 1 << 20;
 
 /// Bytes of a function's name: OpenAI's limit.
 const MAX_NAME_BYTES: usize = 64;
@@ -22,8 +25,7 @@ const MAX_NAME_BYTES: usize = 64;
 /// The functions of a request.
 #[derive(Debug)]
 pub(crate) struct Tools {
-    /// What an answer may be.
-    pub(crate) calls: CallGrammar,
+    calls: Arc<CallTexts>,
     /// Some function asks for its schema to be kept, so none may be let go.
     is_strict: bool,
 }
@@ -31,7 +33,71 @@ pub(crate) struct Tools {
 impl Tools {
     /// Whether the answer has to be a call.
     pub(crate) fn is_forced(&self) -> bool {
-        self.calls.otherwise == Otherwise::Never
+        matches!(self.calls.otherwise, Beside::Nothing)
+    }
+}
+
+/// What an answer may be; schemas as text, since it may wait for others to be compiled.
+#[derive(Debug)]
+struct CallTexts {
+    functions: Vec<FunctionText>,
+    is_parallel: bool,
+    otherwise: Beside,
+}
+
+#[derive(Debug)]
+struct FunctionText {
+    name: String,
+    description: Option<String>,
+    /// An object.
+    parameters: Option<SchemaText>,
+}
+
+/// What an answer may be beside calls.
+#[derive(Debug)]
+enum Beside {
+    Nothing,
+    Text,
+    /// Of JSON.
+    Form(Arc<FormText>),
+}
+
+impl CallTexts {
+    fn grammar(&self) -> Result<CallGrammar, GrammarError> {
+        let otherwise = match &self.otherwise {
+            Beside::Nothing => Otherwise::Never,
+            Beside::Text => Otherwise::Text,
+            Beside::Form(form) => match form.grammar()? {
+                Grammar::JsonSchema(schema) => Otherwise::Json(schema),
+                _ => Otherwise::Json(json!({ "type": "object" })),
+            },
+        };
+        Ok(CallGrammar {
+            functions: self
+                .functions
+                .iter()
+                .map(FunctionText::function)
+                .collect::<Result<_, _>>()?,
+            is_parallel: self.is_parallel,
+            otherwise,
+        })
+    }
+}
+
+impl FunctionText {
+    fn function(&self) -> Result<Function, GrammarError> {
+        let mut parameters = match &self.parameters {
+            None => json!({ "properties": {}, "additionalProperties": false }),
+            Some(text) => text.parse::<Value>().map_err(|error| not_json(&error))?,
+        };
+        if parameters.get("type").is_none() {
+            parameters["type"] = json!("object");
+        }
+        Ok(Function {
+            name: self.name.clone(),
+            description: self.description.clone(),
+            parameters,
+        })
     }
 }
 
@@ -50,13 +116,7 @@ pub(super) fn tools(body: &GenerationBody, form: Option<&Form>) -> Result<Option
     let Some(tools) = body.tools.as_deref() else {
         return Ok(None);
     };
-    if tools.len() > MAX_TOOLS {
-        return Err(ApiError::InvalidRequest {
-            message: format!("tools has {} functions, the limit is {MAX_TOOLS}.", tools.len()),
-            param: Some("tools".into()),
-            code: Some("array_above_max_length"),
-        });
-    }
+    check_bytes(tools)?;
     let functions = tools
         .iter()
         .enumerate()
@@ -65,7 +125,7 @@ pub(super) fn tools(body: &GenerationBody, form: Option<&Form>) -> Result<Option
     let otherwise = match mode {
         Mode::None => return Ok(None),
         Mode::Auto => otherwise(form)?,
-        Mode::Required => Otherwise::Never,
+        Mode::Required => Beside::Nothing,
         Mode::Named(name) => {
             functions.retain(|(function, _)| function.name == name);
             functions.truncate(1);
@@ -73,43 +133,77 @@ pub(super) fn tools(body: &GenerationBody, form: Option<&Form>) -> Result<Option
                 let message = "The tool specified in `tool_choice` does not match any of the specified `tools`.";
                 return Err(ApiError::invalid("tool_choice", message));
             }
-            Otherwise::Never
+            Beside::Nothing
         }
     };
     let is_strict = functions.iter().any(|(_, is_strict)| *is_strict);
     Ok(Some(Tools {
-        calls: CallGrammar {
+        calls: Arc::new(CallTexts {
             functions: functions.into_iter().map(|(function, _)| function).collect(),
             is_parallel: body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
             otherwise,
-        },
+        }),
         is_strict,
     }))
 }
 
-/// What a request's answers are held to, compiled.
-pub(super) async fn compile(model: &ServedModel, params: &Params) -> Result<Option<GrammarState>, ApiError> {
+fn check_bytes(tools: &[Object<Tool>]) -> Result<(), ApiError> {
+    let functions = tools.iter().filter_map(|Object(tool)| tool.function.as_ref());
+    let num_bytes: usize = functions.map(|Object(function)| function.num_bytes()).sum();
+    if num_bytes <= MAX_TOOLS_BYTES {
+        return Ok(());
+    }
+    Err(ApiError::InvalidRequest {
+        message: format!("tools has {num_bytes} bytes, the limit is {MAX_TOOLS_BYTES}."),
+        param: Some("tools".into()),
+        code: Some("string_above_max_length"),
+    })
+}
+
+/// What a request's answers are held to, and what a prompt has to say of that.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) grammar: Option<GrammarState>,
+    pub(super) instructions: Option<String>,
+}
+
+/// Compiles what a request's answers are held to.
+pub(super) async fn compile(model: &ServedModel, params: &Params) -> Result<Held, ApiError> {
     let grammars = &model.grammars;
     match (&params.tools, &params.form) {
         (Some(tools), _) => {
             let what = "Invalid schema among the functions of 'tools'";
-            let compiled = grammars
-                .compile(Grammar::Calls(tools.calls.clone()), "tools", what)
-                .await;
-            match compiled {
+            let make = |keeps_schemas: bool| {
+                let calls = Arc::clone(&tools.calls);
+                move || {
+                    let calls = calls.grammar()?;
+                    let instructions = calls.instructions();
+                    let calls = if keeps_schemas { calls } else { calls.without_schemas() };
+                    Ok((Grammar::Calls(calls), instructions))
+                }
+            };
+            let compiled = match grammars.compile(make(true), "tools", what).await {
                 // Schemas that nobody insists on may say more than can be kept: any object will do then.
                 Err(ApiError::InvalidRequest { .. }) if !tools.is_strict => {
-                    let lenient = Grammar::Calls(tools.calls.without_schemas());
-                    grammars.compile(lenient, "tools", what).await.map(Some)
+                    grammars.compile(make(false), "tools", what).await
                 }
-                compiled => compiled.map(Some),
-            }
+                compiled => compiled,
+            };
+            compiled.map(|(grammar, instructions)| Held {
+                grammar: Some(grammar),
+                instructions: Some(instructions),
+            })
         }
         (None, Some(form)) => {
-            let compiled = grammars.compile(form.grammar.clone(), &form.param, &form.what);
-            compiled.await.map(Some)
+            let text = Arc::clone(&form.text);
+            let make = move || Ok((text.grammar()?, ()));
+            let (grammar, ()) = grammars.compile(make, &form.param, &form.what).await?;
+            Ok(Held {
+                grammar: Some(grammar),
+                instructions: None,
+            })
         }
-        (None, None) => Ok(None),
+        (None, None) => Ok(Held::default()),
     }
 }
 
@@ -162,7 +256,7 @@ fn refuse_function_call(body: &GenerationBody) -> Result<(), ApiError> {
     }
 }
 
-fn function(index: usize, tool: &Tool) -> Result<(Function, bool), ApiError> {
+fn function(index: usize, tool: &Tool) -> Result<(FunctionText, bool), ApiError> {
     let invalid = |field: &str, message: &str| ApiError::invalid(format!("tools[{index}].{field}"), message);
     if let Some(kind) = tool.r#type.as_deref().filter(|kind| *kind != "function") {
         let message = format!("Tools of type '{}' are not supported.", shorten(kind));
@@ -177,31 +271,39 @@ fn function(index: usize, tool: &Tool) -> Result<(Function, bool), ApiError> {
         let message = "A function's name must be 1 to 64 letters, digits, underscores, dots and dashes.";
         return Err(invalid("function.name", message));
     }
-    let mut parameters = match &function.parameters {
-        None => json!({ "properties": {}, "additionalProperties": false }),
-        Some(schema @ Value::Object(_)) => schema.clone(),
-        Some(_) => return Err(invalid("function.parameters", "parameters must be a JSON schema.")),
-    };
-    match parameters.get("type") {
-        None => parameters["type"] = json!("object"),
-        Some(kind) if kind == "object" => {}
-        Some(_) => return Err(invalid("function.parameters", "parameters must be of type 'object'.")),
+    if let Some(schema) = &function.parameters {
+        #[derive(serde::Deserialize)]
+        struct Typed<'a> {
+            #[serde(borrow)]
+            r#type: Option<&'a RawValue>,
+        }
+        let typed = serde_json::from_str(schema.as_str());
+        let Ok(Typed { r#type }) = typed
+            .map_err(drop)
+            .and_then(|typed| schema.is_object().then_some(typed).ok_or(()))
+        else {
+            return Err(invalid("function.parameters", "parameters must be a JSON schema."));
+        };
+        if r#type.is_some_and(|kind| kind.get() != "\"object\"") {
+            return Err(invalid("function.parameters", "parameters must be of type 'object'."));
+        }
     }
-    let described = Function {
+    let described = FunctionText {
         name,
         description: function.description.clone(),
-        parameters,
+        parameters: function.parameters.clone(),
     };
     Ok((described, function.strict == Some(Flag(true))))
 }
 
 /// What an answer may be that calls nothing.
-fn otherwise(form: Option<&Form>) -> Result<Otherwise, ApiError> {
-    match form.map(|form| &form.grammar) {
-        None => Ok(Otherwise::Text),
-        Some(Grammar::JsonObject) => Ok(Otherwise::Json(json!({ "type": "object" }))),
-        Some(Grammar::JsonSchema(schema)) => Ok(Otherwise::Json(schema.clone())),
-        Some(_) => Err(ApiError::unsupported(
+fn otherwise(form: Option<&Form>) -> Result<Beside, ApiError> {
+    let Some(form) = form else { return Ok(Beside::Text) };
+    match *form.text {
+        FormText::JsonObject | FormText::JsonSchema(_) | FormText::QuotedSchema(_) => {
+            Ok(Beside::Form(Arc::clone(&form.text)))
+        }
+        FormText::Regex(_) | FormText::Choice(_) | FormText::Lark(_) => Err(ApiError::unsupported(
             "tools",
             "Beside tools that may be called, only JSON and JSON schemas can be kept to.",
         )),

@@ -3,12 +3,52 @@
 
 use std::fmt;
 
-use lapidary_text::TemplateVariables;
+use lapidary_text::grammar::MAX_SCHEMA_BYTES;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::Value;
+use serde_json::value::RawValue;
 
+use crate::bounded::{Element, JsonText, Worth, elements, list, too_many, without_white_space};
 use crate::lenient::{Flag, Int, Number, Object};
+
+/// Messages, items, and parts or calls of one of them: more than any context has room for.
+pub(crate) const MAX_MESSAGES: usize = 64 << 10;
+
+/// Functions of one request: OpenAI's limit.
+pub(crate) const MAX_TOOLS: usize = 128;
+
+/// Prompts of one request. Far fewer may run, which is checked with the numbers.
+const MAX_PROMPTS: usize = 16 << 10;
+
+/// Token ids of all prompts of one request: 512 contexts.
+const MAX_PROMPT_IDS: usize = 4 << 20;
+
+/// Stop strings. Far fewer are allowed, which is checked with the numbers.
+const MAX_STOPS: usize = 1024;
+
+/// Stop tokens of one request, beside the model's own.
+const MAX_STOP_TOKEN_IDS: usize = 256;
+
+/// Biased tokens of one request: each costs a write a step.
+const MAX_LOGIT_BIASES: usize = 1024;
+
+/// Tokens that an answer may use: twice the vocabulary of Gemma.
+const MAX_ALLOWED_TOKEN_IDS: usize = 512 << 10;
+
+/// Banned words of one request: each is tokenised twice.
+const MAX_BAD_WORDS: usize = 1024;
+
+/// Choices of one list: more are longer than a list of them may be.
+const MAX_CHOICES: usize = 32 << 10;
+
+/// Short names from a short list.
+pub(crate) const MAX_NAMES: usize = 64;
+
+/// A schema, or a string whose text is one: that takes more, since its quotes are escaped.
+pub(crate) type SchemaText = JsonText<{ 2 * MAX_SCHEMA_BYTES }>;
+
+/// Values for a template. The known ones are switches.
+pub(crate) type VariablesText = JsonText<{ 64 << 10 }>;
 
 /// Body of `/v1/chat/completions` and `/v1/completions`. They share all but a handful of fields; a field of the other
 /// endpoint is accepted and ignored.
@@ -16,6 +56,7 @@ use crate::lenient::{Flag, Int, Number, Object};
 #[serde(default)]
 pub(crate) struct GenerationBody {
     pub(crate) model: Option<String>,
+    #[serde(deserialize_with = "list::<MAX_MESSAGES, _, _>")]
     pub(crate) messages: Option<Vec<Object<ChatMessage>>>,
     pub(crate) prompt: Option<Prompt>,
     pub(crate) stream: Option<Flag>,
@@ -33,10 +74,13 @@ pub(crate) struct GenerationBody {
     pub(crate) frequency_penalty: Option<Number>,
     pub(crate) repetition_penalty: Option<Number>,
     pub(crate) logit_bias: Option<LogitBias>,
+    #[serde(deserialize_with = "list::<MAX_ALLOWED_TOKEN_IDS, _, _>")]
     pub(crate) allowed_token_ids: Option<Vec<Int>>,
+    #[serde(deserialize_with = "list::<MAX_BAD_WORDS, _, _>")]
     pub(crate) bad_words: Option<Vec<String>>,
     pub(crate) seed: Option<Int>,
     pub(crate) stop: Option<Stop>,
+    #[serde(deserialize_with = "list::<MAX_STOP_TOKEN_IDS, _, _>")]
     pub(crate) stop_token_ids: Option<Vec<Int>>,
     pub(crate) ignore_eos: Option<Flag>,
     pub(crate) include_stop_str_in_output: Option<Flag>,
@@ -55,22 +99,25 @@ pub(crate) struct GenerationBody {
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
     pub(crate) chat_template: Option<String>,
-    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
+    pub(crate) chat_template_kwargs: Option<VariablesText>,
     pub(crate) truncate_prompt_tokens: Option<Int>,
     pub(crate) truncation_side: Option<String>,
     pub(crate) response_format: Option<Object<ResponseFormat>>,
+    #[serde(deserialize_with = "list::<MAX_TOOLS, _, _>")]
     pub(crate) tools: Option<Vec<Object<Tool>>>,
     pub(crate) parallel_tool_calls: Option<Flag>,
     pub(crate) tool_choice: Option<Choice>,
     pub(crate) function_call: Option<Choice>,
+    #[serde(deserialize_with = "list::<MAX_NAMES, _, _>")]
     pub(crate) modalities: Option<Vec<String>>,
     pub(crate) audio: Extension,
     pub(crate) prediction: Extension,
     pub(crate) suffix: Extension,
     pub(crate) use_beam_search: Extension,
     pub(crate) structured_outputs: Option<Object<StructuredOutputs>>,
-    pub(crate) guided_json: Option<Value>,
+    pub(crate) guided_json: Option<SchemaText>,
     pub(crate) guided_regex: Option<String>,
+    #[serde(deserialize_with = "list::<MAX_CHOICES, _, _>")]
     pub(crate) guided_choice: Option<Vec<String>>,
     pub(crate) guided_grammar: Option<String>,
     pub(crate) prompt_embeds: Extension,
@@ -83,13 +130,14 @@ pub(crate) struct GenerationBody {
 pub(crate) struct TokenizeBody {
     pub(crate) model: Option<String>,
     pub(crate) prompt: Option<String>,
+    #[serde(deserialize_with = "list::<MAX_MESSAGES, _, _>")]
     pub(crate) messages: Option<Vec<Object<ChatMessage>>>,
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,
     pub(crate) return_token_strs: Option<Flag>,
     pub(crate) chat_template: Option<String>,
-    pub(crate) chat_template_kwargs: Option<Object<TemplateVariables>>,
+    pub(crate) chat_template_kwargs: Option<VariablesText>,
 }
 
 /// Body of `/detokenize`.
@@ -97,6 +145,7 @@ pub(crate) struct TokenizeBody {
 #[serde(default)]
 pub(crate) struct DetokenizeBody {
     pub(crate) model: Option<String>,
+    #[serde(deserialize_with = "list::<MAX_PROMPT_IDS, _, _>")]
     pub(crate) tokens: Option<Vec<Int>>,
 }
 
@@ -107,10 +156,22 @@ pub(crate) struct ChatMessage {
     pub(crate) role: Option<String>,
     pub(crate) content: Option<Content>,
     /// Of an assistant.
+    #[serde(deserialize_with = "list::<MAX_MESSAGES, _, _>")]
     pub(crate) tool_calls: Option<Vec<Object<ToolCall>>>,
     /// Of a tool: what it answers.
     pub(crate) tool_call_id: Option<String>,
     pub(crate) name: Option<String>,
+}
+
+impl Element for ChatMessage {
+    fn worth(&self) -> Worth {
+        let may_be_empty = matches!(self.role.as_deref(), Some("assistant" | "tool" | "function"));
+        match &self.content {
+            None if !may_be_empty => Worth::Last,
+            _ if self.role.is_none() => Worth::Last,
+            _ => Worth::Kept,
+        }
+    }
 }
 
 /// A call that an assistant made.
@@ -121,14 +182,26 @@ pub(crate) struct ToolCall {
     pub(crate) function: Option<Object<CalledFunction>>,
 }
 
+impl Element for ToolCall {
+    fn worth(&self) -> Worth {
+        match self.function {
+            None => Worth::Dropped,
+            Some(_) => Worth::Kept,
+        }
+    }
+}
+
 /// What was called, and with what.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
 pub(crate) struct CalledFunction {
     pub(crate) name: Option<String>,
-    /// JSON as text; some clients send the JSON itself.
-    pub(crate) arguments: Option<Value>,
+    pub(crate) arguments: Option<Arguments>,
 }
+
+/// JSON as text; some clients send the JSON itself.
+#[derive(Debug)]
+pub(crate) struct Arguments(pub(crate) String);
 
 /// One of `tools`.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -138,14 +211,24 @@ pub(crate) struct Tool {
     pub(crate) function: Option<Object<ToolFunction>>,
 }
 
+impl Element for Tool {}
+
 /// A function that may be called.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
 pub(crate) struct ToolFunction {
     pub(crate) name: Option<String>,
     pub(crate) description: Option<String>,
-    pub(crate) parameters: Option<Value>,
+    pub(crate) parameters: Option<SchemaText>,
     pub(crate) strict: Option<Flag>,
+}
+
+impl ToolFunction {
+    /// Bytes of what it says.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let parameters = self.parameters.as_ref().map_or("", SchemaText::as_str);
+        self.description.as_ref().map_or(0, String::len) + parameters.len()
+    }
 }
 
 /// A message's content: text, or parts.
@@ -164,6 +247,15 @@ pub(crate) struct ContentPart {
     pub(crate) r#type: Option<String>,
     pub(crate) text: Option<String>,
     pub(crate) refusal: Option<String>,
+}
+
+impl Element for ContentPart {
+    fn worth(&self) -> Worth {
+        match self.text.is_some() || self.refusal.is_some() {
+            true => Worth::Kept,
+            false => Worth::Last,
+        }
+    }
 }
 
 /// What a completion continues.
@@ -213,15 +305,16 @@ pub(crate) struct ResponseFormat {
 #[serde(default)]
 pub(crate) struct NamedSchema {
     pub(crate) name: Option<String>,
-    pub(crate) schema: Option<Value>,
+    pub(crate) schema: Option<SchemaText>,
 }
 
 /// `structured_outputs`, of which one field may be set.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
 pub(crate) struct StructuredOutputs {
-    pub(crate) json: Option<Value>,
+    pub(crate) json: Option<SchemaText>,
     pub(crate) regex: Option<String>,
+    #[serde(deserialize_with = "list::<MAX_CHOICES, _, _>")]
     pub(crate) choice: Option<Vec<String>>,
     pub(crate) grammar: Option<String>,
     pub(crate) json_object: Option<Flag>,
@@ -253,7 +346,17 @@ pub(crate) struct Extension {
 enum PromptItem {
     Text(String),
     Id(Int),
-    Ids(Vec<Int>),
+    Ids(Ids),
+}
+
+/// A list of token ids.
+#[derive(serde::Deserialize)]
+#[serde(transparent)]
+struct Ids(#[serde(deserialize_with = "ids")] Vec<Int>);
+
+fn ids<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Int>, D::Error> {
+    let ids = list::<MAX_PROMPT_IDS, _, _>(deserializer)?;
+    ids.ok_or_else(|| D::Error::custom("null is no array of token ids"))
 }
 
 impl<'de> Deserialize<'de> for Prompt {
@@ -277,9 +380,9 @@ impl<'de> Deserialize<'de> for Prompt {
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
                 match seq.next_element()? {
                     None => Ok(Prompt::Texts(Vec::new())),
-                    Some(PromptItem::Text(text)) => rest(vec![text], seq).map(Prompt::Texts),
-                    Some(PromptItem::Id(id)) => Ok(Prompt::Tokens(vec![rest(vec![id], seq)?])),
-                    Some(PromptItem::Ids(ids)) => rest(vec![ids], seq).map(Prompt::Tokens),
+                    Some(PromptItem::Text(text)) => elements(vec![text], seq, MAX_PROMPTS).map(Prompt::Texts),
+                    Some(PromptItem::Id(id)) => Ok(Prompt::Tokens(vec![elements(vec![id], seq, MAX_PROMPT_IDS)?])),
+                    Some(PromptItem::Ids(ids)) => lists(ids, seq).map(Prompt::Tokens),
                 }
             }
         }
@@ -287,11 +390,21 @@ impl<'de> Deserialize<'de> for Prompt {
     }
 }
 
-fn rest<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut items: Vec<T>, mut seq: A) -> Result<Vec<T>, A::Error> {
-    while let Some(item) = seq.next_element()? {
-        items.push(item);
+/// Lists of token ids, bounded together.
+fn lists<'de, A: SeqAccess<'de>>(first: Ids, mut seq: A) -> Result<Vec<Vec<Int>>, A::Error> {
+    let mut num_ids = first.0.len();
+    let mut lists = vec![first.0];
+    while let Some(Ids(ids)) = seq.next_element()? {
+        num_ids += ids.len();
+        if num_ids > MAX_PROMPT_IDS {
+            return Err(too_many(MAX_PROMPT_IDS));
+        }
+        if lists.len() == MAX_PROMPTS {
+            return Err(too_many(MAX_PROMPTS));
+        }
+        lists.push(ids);
     }
-    Ok(items)
+    Ok(lists)
 }
 
 impl<'de> Deserialize<'de> for PromptItem {
@@ -321,7 +434,7 @@ impl<'de> Deserialize<'de> for PromptItem {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<PromptItem, A::Error> {
-                rest(Vec::new(), seq).map(PromptItem::Ids)
+                elements(Vec::new(), seq, MAX_PROMPT_IDS).map(|ids| PromptItem::Ids(Ids(ids)))
             }
         }
         deserializer.deserialize_any(ItemVisitor)
@@ -346,15 +459,22 @@ impl<'de> Deserialize<'de> for Content {
                 Ok(Content::Text(text))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Content, A::Error> {
-                let mut parts = Vec::new();
-                while let Some(Object(part)) = seq.next_element()? {
-                    parts.push(part);
-                }
-                Ok(Content::Parts(parts))
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Content, A::Error> {
+                let parts = elements::<Object<ContentPart>, _>(Vec::new(), seq, MAX_MESSAGES)?;
+                Ok(Content::Parts(parts.into_iter().map(|Object(part)| part).collect()))
             }
         }
         deserializer.deserialize_any(ContentVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Arguments {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let json = <&RawValue>::deserialize(deserializer)?.get();
+        if json.starts_with('"') {
+            return serde_json::from_str(json).map(Self).map_err(D::Error::custom);
+        }
+        Ok(Self(without_white_space(json)))
     }
 }
 
@@ -373,7 +493,7 @@ impl<'de> Deserialize<'de> for Stop {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Stop, A::Error> {
-                rest(Vec::new(), seq).map(Stop)
+                elements(Vec::new(), seq, MAX_STOPS).map(Stop)
             }
         }
         deserializer.deserialize_any(StopVisitor)
@@ -393,6 +513,9 @@ impl<'de> Deserialize<'de> for LogitBias {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LogitBias, A::Error> {
                 let mut entries = Vec::new();
                 while let Some(entry) = map.next_entry()? {
+                    if entries.len() == MAX_LOGIT_BIASES {
+                        return Err(too_many(MAX_LOGIT_BIASES));
+                    }
                     entries.push(entry);
                 }
                 Ok(LogitBias(entries))

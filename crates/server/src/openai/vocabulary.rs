@@ -13,8 +13,7 @@ use crate::error::ApiError;
 use crate::lenient::Int;
 use crate::state::{AppState, ServedModel};
 
-/// Banned words of one request, and their bytes together: each is tokenised twice.
-const MAX_BAD_WORDS: usize = 1024;
+/// Bytes of the banned words of one request: each is tokenised twice.
 const MAX_BAD_WORD_BYTES: usize = 32 << 10;
 
 /// What a request says of the tokens that answers may use, checked.
@@ -87,13 +86,6 @@ fn allowed(ids: Option<&[Int]>, vocab_size: u32) -> Result<Option<Vec<TokenId>>,
 }
 
 fn bad_words(words: &[String]) -> Result<Arc<[String]>, ApiError> {
-    if words.len() > MAX_BAD_WORDS {
-        return Err(ApiError::InvalidRequest {
-            message: format!("bad_words has {} words, the limit is {MAX_BAD_WORDS}.", words.len()),
-            param: Some("bad_words".into()),
-            code: Some("array_above_max_length"),
-        });
-    }
     if words.iter().any(String::is_empty) {
         let message = "bad_words cannot contain an empty string.";
         return Err(ApiError::invalid("bad_words", message));

@@ -308,7 +308,7 @@ async fn faults_are_named_in_the_requests_own_words() {
         ),
         (json!({ "input": "a", "top_logprobs": 21 }), "top_logprobs"),
         (json!({ "input": "a", "metadata": 5 }), "metadata"),
-        (json!({ "input": "a", "metadata": { "a": "b", "c": 1 } }), "metadata"),
+        (json!({ "input": "a", "metadata": { "a": "b", "c": 1 } }), "metadata.c"),
         (json!({ "input": "a", "top_logprobs": -1 }), "top_logprobs"),
     ];
     let num_cases = cases.len() as u64;

@@ -2,14 +2,17 @@
 
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+use bytes::{Bytes, BytesMut};
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 
+use crate::bounded::{Element, ShortText, Worth, elements, list, too_many};
 use crate::error::{ApiError, shorten};
+use crate::json;
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::openai::types::{
-    CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, Logprobs, NamedSchema, ResponseFormat,
-    Tool, ToolCall, ToolFunction,
+    Arguments, CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, Logprobs, MAX_MESSAGES,
+    MAX_NAMES, MAX_TOOLS, NamedSchema, ResponseFormat, SchemaText, Tool, ToolCall, ToolFunction,
 };
 
 /// What `include` may name. All but the first belong to what this server's answers never have.
@@ -27,6 +30,14 @@ const INCLUDABLE: [&str; 8] = [
 /// Alternatives of a token at most: OpenAI's limit.
 const MAX_TOP_LOGPROBS: i64 = 20;
 
+/// Pairs of `metadata`, and characters of their keys and values: OpenAI's limits.
+const MAX_METADATA: usize = 16;
+type MetadataKey = ShortText<64>;
+type MetadataValue = ShortText<512>;
+
+/// A name that is only repeated.
+type Name = ShortText<1024>;
+
 /// Body of `/v1/responses`.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(default)]
@@ -38,14 +49,16 @@ pub(in crate::openai) struct ResponsesBody {
     temperature: Option<Number>,
     top_p: Option<Number>,
     top_logprobs: Option<Int>,
+    #[serde(deserialize_with = "list::<MAX_NAMES, _, _>")]
     include: Option<Vec<String>>,
     stream: Option<Flag>,
     text: Option<Object<TextOptions>>,
+    #[serde(deserialize_with = "list::<MAX_TOOLS, _, _>")]
     tools: Option<Vec<Object<FlatTool>>>,
     tool_choice: Option<FlatChoice>,
     parallel_tool_calls: Option<Flag>,
-    metadata: Option<Object<Map<String, Value>>>,
-    user: Option<String>,
+    metadata: Option<Metadata>,
+    user: Option<Name>,
     previous_response_id: Extension,
     conversation: Extension,
     background: Extension,
@@ -68,8 +81,19 @@ pub(in crate::openai) struct Item {
     content: Option<Content>,
     call_id: Option<String>,
     name: Option<String>,
-    arguments: Option<Value>,
+    arguments: Option<Arguments>,
     output: Option<Content>,
+}
+
+impl Element for Item {
+    fn worth(&self) -> Worth {
+        let (role, content) = (self.role.as_deref(), self.content.as_ref());
+        match self.r#type.as_deref() {
+            None | Some("message") if role.is_none() || content.is_none() && role != Some("assistant") => Worth::Last,
+            None | Some("message" | "function_call" | "function_call_output" | "reasoning") => Worth::Kept,
+            Some(_) => Worth::Last,
+        }
+    }
 }
 
 #[derive(Debug, Default, serde::Deserialize)]
@@ -83,8 +107,8 @@ pub(in crate::openai) struct TextOptions {
 #[serde(default)]
 pub(in crate::openai) struct FlatFormat {
     r#type: Option<String>,
-    name: Option<String>,
-    schema: Option<Value>,
+    name: Option<Name>,
+    schema: Option<SchemaText>,
 }
 
 /// A tool without its inner object.
@@ -94,8 +118,40 @@ pub(in crate::openai) struct FlatTool {
     r#type: Option<String>,
     name: Option<String>,
     description: Option<String>,
-    parameters: Option<Value>,
+    parameters: Option<SchemaText>,
     strict: Option<Flag>,
+}
+
+impl Element for FlatTool {}
+
+/// `metadata`: what its client wants to find again.
+#[derive(Debug, Default)]
+struct Metadata(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MetadataVisitor;
+        impl<'de> Visitor<'de> for MetadataVisitor {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut metadata = Metadata::default();
+                while let Some(ShortText(key)) = map.next_key::<MetadataKey>()? {
+                    if metadata.0.len() == MAX_METADATA {
+                        return Err(too_many(MAX_METADATA));
+                    }
+                    let ShortText(value) = map.next_value::<MetadataValue>()?;
+                    metadata.0.insert(key, Value::String(value));
+                }
+                Ok(metadata)
+            }
+        }
+        deserializer.deserialize_any(MetadataVisitor)
+    }
 }
 
 /// `tool_choice`: a mode, or a tool by name.
@@ -109,9 +165,9 @@ enum FlatChoice {
     },
 }
 
-/// What a response repeats of its request.
+/// What a response repeats of its request: fields of JSON without the braces around them.
 #[derive(Debug)]
-pub(in crate::openai) struct Settings(pub(super) Value);
+pub(in crate::openai) struct Settings(pub(super) Bytes);
 
 /// Where each message of the chat comes from.
 pub(in crate::openai) type Places = Vec<Place>;
@@ -152,12 +208,9 @@ impl<'de> Deserialize<'de> for Input {
                 Ok(Input::Text(text.to_owned()))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Input, A::Error> {
-                let mut items = Vec::new();
-                while let Some(Object(item)) = seq.next_element()? {
-                    items.push(item);
-                }
-                Ok(Input::Items(items))
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Input, A::Error> {
+                let items = elements::<Object<Item>, _>(Vec::new(), seq, MAX_MESSAGES)?;
+                Ok(Input::Items(items.into_iter().map(|Object(item)| item).collect()))
             }
         }
         deserializer.deserialize_any(InputVisitor)
@@ -178,7 +231,6 @@ pub(in crate::openai) fn chat(body: ResponsesBody) -> Result<(GenerationBody, Se
     }
     let has_logprobs = includes_logprobs(body.include.as_deref().unwrap_or_default())?;
     check_top_logprobs(body.top_logprobs)?;
-    check_metadata(body.metadata.as_ref())?;
     let settings = settings(&body);
     let mut messages: Vec<Object<ChatMessage>> = Vec::new();
     messages.extend(body.instructions.map(|text| message("system", Content::Text(text))));
@@ -245,21 +297,6 @@ fn check_top_logprobs(count: Option<Int>) -> Result<(), ApiError> {
             format!("top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {count}."),
         )),
         _ => Ok(()),
-    }
-}
-
-/// It is repeated, so it has to be what clients expect of it.
-fn check_metadata(metadata: Option<&Object<Map<String, Value>>>) -> Result<(), ApiError> {
-    let mut entries = metadata.into_iter().flat_map(|Object(metadata)| metadata);
-    match entries.find(|(_, value)| !value.is_string()) {
-        None => Ok(()),
-        Some((key, _)) => {
-            let message = format!(
-                "The values of metadata must be strings, that of '{}' is not.",
-                shorten(key)
-            );
-            Err(ApiError::invalid("metadata", message))
-        }
     }
 }
 
@@ -341,7 +378,7 @@ fn response_format(format: FlatFormat) -> ResponseFormat {
     ResponseFormat {
         r#type: format.r#type,
         json_schema: Some(Object(NamedSchema {
-            name: format.name,
+            name: format.name.map(|ShortText(name)| name),
             schema: format.schema,
         })),
     }
@@ -368,32 +405,66 @@ fn choice(choice: FlatChoice) -> Choice {
 
 /// OpenAI's response has all of these, and typed clients want them.
 fn settings(body: &ResponsesBody) -> Settings {
-    let tool = |Object(tool): &Object<FlatTool>| {
-        json!({ "type": "function", "name": tool.name, "description": tool.description, "parameters": tool.parameters,
-                "strict": tool.strict.map(|Flag(strict)| strict) })
-    };
-    let tools: Vec<Value> = body.tools.iter().flatten().map(tool).collect();
     let tool_choice = match &body.tool_choice {
         None => json!("auto"),
         Some(FlatChoice::Mode(mode)) => json!(mode),
         Some(FlatChoice::Named { name, .. }) => json!({ "type": "function", "name": name }),
     };
-    let format = body.text.as_ref().and_then(|Object(text)| text.format.as_ref());
-    let format = match format {
-        Some(Object(format)) if format.r#type.as_deref() == Some("json_schema") => {
-            json!({ "type": format.r#type, "name": format.name, "schema": format.schema, "strict": true, "description": null })
-        }
-        Some(Object(format)) => json!({ "type": format.r#type }),
-        None => json!({ "type": "text" }),
-    };
     let number = |number: Option<Number>| number.map_or(1.0, |Number(value)| value);
-    Settings(json!({
+    let plain = json!({
         "background": false, "instructions": body.instructions, "max_tool_calls": null,
         "max_output_tokens": body.max_output_tokens.map(|Int(count)| count),
-        "metadata": body.metadata.as_ref().map_or_else(|| json!({}), |Object(metadata)| json!(metadata)),
+        "metadata": body.metadata.as_ref().map_or_else(|| json!({}), |Metadata(metadata)| json!(metadata)),
         "parallel_tool_calls": body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
         "previous_response_id": null, "reasoning": { "effort": null, "summary": null }, "service_tier": null,
-        "store": false, "temperature": number(body.temperature), "text": { "format": format }, "tool_choice": tool_choice,
-        "tools": tools, "top_logprobs": body.top_logprobs.map_or(0, |Int(count)| count), "top_p": number(body.top_p), "truncation": "disabled", "user": body.user,
-    }))
+        "store": false, "temperature": number(body.temperature), "tool_choice": tool_choice,
+        "top_logprobs": body.top_logprobs.map_or(0, |Int(count)| count), "top_p": number(body.top_p),
+        "truncation": "disabled", "user": body.user.as_ref().map(|ShortText(user)| user),
+    });
+    let mut out = BytesMut::new();
+    json::push_value(&mut out, &plain);
+    // Of an object only what is between its braces is wanted.
+    let mut out = out.split_off(1);
+    out.truncate(out.len() - 1);
+    let format = body.text.as_ref().and_then(|Object(text)| text.format.as_ref());
+    push_format(&mut out, format.map(|Object(format)| format));
+    push_tools(&mut out, body.tools.as_deref().unwrap_or_default());
+    Settings(out.freeze())
+}
+
+/// `,"text":…`
+fn push_format(out: &mut BytesMut, format: Option<&FlatFormat>) {
+    let kind = format.map_or(Some("text"), |format| format.r#type.as_deref());
+    json::push(out, ",\"text\":{\"format\":{\"type\":");
+    json::push_value(out, &json!(kind));
+    if let Some(format) = format.filter(|_| kind == Some("json_schema")) {
+        json::push(out, ",\"name\":");
+        json::push_value(out, &json!(format.name.as_ref().map(|ShortText(name)| name)));
+        json::push(out, ",\"schema\":");
+        push_schema(out, format.schema.as_ref());
+        json::push(out, ",\"strict\":true,\"description\":null");
+    }
+    json::push(out, "}}");
+}
+
+/// `,"tools":…`
+fn push_tools(out: &mut BytesMut, tools: &[Object<FlatTool>]) {
+    json::push(out, ",\"tools\":[");
+    for (index, Object(tool)) in tools.iter().enumerate() {
+        json::push(out, if index == 0 { "" } else { "," });
+        json::push(out, "{\"type\":\"function\",\"name\":");
+        json::push_value(out, &json!(tool.name));
+        json::push(out, ",\"description\":");
+        json::push_value(out, &json!(tool.description));
+        json::push(out, ",\"parameters\":");
+        push_schema(out, tool.parameters.as_ref());
+        json::push(out, ",\"strict\":");
+        json::push_value(out, &json!(tool.strict.map(|Flag(strict)| strict)));
+        json::push(out, "}");
+    }
+    json::push(out, "]");
+}
+
+fn push_schema(out: &mut BytesMut, schema: Option<&SchemaText>) {
+    json::push_json(out, schema.map_or("null", SchemaText::as_str));
 }

@@ -102,14 +102,33 @@ impl ResponsesWriter {
             })
         });
         let cut_off = self.was_cut_off.then(|| json!({ "reason": "max_output_tokens" }));
-        let mut response = json!({
+        json!({
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": error,
             "incomplete_details": cut_off, "model": self.model, "output": self.output, "usage": usage,
-        });
-        if let (Value::Object(response), Value::Object(settings)) = (&mut response, &self.settings.0) {
-            response.extend(settings.clone());
-        }
-        response
+        })
+    }
+
+    /// A response with the request's settings.
+    fn push_response(&self, out: &mut BytesMut, response: &Value) {
+        json::push_value(out, response);
+        out.truncate(out.len() - 1);
+        json::push(out, ",");
+        out.extend_from_slice(&self.settings.0);
+        json::push(out, "}");
+    }
+
+    /// An event with the response as it is now.
+    fn emit_response(&mut self, out: &mut BytesMut, kind: &str, response: &Value) {
+        json::push(out, "event: ");
+        json::push(out, kind);
+        json::push(out, "\ndata: {\"type\":\"");
+        json::push(out, kind);
+        json::push(out, "\",\"sequence_number\":");
+        json::push_int(out, self.sequence_number);
+        json::push(out, ",\"response\":");
+        self.push_response(out, response);
+        json::push(out, "}\n\n");
+        self.sequence_number += 1;
     }
 
     fn final_response(&self, usage: Usage) -> Value {
@@ -121,8 +140,8 @@ impl ResponsesWriter {
     fn begin(&mut self, out: &mut BytesMut) {
         if !std::mem::replace(&mut self.has_begun, true) {
             let response = self.response("in_progress", None, &Value::Null);
-            self.emit(out, "response.created", json!({ "response": response }));
-            self.emit(out, "response.in_progress", json!({ "response": response }));
+            self.emit_response(out, "response.created", &response);
+            self.emit_response(out, "response.in_progress", &response);
         }
     }
 
@@ -320,7 +339,7 @@ impl StreamWriter for ResponsesWriter {
             "response.completed"
         };
         let response = self.final_response(usage);
-        self.emit(out, kind, json!({ "response": response }));
+        self.emit_response(out, kind, &response);
     }
 
     fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
@@ -329,7 +348,7 @@ impl StreamWriter for ResponsesWriter {
         let code = error.code().unwrap_or("server_error");
         let error = json!({ "code": code, "message": error.to_string() });
         let response = self.response("failed", None, &error);
-        self.emit(out, "response.failed", json!({ "response": response }));
+        self.emit_response(out, "response.failed", &response);
     }
 }
 
@@ -341,7 +360,7 @@ impl BodyWriter for ResponsesWriter {
 
     fn finish(self: Box<Self>, _: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
-        json::push_value(&mut out, &self.final_response(usage));
+        self.push_response(&mut out, &self.final_response(usage));
         out.freeze()
     }
 }
