@@ -66,6 +66,14 @@ pub(crate) enum ApiError {
         /// The limit.
         limit: Duration,
     },
+    /// The body arrived too slowly to keep the room that it took.
+    #[error("The request body arrived too slowly: less than {num_bytes} bytes in {} seconds.", .limit.as_secs_f64())]
+    BodyStalled {
+        /// What would have been fast enough.
+        num_bytes: usize,
+        /// In so long.
+        limit: Duration,
+    },
     /// The answer was not complete at the deadline.
     #[error("The request was not finished before its deadline.")]
     DeadlineExceeded,
@@ -254,7 +262,7 @@ impl ApiError {
             Self::ModelNotFound { .. } | Self::UnknownUrl { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyTimeout { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTimeout { .. } | Self::BodyStalled { .. } | Self::DeadlineExceeded => StatusCode::REQUEST_TIMEOUT,
             Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
             Self::RateLimited { .. } | Self::QueueFull { .. } | Self::QueueTimeout { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
@@ -285,7 +293,7 @@ impl ApiError {
             Self::UnknownUrl { .. } => Some("unknown_url"),
             Self::MethodNotAllowed { .. } => Some("method_not_allowed"),
             Self::BodyTooLarge { .. } => Some("request_too_large"),
-            Self::BodyTimeout { .. } | Self::DeadlineExceeded => Some("request_timeout"),
+            Self::BodyTimeout { .. } | Self::BodyStalled { .. } | Self::DeadlineExceeded => Some("request_timeout"),
             Self::Unauthorized { .. } => Some("invalid_api_key"),
             Self::RateLimited { .. } => Some("rate_limit_exceeded"),
             Self::QueueFull { .. } => Some("queue_full"),
@@ -413,7 +421,11 @@ impl ApiError {
             Self::UnknownUrl { .. } => Self::MethodNotAllowed { method, path },
             Self::MethodNotAllowed { .. } => Self::BodyTooLarge { limit_bytes: 1 },
             Self::BodyTooLarge { .. } => Self::BodyTimeout { limit: wait },
-            Self::BodyTimeout { .. } => Self::DeadlineExceeded,
+            Self::BodyTimeout { .. } => Self::BodyStalled {
+                num_bytes: 1,
+                limit: wait,
+            },
+            Self::BodyStalled { .. } => Self::DeadlineExceeded,
             Self::DeadlineExceeded => Self::Unauthorized { has_key: true },
             Self::Unauthorized { .. } => Self::RateLimited {
                 message: "full".to_owned(),

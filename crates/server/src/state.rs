@@ -127,7 +127,8 @@ impl AppState {
     }
 }
 
-fn kib(num_bytes: usize) -> u32 {
+/// Permits of [`AppState::body_room`] for so many bytes.
+pub(crate) fn kib(num_bytes: usize) -> u32 {
     u32::try_from(num_bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 

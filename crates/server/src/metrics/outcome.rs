@@ -86,7 +86,10 @@ impl From<&ApiError> for Outcome {
             | ApiError::UnknownUrl { .. }
             | ApiError::MethodNotAllowed { .. }
             | ApiError::BodyTooLarge { .. } => Self::Invalid,
-            ApiError::BodyTimeout { .. } | ApiError::DeadlineExceeded | ApiError::QueueTimeout { .. } => Self::Timeout,
+            ApiError::BodyTimeout { .. }
+            | ApiError::BodyStalled { .. }
+            | ApiError::DeadlineExceeded
+            | ApiError::QueueTimeout { .. } => Self::Timeout,
             ApiError::Unauthorized { .. } => Self::Unauthorized,
             ApiError::RateLimited { .. } => Self::RateLimited,
             ApiError::QueueFull { .. } | ApiError::TooManyConnections => Self::QueueFull,
