@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use lapidary_engine::TokenId;
 use lapidary_text::CallEvent;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use super::Endpoint;
 use super::logprobs::{LogprobsJson, ScoredPrompt, TokenNames};
@@ -17,6 +18,21 @@ use crate::error::ApiError;
 use crate::generate::{Choice, Finish, Generation, LogprobEntry, Usage};
 use crate::json;
 use crate::state::Limits;
+
+/// As many log-probabilities are written where they are: about a millisecond.
+const MAX_INLINE_SCORES: usize = 4096;
+
+/// Writes what takes long. The connection's other work has to wait for that anyway; what other connections have to do goes
+/// on elsewhere meanwhile.
+fn write_aside<T>(is_long: bool, write: impl FnOnce() -> T) -> T {
+    // A runtime of one thread has no elsewhere.
+    let has_elsewhere =
+        || Handle::try_current().is_ok_and(|handle| handle.runtime_flavor() == RuntimeFlavor::MultiThread);
+    match is_long && has_elsewhere() {
+        true => tokio::task::block_in_place(write),
+        false => write(),
+    }
+}
 
 /// What all chunks of an answer, or its one body, have in common.
 #[derive(Debug)]
@@ -125,7 +141,9 @@ impl Head {
             scores: &generation.choice(index).prompt_scores,
             num_alternatives,
         };
-        logprobs.push_prompt(prompt, &self.names, self.skip_special_tokens);
+        write_aside(prompt.num_scores() > MAX_INLINE_SCORES, || {
+            logprobs.push_prompt(prompt, &self.names, self.skip_special_tokens);
+        });
     }
 
     /// `,"prompt_logprobs":…,"prompt_token_ids":…`, as far as they were asked for.
@@ -541,6 +559,17 @@ impl BodyWriter for WholeWriter {
     }
 
     fn finish(self: Box<Self>, generation: &Generation, usage: Usage) -> Bytes {
+        let num_scores = |index| match self.head.prompt_logprobs {
+            Some(count) => generation.choice(index).prompt_scores.len() * (count as usize + 1),
+            None => 0,
+        };
+        let num_scores: usize = (0..self.choices.len()).map(num_scores).sum();
+        write_aside(num_scores > MAX_INLINE_SCORES, || self.write(generation, usage))
+    }
+}
+
+impl WholeWriter {
+    fn write(&self, generation: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
         self.head.write_start(&mut out, self.head.endpoint.object());
         json::push(&mut out, ",\"choices\":[");
@@ -591,4 +620,22 @@ fn write_calls(out: &mut BytesMut, calls: &[(String, String)]) {
 /// What the client names a call by when it sends the result.
 pub(crate) fn call_id() -> String {
     format!("call_{:016x}", crate::request_id::random_u64())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::write_aside;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn others_go_on_while_a_long_answer_is_written() {
+        let (done, is_done) = channel();
+        let writing = tokio::spawn(async move {
+            // Runs on the only worker, once that is free.
+            tokio::spawn(async move { done.send(()) });
+            write_aside(true, || is_done.recv())
+        });
+        writing.await.unwrap().unwrap();
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lapidary_engine::TokenId;
 
-use super::prompt::{Source, check_num_tokens, encode};
+use super::prompt::{MAX_INLINE_IDS, Source, Truncation, check_num_tokens, compute_with, encode};
 use super::types::{GenerationBody, Prompt};
 use super::{Params, Prompts};
 use crate::error::ApiError;
@@ -18,45 +18,37 @@ pub(super) async fn prompts(
     body: GenerationBody,
     params: &Params,
 ) -> Result<Prompts, ApiError> {
-    let prompt = body.prompt.ok_or_else(|| ApiError::missing("prompt"))?;
-    let num_prompts = match &prompt {
-        Prompt::Texts(texts) => texts.len(),
-        Prompt::Tokens(lists) => lists.len(),
-    };
-    check_count(num_prompts, params.n, state.limits.max_sequences_per_request)?;
-    let mut prompts = Prompts {
-        tokens: Vec::with_capacity(num_prompts),
-        echoes: Vec::new(),
-    };
-    match prompt {
+    let prompts = match body.prompt.ok_or_else(|| ApiError::missing("prompt"))? {
         Prompt::Texts(texts) => {
             let add_bos = model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add);
-            if params.echo && params.truncation.is_none() {
-                prompts.echoes.clone_from(&texts);
-            }
+            let echoes = match params.echo && params.truncation.is_none() {
+                true => texts.clone(),
+                false => Vec::new(),
+            };
             let sources = texts.into_iter().map(|text| Source::Text { text, add_bos }).collect();
-            prompts.tokens = encode(state, model, sources, params.truncation, "prompt").await?;
-            if params.echo && params.truncation.is_some() {
-                let left = |tokens: &Arc<[TokenId]>| model.tokenizer.decode(tokens, params.skip_special_tokens);
-                prompts.echoes = prompts.tokens.iter().map(left).collect();
+            let tokens = encode(state, model, sources, params.truncation, "prompt").await?;
+            match params.echo && params.truncation.is_some() {
+                true => echoed(state, model, tokens, params.skip_special_tokens).await?,
+                false => Prompts { tokens, echoes },
             }
         }
         Prompt::Tokens(lists) => {
-            for (index, mut ids) in lists.into_iter().enumerate() {
-                if let Some(truncation) = params.truncation {
-                    truncation.cut(&mut ids, 0);
-                }
-                check_num_tokens(model, ids.len(), "prompt")?;
-                let tokens = token_ids(index, &ids, model.vocab_size)?;
-                if params.echo {
-                    prompts
-                        .echoes
-                        .push(model.tokenizer.decode(&tokens, params.skip_special_tokens));
-                }
-                prompts.tokens.push(tokens);
+            let (truncation, num_ids) = (params.truncation, lists.iter().map(Vec::len).sum::<usize>());
+            let check = move |model: &ServedModel| {
+                let lists = lists.into_iter().enumerate();
+                let checked = lists.map(|(index, ids)| token_ids(model, index, ids, truncation));
+                checked.collect::<Result<Vec<_>, _>>()
+            };
+            let tokens = compute_with(state, model, num_ids > MAX_INLINE_IDS, check).await?;
+            match params.echo {
+                true => echoed(state, model, tokens, params.skip_special_tokens).await?,
+                false => Prompts {
+                    tokens,
+                    echoes: Vec::new(),
+                },
             }
         }
-    }
+    };
     match prompts.tokens.iter().position(|tokens| tokens.is_empty()) {
         Some(index) => Err(ApiError::invalid(
             format!("prompt[{index}]"),
@@ -66,7 +58,29 @@ pub(super) async fn prompts(
     }
 }
 
-fn check_count(num_prompts: usize, n: u32, limit: u32) -> Result<(), ApiError> {
+/// Prompts whose answers begin with them.
+async fn echoed(
+    state: &AppState,
+    model: &ServedModel,
+    tokens: Vec<Arc<[TokenId]>>,
+    skip_special: bool,
+) -> Result<Prompts, ApiError> {
+    let num_ids: usize = tokens.iter().map(|tokens| tokens.len()).sum();
+    let decode = move |model: &ServedModel| {
+        let echoes = tokens.iter().map(|tokens| model.tokenizer.decode(tokens, skip_special));
+        let echoes = echoes.collect();
+        Ok(Prompts { tokens, echoes })
+    };
+    compute_with(state, model, num_ids > MAX_INLINE_IDS, decode).await
+}
+
+/// Refuses more prompts than may run, before anything is done for them.
+pub(super) fn check_count(prompt: Option<&Prompt>, n: u32, limit: u32) -> Result<(), ApiError> {
+    let num_prompts = match prompt {
+        None => return Ok(()),
+        Some(Prompt::Texts(texts)) => texts.len(),
+        Some(Prompt::Tokens(lists)) => lists.len(),
+    };
     if num_prompts == 0 {
         return Err(ApiError::invalid("prompt", "prompt must not be empty."));
     }
@@ -80,7 +94,17 @@ fn check_count(num_prompts: usize, n: u32, limit: u32) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn token_ids(index: usize, ids: &[Int], vocab_size: u32) -> Result<Arc<[TokenId]>, ApiError> {
+fn token_ids(
+    model: &ServedModel,
+    index: usize,
+    mut ids: Vec<Int>,
+    truncation: Option<Truncation>,
+) -> Result<Arc<[TokenId]>, ApiError> {
+    if let Some(truncation) = truncation {
+        truncation.cut(&mut ids, 0);
+    }
+    check_num_tokens(model, ids.len(), "prompt")?;
+    let vocab_size = model.vocab_size;
     let checked = ids.iter().map(|&Int(id)| {
         TokenId::try_from(id).ok().filter(|id| *id < vocab_size).ok_or_else(|| {
             let message = format!("prompt names token {id}, but the vocabulary has {vocab_size} tokens.");

@@ -83,6 +83,11 @@ impl<'a> ScoredPrompt<'a> {
         self.tokens.iter().copied().zip(std::iter::once(None).chain(scores))
     }
 
+    /// Log-probabilities to write.
+    pub(crate) fn num_scores(self) -> usize {
+        self.scores.len() * (self.num_alternatives as usize + 1)
+    }
+
     /// Appends the value of `prompt_logprobs`.
     pub(crate) fn write(self, out: &mut BytesMut, tokenizer: &Tokenizer) {
         json::push(out, "[");

@@ -42,7 +42,7 @@ use self::types::GenerationBody;
 use self::vocabulary::Vocabulary;
 use crate::constraint::AnswerConstraint;
 use crate::error::ApiError;
-use crate::extract::{read_body, read_json};
+use crate::extract::{is_long, read_body, read_json};
 use crate::generate::{Admission, Generation};
 use crate::metrics::{Outcome, RequestOutcome};
 use crate::request_id::RequestId;
@@ -192,11 +192,14 @@ pub(crate) async fn invocations(State(state): State<AppState>, request: Request)
     };
     // Kept for as long as the request.
     parts.extensions.insert(room.map(Arc::new));
+    let looked_at = bytes.clone();
     // What is no JSON is refused, by name, as a chat.
-    let endpoint = match serde_json::from_slice(&bytes) {
+    let find_endpoint = move || match serde_json::from_slice(&looked_at) {
         Ok(Kind { prompt: Some(_) }) => Endpoint::Completions,
         _ => Endpoint::Chat,
     };
+    let found = state.compute(is_long(&bytes), find_endpoint).await;
+    let endpoint = found.unwrap_or(Endpoint::Chat);
     let request = Request::from_parts(parts, bytes.into());
     answer(endpoint, state, request, &request_id, arrival, outcome).await
 }
@@ -348,9 +351,13 @@ fn check<'a>(
     body: &GenerationBody,
 ) -> Result<Checked<'a>, ApiError> {
     let model = state.served_model(body.model.as_deref())?;
+    let params = Params::new(endpoint, body, model, &state.limits)?;
+    if endpoint == Endpoint::Completions {
+        completions::check_count(body.prompt.as_ref(), params.n, state.limits.max_sequences_per_request)?;
+    }
     Ok(Checked {
         model,
-        params: Params::new(endpoint, body, model, &state.limits)?,
+        params,
         patience: Patience::new(headers, body, &state.limits)?,
     })
 }

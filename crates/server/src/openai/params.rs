@@ -13,6 +13,7 @@ use super::structured::{self, Form};
 use super::tools::{self, Tools};
 use super::types::{Extension, GenerationBody, LogitBias, Logprobs, Stop, StreamOptions};
 use super::vocabulary::Vocabulary;
+use crate::bounded::ShortText;
 use crate::error::{ApiError, shorten};
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::state::{Limits, ServedModel};
@@ -136,7 +137,7 @@ impl Params {
             returns_token_ids: is_set(body.return_token_ids),
             names_tokens_by_id: is_set(body.return_tokens_as_token_ids),
             priority: priority(body.priority, limits)?,
-            cache_salt: cache_salt(body.cache_salt.as_deref())?,
+            cache_salt: cache_salt(body.cache_salt.as_ref().map(|ShortText(salt)| salt.as_str()))?,
             form,
             vocabulary: Vocabulary::new(body, model.vocab_size)?,
             tools,

@@ -20,6 +20,9 @@ pub(super) const MAX_INLINE_BYTES: usize = 2048;
 /// What rendering a message costs beside its text, as text.
 const MESSAGE_BYTES: usize = 64;
 
+/// As many token ids are checked, written or turned into text where they are: a tenth of a millisecond.
+pub(super) const MAX_INLINE_IDS: usize = 4096;
+
 /// Texts of up to so many contexts are tokenised where what does not fit is cut off.
 const MAX_TRUNCATED_CONTEXTS: usize = 16;
 
@@ -152,6 +155,12 @@ impl Chat {
         messages + instructions + variables
     }
 
+    /// Whether others should not have to wait for it.
+    fn is_long(&self) -> bool {
+        // A client's template may loop.
+        self.template.is_some() || self.num_bytes() > MAX_INLINE_BYTES
+    }
+
     /// Renders and tokenises it, however long that takes.
     fn encode(self, model: &ServedModel, is_trusted: bool) -> Result<Arc<[TokenId]>, ApiError> {
         let variables = self
@@ -194,17 +203,33 @@ fn num_bytes(message: &ChatMessage) -> usize {
 /// Renders and tokenises a chat with the model's template, or the client's where clients are trusted that far.
 pub(crate) async fn encode_chat(state: &AppState, model: &ServedModel, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
     let is_trusted = state.limits.trust_request_chat_template;
-    if chat.template.is_none() && chat.num_bytes() <= MAX_INLINE_BYTES {
-        return chat.encode(model, is_trusted);
+    compute_with(state, model, chat.is_long(), move |model| {
+        chat.encode(model, is_trusted)
+    })
+    .await
+}
+
+/// [`AppState::compute`] for work that needs the model.
+///
+/// # Errors
+/// Those of the work.
+pub(super) async fn compute_with<T: Send + 'static>(
+    state: &AppState,
+    model: &ServedModel,
+    is_long: bool,
+    work: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if !is_long {
+        return work(model);
     }
-    let state_there = state.clone();
-    let encode = move || match state_there.model.get() {
-        Some(model) => chat.encode(model, is_trusted),
+    let there = state.clone();
+    let work = move || match there.model.get() {
+        Some(model) => work(model),
         None => Err(ApiError::Internal {
             is_deterministic: false,
         }),
     };
-    state.compute(true, encode).await?
+    state.compute(true, work).await?
 }
 
 /// The client's variables. They stay text for as long as they wait.
@@ -324,5 +349,52 @@ fn template_error(error: &TemplateError) -> ApiError {
             tracing::error!(error = error as &dyn std::error::Error, "chat template failed");
             ApiError::Internal { is_deterministic: true }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::openai::types::TokenizeBody;
+
+    fn is_long(body: &serde_json::Value) -> bool {
+        let body: TokenizeBody = serde_json::from_str(&body.to_string()).unwrap();
+        let chat = Chat {
+            messages: body.messages,
+            instructions: None,
+            end: PromptEnd::default(),
+            template: body.chat_template,
+            variables: body.chat_template_kwargs,
+            truncation: None,
+        };
+        chat.is_long()
+    }
+
+    #[test]
+    fn whatever_makes_a_chat_long_is_counted() {
+        let text = "a".repeat(MAX_INLINE_BYTES);
+        let said = |content: serde_json::Value| json!({ "messages": [{ "role": "user", "content": content }] });
+        let call = json!([{ "function": { "name": "f", "arguments": &text } }]);
+        let with = |field: &str, value: serde_json::Value| {
+            let mut body = said(json!("a"));
+            body[field] = value;
+            body
+        };
+        assert!(!is_long(&said(json!("a"))));
+        assert!(is_long(&said(json!(text))));
+        assert!(is_long(&said(json!([{ "text": text }]))));
+        assert!(is_long(
+            &json!({ "messages": [{ "role": "assistant", "tool_calls": call }] })
+        ));
+        assert!(is_long(
+            &json!({ "messages": vec![json!({ "role": "user", "content": "" }); 100] })
+        ));
+        assert!(is_long(&with("chat_template_kwargs", json!({ "a": text }))));
+        assert!(is_long(&with(
+            "chat_template",
+            json!("{% for i in range(9999) %}{% endfor %}")
+        )));
     }
 }

@@ -1,17 +1,18 @@
 //! What a request would ask the engine for, without asking: routers place requests by the tokens of their prompts.
 
-use axum::Json;
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
+use bytes::Bytes;
 use lapidary_engine::TokenId;
 use serde::Serialize;
 
+use super::prompt::{MAX_INLINE_IDS, compute_with};
 use super::types::GenerationBody;
-use super::{Endpoint, Params, Prepared, check};
+use super::{Endpoint, Params, Prepared, Prompts, check, json_response};
 use crate::error::ApiError;
 use crate::extract::read_json;
 use crate::request_id::RequestId;
-use crate::state::AppState;
+use crate::state::{AppState, ServedModel};
 
 /// A prompt in tokens, in the shape of vLLM's token-in requests.
 #[derive(Serialize)]
@@ -66,21 +67,29 @@ async fn render(endpoint: Endpoint, State(state): State<AppState>, request: Requ
     let request_id = parts.extensions.get::<RequestId>().cloned();
     let request_id = request_id.unwrap_or_else(RequestId::random);
     let request_id = format!("{}-{}", endpoint.id_prefix(), request_id.as_str());
+    let num_ids: usize = prompts.tokens.iter().map(|tokens| tokens.len()).sum();
+    let write = move |model: &ServedModel| Ok(written(endpoint, model, &params, &prompts, &request_id));
+    let body = compute_with(&state, model, num_ids > MAX_INLINE_IDS, write).await?;
+    Ok(json_response(body))
+}
+
+fn written(endpoint: Endpoint, model: &ServedModel, params: &Params, prompts: &Prompts, request_id: &str) -> Bytes {
     let mut rendered = prompts.tokens.iter().map(|tokens| {
         let num_tokens = u32::try_from(tokens.len()).expect("the length was checked against the context");
         RenderedRequest {
-            request_id: &request_id,
+            request_id,
             token_ids: tokens,
-            sampling_params: RenderedSampling::new(&params, model.max_model_len - num_tokens),
+            sampling_params: RenderedSampling::new(params, model.max_model_len - num_tokens),
             model: model.names.first().map_or("", String::as_str),
             stream: params.stream.is_some(),
             priority: params.priority,
         }
     });
-    Ok(match endpoint {
-        Endpoint::Chat | Endpoint::Responses => Json(rendered.next()).into_response(),
-        Endpoint::Completions => Json(rendered.collect::<Vec<_>>()).into_response(),
-    })
+    let written = match endpoint {
+        Endpoint::Chat | Endpoint::Responses => serde_json::to_vec(&rendered.next()),
+        Endpoint::Completions => serde_json::to_vec(&rendered.collect::<Vec<_>>()),
+    };
+    written.expect("numbers and strings serialise").into()
 }
 
 impl<'a> RenderedSampling<'a> {

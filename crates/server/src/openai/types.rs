@@ -8,7 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::bounded::{Element, JsonText, Worth, elements, list, too_many, without_white_space};
+use crate::bounded::{Element, JsonText, ShortText, Worth, elements, list, too_many, without_white_space};
 use crate::lenient::{Flag, Int, Number, Object};
 
 /// Messages, items, and parts or calls of one of them: more than any context has room for.
@@ -40,6 +40,9 @@ const MAX_BAD_WORDS: usize = 1024;
 
 /// Choices of one list: more are longer than a list of them may be.
 const MAX_CHOICES: usize = 32 << 10;
+
+/// Characters of a salt: all of them are hashed.
+const MAX_SALT_CHARS: usize = 1024;
 
 /// Short names from a short list.
 pub(crate) const MAX_NAMES: usize = 64;
@@ -94,7 +97,7 @@ pub(crate) struct GenerationBody {
     pub(crate) priority: Option<Int>,
     pub(crate) timeout: Option<Number>,
     pub(crate) queue_timeout: Option<Number>,
-    pub(crate) cache_salt: Option<String>,
+    pub(crate) cache_salt: Option<ShortText<MAX_SALT_CHARS>>,
     pub(crate) add_special_tokens: Option<Flag>,
     pub(crate) add_generation_prompt: Option<Flag>,
     pub(crate) continue_final_message: Option<Flag>,

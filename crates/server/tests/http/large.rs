@@ -135,6 +135,7 @@ async fn json_and_names_are_read_up_to_their_limits() {
         (RESPONSES, response("metadata", key), &long_key),
         (RESPONSES, response("metadata", value), "metadata.k"),
         (RESPONSES, response("user", json!("u".repeat(1025))), "user"),
+        (CHAT, chat("cache_salt", json!("u".repeat(1025))), "cache_salt"),
     ] {
         assert_refused(&server, path, &body, param, "string_above_max_length").await;
     }
