@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lapidary_engine::TokenId;
 
-use super::prompt::{MAX_INLINE_IDS, Source, Truncation, check_num_tokens, compute_with, encode};
+use super::prompt::{MAX_INLINE_IDS, Source, Truncation, check_bytes, check_num_tokens, compute_with, encode};
 use super::types::{GenerationBody, Prompt};
 use super::{Params, Prompts};
 use crate::error::ApiError;
@@ -21,6 +21,9 @@ pub(super) async fn prompts(
     let prompts = match body.prompt.ok_or_else(|| ApiError::missing("prompt"))? {
         Prompt::Texts(texts) => {
             let add_bos = model.tokenizer.adds_bos() && body.add_special_tokens.is_none_or(|Flag(add)| add);
+            for text in &texts {
+                check_bytes(model, text.len(), params.truncation, "prompt")?;
+            }
             let echoes = match params.echo && params.truncation.is_none() {
                 true => texts.clone(),
                 false => Vec::new(),

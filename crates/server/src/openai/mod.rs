@@ -259,7 +259,7 @@ async fn start(
         return submit(state, request, body, None).await;
     }
     let (body, _room): (ResponsesBody, _) = read_json(state, &request.headers, body).await?;
-    let (chat, settings, places) = responses::chat(body)?;
+    let (chat, settings, places) = state.compute(body.is_long(), move || responses::chat(body)).await??;
     let started = submit(state, request, chat, Some(settings)).await;
     started.map_err(|error| responses::rename(error, &places))
 }

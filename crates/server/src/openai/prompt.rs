@@ -107,7 +107,7 @@ fn untokenisable(error: &TokenizerError, param: &'static str) -> ApiError {
 }
 
 /// Refuses a text of so many bytes if no tokenisation of it fits, or if too much of it would be cut.
-fn check_bytes(
+pub(super) fn check_bytes(
     model: &ServedModel,
     num_bytes: usize,
     truncation: Option<Truncation>,

@@ -168,12 +168,15 @@ pub(crate) struct ChatMessage {
 
 impl Element for ChatMessage {
     fn worth(&self) -> Worth {
-        let may_be_empty = matches!(self.role.as_deref(), Some("assistant" | "tool" | "function"));
-        match &self.content {
-            None if !may_be_empty => Worth::Last,
-            _ if self.role.is_none() => Worth::Last,
-            _ => Worth::Kept,
-        }
+        worth_of_message(self.role.as_deref(), self.content.as_ref())
+    }
+}
+
+/// Without a role a message is refused, and so are those without content of whoever must say something.
+pub(crate) fn worth_of_message(role: Option<&str>, content: Option<&Content>) -> Worth {
+    match (role, content) {
+        (Some("assistant" | "tool" | "function"), _) | (Some(_), Some(_)) => Worth::Kept,
+        (None, _) | (Some(_), None) => Worth::Last,
     }
 }
 

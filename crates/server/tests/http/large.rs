@@ -183,8 +183,24 @@ async fn what_follows_a_fault_is_not_kept() {
             "messages[0].content[0].text",
             "unsupported_parameter",
         ),
+        // No fault, so that the next one is.
+        (
+            json!({ "messages": [{ "role": "tool" }, { "role": "user", "content": 5 }] }),
+            "messages[1].content",
+            "invalid_type",
+        ),
     ] {
         assert_refused(&server, CHAT, &body, param, code).await;
+    }
+    for item in [
+        json!({ "role": "tool" }),
+        json!({ "role": "assistant" }),
+        json!({ "type": "reasoning" }),
+        json!({ "type": "function_call" }),
+        json!({ "type": "function_call_output" }),
+    ] {
+        let body = json!({ "input": [item, { "role": "user", "content": 5 }] });
+        assert_refused(&server, RESPONSES, &body, "input[1].content", "invalid_type").await;
     }
 }
 

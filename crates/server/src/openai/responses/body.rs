@@ -12,7 +12,7 @@ use crate::json;
 use crate::lenient::{Flag, Int, Number, Object};
 use crate::openai::types::{
     Arguments, CalledFunction, ChatMessage, Choice, Content, Extension, GenerationBody, Logprobs, MAX_MESSAGES,
-    MAX_NAMES, MAX_TOOLS, NamedSchema, ResponseFormat, SchemaText, Tool, ToolCall, ToolFunction,
+    MAX_NAMES, MAX_TOOLS, NamedSchema, ResponseFormat, SchemaText, Tool, ToolCall, ToolFunction, worth_of_message,
 };
 
 /// What `include` may name. All but the first belong to what this server's answers never have.
@@ -34,6 +34,10 @@ const MAX_TOP_LOGPROBS: i64 = 20;
 const MAX_METADATA: usize = 16;
 type MetadataKey = ShortText<64>;
 type MetadataValue = ShortText<512>;
+
+/// As much to repeat, and as many items, are turned into a chat where they came in: a tenth of a millisecond.
+const MAX_INLINE_BYTES: usize = 64 << 10;
+const MAX_INLINE_ITEMS: usize = 1024;
 
 /// A name that is only repeated.
 type Name = ShortText<1024>;
@@ -87,10 +91,9 @@ pub(in crate::openai) struct Item {
 
 impl Element for Item {
     fn worth(&self) -> Worth {
-        let (role, content) = (self.role.as_deref(), self.content.as_ref());
         match self.r#type.as_deref() {
-            None | Some("message") if role.is_none() || content.is_none() && role != Some("assistant") => Worth::Last,
-            None | Some("message" | "function_call" | "function_call_output" | "reasoning") => Worth::Kept,
+            None | Some("message") => worth_of_message(self.role.as_deref(), self.content.as_ref()),
+            Some("function_call" | "function_call_output" | "reasoning") => Worth::Kept,
             Some(_) => Worth::Last,
         }
     }
@@ -123,6 +126,13 @@ pub(in crate::openai) struct FlatTool {
 }
 
 impl Element for FlatTool {}
+
+impl FlatTool {
+    fn num_bytes(&self) -> usize {
+        let parameters = self.parameters.as_ref().map_or("", SchemaText::as_str);
+        self.description.as_ref().map_or(0, String::len) + parameters.len()
+    }
+}
 
 /// `metadata`: what its client wants to find again.
 #[derive(Debug, Default)]
@@ -168,6 +178,20 @@ enum FlatChoice {
 /// What a response repeats of its request: fields of JSON without the braces around them.
 #[derive(Debug)]
 pub(in crate::openai) struct Settings(pub(super) Bytes);
+
+impl ResponsesBody {
+    /// Whether turning it into a chat takes long.
+    pub(in crate::openai) fn is_long(&self) -> bool {
+        let instructions = self.instructions.as_ref().map_or(0, String::len);
+        let num_items = match &self.input {
+            Some(Input::Items(items)) => items.len(),
+            Some(Input::Text(_)) | None => 0,
+        };
+        let tools = self.tools.iter().flatten();
+        let tools: usize = tools.map(|Object(tool)| tool.num_bytes()).sum();
+        instructions + tools > MAX_INLINE_BYTES || num_items > MAX_INLINE_ITEMS
+    }
+}
 
 /// Where each message of the chat comes from.
 pub(in crate::openai) type Places = Vec<Place>;
@@ -412,7 +436,7 @@ fn settings(body: &ResponsesBody) -> Settings {
     };
     let number = |number: Option<Number>| number.map_or(1.0, |Number(value)| value);
     let plain = json!({
-        "background": false, "instructions": body.instructions, "max_tool_calls": null,
+        "background": false, "max_tool_calls": null,
         "max_output_tokens": body.max_output_tokens.map(|Int(count)| count),
         "metadata": body.metadata.as_ref().map_or_else(|| json!({}), |Metadata(metadata)| json!(metadata)),
         "parallel_tool_calls": body.parallel_tool_calls.is_none_or(|Flag(is_parallel)| is_parallel),
@@ -426,6 +450,12 @@ fn settings(body: &ResponsesBody) -> Settings {
     // Of an object only what is between its braces is wanted.
     let mut out = out.split_off(1);
     out.truncate(out.len() - 1);
+    // They may be as long as the body.
+    json::push(&mut out, ",\"instructions\":");
+    match &body.instructions {
+        None => json::push(&mut out, "null"),
+        Some(instructions) => json::push_string(&mut out, instructions),
+    }
     let format = body.text.as_ref().and_then(|Object(text)| text.format.as_ref());
     push_format(&mut out, format.map(|Object(format)| format));
     push_tools(&mut out, body.tools.as_deref().unwrap_or_default());
@@ -467,4 +497,27 @@ fn push_tools(out: &mut BytesMut, tools: &[Object<FlatTool>]) {
 
 fn push_schema(out: &mut BytesMut, schema: Option<&SchemaText>) {
     json::push_json(out, schema.map_or("null", SchemaText::as_str));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_takes_long_to_turn_into_a_chat_is_counted() {
+        let is_long = |body: Value| {
+            serde_json::from_str::<ResponsesBody>(&body.to_string())
+                .unwrap()
+                .is_long()
+        };
+        let text = "a".repeat(MAX_INLINE_BYTES + 1);
+        assert!(!is_long(json!({ "input": text })), "it is moved");
+        assert!(is_long(json!({ "instructions": text })));
+        assert!(is_long(json!({ "tools": [{ "name": "f", "description": text }] })));
+        assert!(is_long(
+            json!({ "tools": [{ "name": "f", "parameters": { "x": text } }] })
+        ));
+        let item = json!({ "role": "user", "content": "a" });
+        assert!(is_long(json!({ "input": vec![item; MAX_INLINE_ITEMS + 1] })));
+    }
 }
