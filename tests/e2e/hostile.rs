@@ -94,8 +94,15 @@ async fn bodies_without_end_are_refused_and_take_bounded_memory() -> io::Result<
         let announced = floods(server.address, 16, &head("content-length: 1000000000"), &[b' '; 1024]).await?;
         // Half a gigabyte together, if each was read up to its limit of 32 MiB.
         let chunked = floods(server.address, 16, &head("transfer-encoding: chunked"), &chunk).await?;
-        for answer in [announced, chunked].concat() {
+        for answer in announced {
             assert!(answer.starts_with("HTTP/1.1 413"), "{answer:?}");
+        }
+        // On a busy machine some wait too long for room.
+        for answer in chunked {
+            let is_refused = ["HTTP/1.1 413", "HTTP/1.1 429"]
+                .iter()
+                .any(|status| answer.starts_with(status));
+            assert!(is_refused, "{answer:?}");
         }
         assert_serves(&server).await
     })
