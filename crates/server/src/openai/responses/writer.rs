@@ -22,8 +22,8 @@ pub(in crate::openai) struct ResponsesWriter {
     names: Option<TokenNames>,
     /// Tokens of which no text was seen yet.
     pending: Scores,
-    /// Items that are complete.
-    output: Vec<Value>,
+    /// Items that are complete, as JSON.
+    output: Vec<Bytes>,
     open: Option<Item>,
     has_begun: bool,
     /// Of the next event.
@@ -38,15 +38,26 @@ struct Item {
     kind: Kind,
     /// Text, or arguments.
     content: String,
-    /// Elements of the text's `logprobs`.
-    logprobs: BytesMut,
+    scores: Scores,
 }
 
-/// Log-probabilities of some tokens, as elements of JSON arrays.
+/// Log-probabilities of some tokens, as elements of JSON arrays. They stay text: of a long answer they are megabytes, and
+/// values would take twenty times as much.
 #[derive(Debug, Default)]
 struct Scores {
     in_part: BytesMut,
     in_event: BytesMut,
+}
+
+impl Scores {
+    fn append(&mut self, more: &Self) {
+        for (all, more) in [(&mut self.in_part, &more.in_part), (&mut self.in_event, &more.in_event)] {
+            if !all.is_empty() && !more.is_empty() {
+                json::push(all, ",");
+            }
+            all.extend_from_slice(more);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -56,20 +67,39 @@ enum Kind {
 }
 
 impl Item {
-    fn to_json(&self, status: &str) -> Value {
+    fn push(&self, out: &mut BytesMut, status: &str, has_content: bool) {
+        json::push(out, "{\"id\":");
+        json::push_string(out, &self.id);
         match &self.kind {
-            Kind::Message => json!({
-                "id": self.id, "type": "message", "status": status, "role": "assistant", "content": [self.part()],
-            }),
-            Kind::Call { call_id, name } => json!({
-                "id": self.id, "type": "function_call", "status": status, "arguments": self.content,
-                "call_id": call_id, "name": name,
-            }),
+            Kind::Message => {
+                json::push(out, ",\"type\":\"message\",\"status\":");
+                json::push_string(out, status);
+                json::push(out, ",\"role\":\"assistant\",\"content\":[");
+                if has_content {
+                    self.push_part(out);
+                }
+                json::push(out, "]}");
+            }
+            Kind::Call { call_id, name } => {
+                json::push(out, ",\"type\":\"function_call\",\"status\":");
+                json::push_string(out, status);
+                json::push(out, ",\"arguments\":");
+                json::push_string(out, &self.content);
+                json::push(out, ",\"call_id\":");
+                json::push_string(out, call_id);
+                json::push(out, ",\"name\":");
+                json::push_string(out, name);
+                json::push(out, "}");
+            }
         }
     }
 
-    fn part(&self) -> Value {
-        json!({ "type": "output_text", "text": self.content, "annotations": [], "logprobs": array(&self.logprobs) })
+    fn push_part(&self, out: &mut BytesMut) {
+        json::push(out, "{\"type\":\"output_text\",\"text\":");
+        json::push_string(out, &self.content);
+        json::push(out, ",\"annotations\":[],\"logprobs\":[");
+        out.extend_from_slice(&self.scores.in_part);
+        json::push(out, "]}");
     }
 }
 
@@ -91,7 +121,8 @@ impl ResponsesWriter {
         }
     }
 
-    fn response(&self, status: &str, usage: Option<Usage>, error: &Value) -> Value {
+    /// With the request's settings.
+    fn push_response(&self, out: &mut BytesMut, status: &str, usage: Option<Usage>, error: &Value) {
         let usage = usage.map(|usage| {
             json!({
                 "input_tokens": usage.prompt_tokens,
@@ -102,46 +133,44 @@ impl ResponsesWriter {
             })
         });
         let cut_off = self.was_cut_off.then(|| json!({ "reason": "max_output_tokens" }));
-        json!({
+        let head = json!({
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": error,
-            "incomplete_details": cut_off, "model": self.model, "output": self.output, "usage": usage,
-        })
-    }
-
-    /// A response with the request's settings.
-    fn push_response(&self, out: &mut BytesMut, response: &Value) {
-        json::push_value(out, response);
+            "incomplete_details": cut_off, "model": self.model,
+        });
+        json::push_value(out, &head);
         out.truncate(out.len() - 1);
+        json::push(out, ",\"output\":[");
+        for (index, item) in self.output.iter().enumerate() {
+            if index > 0 {
+                json::push(out, ",");
+            }
+            out.extend_from_slice(item);
+        }
+        json::push(out, "],\"usage\":");
+        json::push_value(out, &json!(usage));
         json::push(out, ",");
         out.extend_from_slice(&self.settings.0);
         json::push(out, "}");
     }
 
     /// An event with the response as it is now.
-    fn emit_response(&mut self, out: &mut BytesMut, kind: &str, response: &Value) {
-        json::push(out, "event: ");
-        json::push(out, kind);
-        json::push(out, "\ndata: {\"type\":\"");
-        json::push(out, kind);
-        json::push(out, "\",\"sequence_number\":");
-        json::push_int(out, self.sequence_number);
+    fn emit_response(&mut self, out: &mut BytesMut, kind: &str, status: &str, usage: Option<Usage>, error: &Value) {
+        self.begin_event(out, kind);
         json::push(out, ",\"response\":");
-        self.push_response(out, response);
+        self.push_response(out, status, usage, error);
         json::push(out, "}\n\n");
-        self.sequence_number += 1;
     }
 
-    fn final_response(&self, usage: Usage) -> Value {
-        let status = if self.was_cut_off { "incomplete" } else { "completed" };
-        self.response(status, Some(usage), &Value::Null)
+    fn final_status(&self) -> &'static str {
+        if self.was_cut_off { "incomplete" } else { "completed" }
     }
 
     /// Says that there is a response, which is what clients expect before anything else, a failure included.
     fn begin(&mut self, out: &mut BytesMut) {
         if !std::mem::replace(&mut self.has_begun, true) {
-            let response = self.response("in_progress", None, &Value::Null);
-            self.emit_response(out, "response.created", &response);
-            self.emit_response(out, "response.in_progress", &response);
+            for kind in ["response.created", "response.in_progress"] {
+                self.emit_response(out, kind, "in_progress", None, &Value::Null);
+            }
         }
     }
 
@@ -189,7 +218,7 @@ impl ResponsesWriter {
                 // The stop token has no text.
                 self.add_text(out, "");
             }
-            self.close(out, if self.was_cut_off { "incomplete" } else { "completed" });
+            self.close(out, self.final_status());
         }
     }
 
@@ -199,19 +228,16 @@ impl ResponsesWriter {
         }
         let Some(Item {
             kind: Kind::Message,
-            logprobs,
+            scores,
             ..
         }) = &mut self.open
         else {
             return;
         };
-        let Scores { in_part, in_event } = std::mem::take(&mut self.pending);
-        if !logprobs.is_empty() && !in_part.is_empty() {
-            json::push(logprobs, ",");
-        }
-        logprobs.extend_from_slice(&in_part);
+        let more = std::mem::take(&mut self.pending);
+        scores.append(&more);
         let mut fields = BytesMut::from(",\"content_index\":0,\"logprobs\":[");
-        fields.extend_from_slice(&in_event);
+        fields.extend_from_slice(&more.in_event);
         json::push(&mut fields, "]");
         self.add(out, "response.output_text.delta", &fields, text);
     }
@@ -221,110 +247,92 @@ impl ResponsesWriter {
             id: format!("{prefix}_{:016x}", crate::request_id::random_u64()),
             kind,
             content: String::new(),
-            logprobs: BytesMut::new(),
+            scores: Scores::default(),
         };
-        let mut added = item.to_json("in_progress");
-        let is_message = matches!(item.kind, Kind::Message);
-        if is_message {
-            added["content"] = json!([]);
-        }
-        let place = json!({ "output_index": self.output.len() });
-        self.emit(out, "response.output_item.added", with(&place, "item", added));
-        if is_message {
-            let place = json!({ "item_id": item.id, "output_index": self.output.len(), "content_index": 0 });
-            self.emit(out, "response.content_part.added", with(&place, "part", item.part()));
+        self.begin_event(out, "response.output_item.added");
+        self.push_output_index(out);
+        json::push(out, ",\"item\":");
+        item.push(out, "in_progress", false);
+        json::push(out, "}\n\n");
+        if matches!(item.kind, Kind::Message) {
+            self.begin_item_event(out, "response.content_part.added", &item);
+            json::push(out, ",\"content_index\":0,\"part\":");
+            item.push_part(out);
+            json::push(out, "}\n\n");
         }
         self.open = Some(item);
     }
 
-    /// More of the open item. By hand: it comes once a token.
+    /// More of the open item.
     fn add(&mut self, out: &mut BytesMut, kind: &str, fields: &[u8], more: &str) {
-        let Some(item) = &mut self.open else { return };
+        let Some(mut item) = self.open.take() else { return };
         item.content.push_str(more);
+        self.begin_item_event(out, kind, &item);
+        out.extend_from_slice(fields);
+        json::push(out, ",\"delta\":");
+        json::push_string(out, more);
+        json::push(out, "}\n\n");
+        self.open = Some(item);
+    }
+
+    fn close(&mut self, out: &mut BytesMut, status: &str) {
+        let Some(item) = self.open.take() else { return };
+        match &item.kind {
+            Kind::Message => {
+                self.begin_item_event(out, "response.output_text.done", &item);
+                json::push(out, ",\"content_index\":0,\"text\":");
+                json::push_string(out, &item.content);
+                json::push(out, ",\"logprobs\":[");
+                out.extend_from_slice(&item.scores.in_event);
+                json::push(out, "]}\n\n");
+                self.begin_item_event(out, "response.content_part.done", &item);
+                json::push(out, ",\"content_index\":0,\"part\":");
+                item.push_part(out);
+                json::push(out, "}\n\n");
+            }
+            Kind::Call { name, .. } => {
+                self.begin_item_event(out, "response.function_call_arguments.done", &item);
+                json::push(out, ",\"arguments\":");
+                json::push_string(out, &item.content);
+                json::push(out, ",\"name\":");
+                json::push_string(out, name);
+                json::push(out, "}\n\n");
+            }
+        }
+        let mut done = BytesMut::new();
+        item.push(&mut done, status, true);
+        self.begin_event(out, "response.output_item.done");
+        self.push_output_index(out);
+        json::push(out, ",\"item\":");
+        out.extend_from_slice(&done);
+        json::push(out, "}\n\n");
+        self.output.push(done.freeze());
+    }
+
+    /// An event about an item, up to where its own fields follow.
+    fn begin_item_event(&mut self, out: &mut BytesMut, kind: &str, item: &Item) {
+        self.begin_event(out, kind);
+        json::push(out, ",\"item_id\":");
+        json::push_string(out, &item.id);
+        self.push_output_index(out);
+    }
+
+    /// The index of the item that is open or would be opened next.
+    fn push_output_index(&self, out: &mut BytesMut) {
+        json::push(out, ",\"output_index\":");
+        json::push_int(out, self.output.len() as u64);
+    }
+
+    /// An event, up to where its own fields follow.
+    fn begin_event(&mut self, out: &mut BytesMut, kind: &str) {
         json::push(out, "event: ");
         json::push(out, kind);
         json::push(out, "\ndata: {\"type\":\"");
         json::push(out, kind);
         json::push(out, "\",\"sequence_number\":");
         json::push_int(out, self.sequence_number);
-        json::push(out, ",\"item_id\":");
-        json::push_string(out, &item.id);
-        json::push(out, ",\"output_index\":");
-        json::push_int(out, self.output.len() as u64);
-        out.extend_from_slice(fields);
-        json::push(out, ",\"delta\":");
-        json::push_string(out, more);
-        json::push(out, "}\n\n");
         self.sequence_number += 1;
     }
-
-    fn close(&mut self, out: &mut BytesMut, status: &str) {
-        let Some(item) = self.open.take() else { return };
-        let place = json!({ "item_id": item.id, "output_index": self.output.len() });
-        match &item.kind {
-            Kind::Message => {
-                let place = with(&place, "content_index", json!(0));
-                let done = with(&place, "text", json!(item.content));
-                let logprobs = without_bytes(array(&item.logprobs));
-                self.emit(out, "response.output_text.done", with(&done, "logprobs", logprobs));
-                self.emit(out, "response.content_part.done", with(&place, "part", item.part()));
-            }
-            Kind::Call { name, .. } => {
-                let done = with(&place, "arguments", json!(item.content));
-                self.emit(
-                    out,
-                    "response.function_call_arguments.done",
-                    with(&done, "name", json!(name)),
-                );
-            }
-        }
-        let item = item.to_json(status);
-        let done = json!({ "output_index": self.output.len(), "item": item });
-        self.emit(out, "response.output_item.done", done);
-        self.output.push(item);
-    }
-
-    fn emit(&mut self, out: &mut BytesMut, kind: &str, fields: Value) {
-        let mut event = json!({ "type": kind, "sequence_number": self.sequence_number });
-        if let (Value::Object(event), Value::Object(fields)) = (&mut event, fields) {
-            event.extend(fields);
-        }
-        self.sequence_number += 1;
-        json::push(out, "event: ");
-        json::push(out, kind);
-        json::push(out, "\ndata: ");
-        json::push_value(out, &event);
-        json::push(out, "\n\n");
-    }
-}
-
-fn with(fields: &Value, name: &str, value: Value) -> Value {
-    let mut fields = fields.clone();
-    fields[name] = value;
-    fields
-}
-
-/// An array of these elements, written by this server.
-fn array(elements: &[u8]) -> Value {
-    let text = [b"[", elements, b"]"].concat();
-    serde_json::from_slice(&text).expect("elements are JSON")
-}
-
-/// Log-probabilities as events have them.
-fn without_bytes(mut logprobs: Value) -> Value {
-    for element in logprobs
-        .as_array_mut()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_object_mut)
-    {
-        element.remove("bytes");
-        let top = element.get_mut("top_logprobs").and_then(Value::as_array_mut);
-        for alternative in top.into_iter().flatten().filter_map(Value::as_object_mut) {
-            alternative.remove("bytes");
-        }
-    }
-    logprobs
 }
 
 impl StreamWriter for ResponsesWriter {
@@ -338,8 +346,7 @@ impl StreamWriter for ResponsesWriter {
         } else {
             "response.completed"
         };
-        let response = self.final_response(usage);
-        self.emit_response(out, kind, &response);
+        self.emit_response(out, kind, self.final_status(), Some(usage), &Value::Null);
     }
 
     fn write_error(&mut self, out: &mut BytesMut, error: &ApiError) {
@@ -347,8 +354,7 @@ impl StreamWriter for ResponsesWriter {
         self.close(out, "incomplete");
         let code = error.code().unwrap_or("server_error");
         let error = json!({ "code": code, "message": error.to_string() });
-        let response = self.response("failed", None, &error);
-        self.emit_response(out, "response.failed", &response);
+        self.emit_response(out, "response.failed", "failed", None, &error);
     }
 }
 
@@ -360,7 +366,7 @@ impl BodyWriter for ResponsesWriter {
 
     fn finish(self: Box<Self>, _: &Generation, usage: Usage) -> Bytes {
         let mut out = BytesMut::new();
-        self.push_response(&mut out, &self.final_response(usage));
+        self.push_response(&mut out, self.final_status(), Some(usage), &Value::Null);
         out.freeze()
     }
 }
