@@ -112,7 +112,7 @@ async fn while_the_request_waits_in_the_queue() {
     setup.engine.max_num_seqs = 1;
     let server = setup.start();
     let first = connect(&server, "/v1/completions", &json!({ "prompt": "a", "max_tokens": 3 })).await;
-    until(|| server.engine.stats().num_queued > 0).await;
+    until(|| server.engine.stats().num_running > 0).await;
     gate.send(()).unwrap();
     until(|| server.engine.stats().steps > 0).await;
     let second = connect(&server, "/v1/completions", &json!({ "prompt": "b", "max_tokens": 3 })).await;
