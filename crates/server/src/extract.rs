@@ -245,34 +245,19 @@ fn bad_json(reason: &str) -> ApiError {
 }
 
 #[cfg(test)]
+#[path = "../tests/support/sent_body.rs"]
+mod sent_body;
+
+#[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
     use std::pin::{Pin, pin};
     use std::task::{Context, Poll, Waker};
 
-    use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-
+    use super::sent_body::sent_body;
     use super::*;
     use crate::metrics::Metrics;
 
     const LARGE: usize = 600 << 10;
-
-    /// A body that comes as it is sent; it ends with the sender.
-    struct Sent(UnboundedReceiver<Bytes>);
-
-    impl http_body::Body for Sent {
-        type Data = Bytes;
-        type Error = Infallible;
-
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            context: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-            self.0
-                .poll_recv(context)
-                .map(|data| data.map(|data| Ok(Frame::data(data))))
-        }
-    }
 
     /// Room for one large body.
     fn state() -> AppState {
@@ -282,11 +267,6 @@ mod tests {
             ..Limits::default()
         };
         AppState::new(limits, Metrics::new("tiny"))
-    }
-
-    fn body() -> (UnboundedSender<Bytes>, Body) {
-        let (sender, receiver) = unbounded_channel();
-        (sender, Body::new(Sent(receiver)))
     }
 
     fn bytes(num_bytes: usize) -> Bytes {
@@ -299,7 +279,7 @@ mod tests {
 
     /// A large body that is there as a whole.
     fn whole() -> Body {
-        let (sender, body) = body();
+        let (sender, body) = sent_body();
         sender.send(bytes(LARGE)).unwrap();
         body
     }
@@ -311,7 +291,7 @@ mod tests {
     #[tokio::test]
     async fn a_large_body_waits_for_room_and_keeps_what_it_needs() {
         let state = state();
-        let (sender, half) = body();
+        let (sender, half) = sent_body();
         let mut first = pin!(read(&state, half));
         sender.send(bytes(LARGE / 2)).unwrap();
         assert!(poll(first.as_mut()).is_pending());
@@ -319,7 +299,7 @@ mod tests {
         let mut second = pin!(read(&state, whole()));
         assert!(poll(second.as_mut()).is_pending());
         // A small one does not wait.
-        let (small_sender, small) = body();
+        let (small_sender, small) = sent_body();
         small_sender.send(bytes(1000)).unwrap();
         drop(small_sender);
         assert!(matches!(poll(pin!(read(&state, small))), Poll::Ready(Ok((_, None)))));
@@ -335,7 +315,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stalls_gives_its_room_to_the_next() {
         let state = state();
-        let (_sender, stalled) = body();
+        let (_sender, stalled) = sent_body();
         _sender.send(bytes(SMALL_BODY_BYTES + 1)).unwrap();
         let (stalled, other) = tokio::join!(read(&state, stalled), read(&state, whole()));
         let error = stalled.unwrap_err();
@@ -347,7 +327,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bytes_now_and_then_are_no_progress() {
         let state = state();
-        let (sender, dripping) = body();
+        let (sender, dripping) = sent_body();
         sender.send(bytes(SMALL_BODY_BYTES + 1)).unwrap();
         let drip = async {
             while sender.send(bytes(1)).is_ok() {
@@ -363,7 +343,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_sender_that_keeps_the_pace_has_all_its_time() {
         let state = state();
-        let (sender, steady) = body();
+        let (sender, steady) = sent_body();
         let send = async {
             for _ in 0..LARGE / PACE_BYTES {
                 sender.send(bytes(PACE_BYTES)).unwrap();
@@ -378,7 +358,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_small_body_may_be_slow_until_its_time_is_over() {
         let state = state();
-        let (sender, slow) = body();
+        let (sender, slow) = sent_body();
         sender.send(bytes(10)).unwrap();
         let started = Instant::now();
         let error = read(&state, slow).await.unwrap_err();

@@ -36,6 +36,8 @@ mod protocol;
 mod responses;
 #[path = "http/scoring.rs"]
 mod scoring;
+#[path = "support/sent_body.rs"]
+mod sent_body;
 #[path = "http/streams.rs"]
 mod streams;
 #[path = "http/structured.rs"]

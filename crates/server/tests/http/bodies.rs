@@ -1,42 +1,24 @@
 //! Request bodies that come slowly, or are large.
 
-use std::convert::Infallible;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::http::Request;
-use http_body::Frame;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::UnboundedSender;
 use tower::ServiceExt;
 
+use crate::sent_body::sent_body;
 use crate::support::{Server, Setup};
 
-/// A body that comes as it is sent; it ends with the sender.
-struct Sent(UnboundedReceiver<Bytes>);
-
-impl http_body::Body for Sent {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0
-            .poll_recv(context)
-            .map(|data| data.map(|data| Ok(Frame::data(data))))
-    }
-}
-
 fn request(num_bytes: Option<usize>) -> (UnboundedSender<Bytes>, Request<Body>) {
-    let (sender, receiver) = unbounded_channel();
+    let (sender, body) = sent_body();
     let mut request = Request::post("/v1/completions");
     if let Some(num_bytes) = num_bytes {
         request = request.header("content-length", num_bytes);
     }
-    (sender, request.body(Body::new(Sent(receiver))).unwrap())
+    (sender, request.body(body).unwrap())
 }
 
 /// A completion of exactly so many bytes.
