@@ -312,6 +312,18 @@ mod tests {
         assert_eq!((read.len(), room.unwrap().num_permits()), (LARGE, LARGE / 1024));
     }
 
+    #[tokio::test]
+    async fn what_is_parsed_keeps_the_room_of_its_text() {
+        let state = state();
+        let (sender, body) = sent_body();
+        sender.send(Bytes::from_static(b"{}")).unwrap();
+        sender.send(bytes(LARGE - 2)).unwrap();
+        drop(sender);
+        let read = read_json::<serde_json::Value>(&state, &HeaderMap::new(), body).await;
+        let (_, room) = read.unwrap();
+        assert_eq!(room.unwrap().num_permits(), LARGE / 1024);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stalls_gives_its_room_to_the_next() {
         let state = state();

@@ -139,7 +139,7 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_comes_before_the_engine_is_bound_by_the_nearest_deadline() {
         let now = Instant::now();
         let later = now.checked_add(Duration::from_secs(3600));
