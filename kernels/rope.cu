@@ -84,23 +84,26 @@ DEVICE Eight load_table(const float* from, int count, bool is_aligned) {
 
 KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
   let_next_kernel_start();
-  wait_for_previous_kernels();
+  // What the step consists of is known since before the kernels ahead, and so is how far its tokens turn.
   const int token = int(blockIdx.x), half = p.head_dim / 2, per_head = (half + 7) / 8;
   const int index = int(blockIdx.y) * kRopeThreads + int(threadIdx.x);
   const int head = index / per_head, first = index % per_head * 8;
   const int num_heads = p.num_heads + 2 * p.num_kv_heads;
-  if (head >= num_heads) return;
+  const bool exists = head < num_heads && token < load_l2(&p.step.counts->num_tokens);
+  const bool is_value = head >= p.num_heads + p.num_kv_heads;
   const bool is_aligned = half % 8 == 0;
   const int count = min(8, half - first);
+  const int slot = exists ? load_l2(p.step.slots + token) : 0;
+  Eight cosine = {}, sine = {};
+  if (exists && !is_value) {
+    const float* turn = p.table + size_t(load_l2(p.step.positions + token)) * p.head_dim + first;
+    cosine = load_table(turn, count, is_aligned), sine = load_table(turn + half, count, is_aligned);
+  }
+  wait_for_previous_kernels();
+  if (!exists) return;
   bf16* from = p.qkv + (size_t(token) * num_heads + head) * p.head_dim + first;
-  // Reading a row that is not asked for is cheaper than waiting for the count before reading.
   Eight low = load_eight(from, count, is_aligned), high = load_eight(from + half, count, is_aligned);
-  const int position = p.step.positions[token], slot = p.step.slots[token];
-  if (token >= p.step.counts->num_tokens) return;
-  const bool is_value = head >= p.num_heads + p.num_kv_heads;
   if (!is_value) {
-    const float* turn = p.table + size_t(position) * p.head_dim + first;
-    const Eight cosine = load_table(turn, count, is_aligned), sine = load_table(turn + half, count, is_aligned);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const float a = low.x[i], b = high.x[i];
