@@ -26,7 +26,12 @@ struct GemmParams {
 /// The order of these products is part of the contract: every kernel gives the same bits.
 DEVICE float scaled_sum(float sum, float x_scale, float w_scale) { return sum * x_scale * w_scale; }
 
-DEVICE float soft_capped(float x, float cap) { return cap > 0.0f ? cap * tanh_precise(x / cap) : x; }
+/// cap * tanh(x / cap) to about 1e-6 of the cap: cap - 2 cap / (1 + e^(2x / cap)). Saturates without overflow.
+DEVICE float soft_capped(float x, float cap) {
+  if (cap <= 0.0f) return x;
+  const float e = exp2_approx(fminf(x * (2.0f * kLog2E / cap), 126.0f));
+  return __fmaf_rn(-2.0f * cap, reciprocal_approx(1.0f + e), cap);
+}
 
 /// Two f32 values of one row.
 DEVICE void store_two(float* row, int column, int columns, float a, float b) {

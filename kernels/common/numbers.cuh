@@ -27,12 +27,6 @@ constexpr float kFp8Max = 448.0f;
 /// Smallest scale of a token's quantisation: `FP8_MIN_TOKEN_SCALE` of the model crate.
 constexpr float kFp8MinTokenScale = 1.0f / (448.0f * 512.0f);
 
-/// tanh to about 1e-6: 1 - 2 / (1 + e^2x). Saturates without overflow.
-DEVICE float tanh_precise(float x) {
-  const float e = exp2_approx(fminf(2.0f * kLog2E * x, 126.0f));
-  return 1.0f - 2.0f / (1.0f + e);
-}
-
 /// How the input of a linear layer is quantised, as the checkpoint says.
 enum ActivationScheme : int {
   kSchemeNone = 0,    // bf16
