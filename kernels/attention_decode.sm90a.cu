@@ -15,15 +15,13 @@ struct BulkCopies {
   }
   static DEVICE void load_keys(Stage to, const uint8_t* kv, unsigned tile, TileRows rows, const bf16* queries,
                                int group, int lane) {
-    load_keys_before_queries(to, kv, tile, rows, queries != nullptr, group, lane);
-    if (lane == 0 && queries != nullptr) load_queries(to, queries, group);
+    if (lane != 0) return;
+    expect_keys(to, kv, tile, rows, queries != nullptr, group);
+    if (queries != nullptr) load_queries(to, queries, group);
   }
-  /// The place is full when the queries have come, too.
   static DEVICE void load_keys_before_queries(Stage to, const uint8_t* kv, unsigned tile, TileRows rows,
                                               bool has_queries, int group, int lane) {
-    if (lane != 0) return;
-    mbarrier_arrive_expect_tx(to.barrier, bytes_of(rows) + (has_queries ? uint32_t(group * 2 * D) : 0));
-    load_rows(to.keys, kv, tile, rows, to.barrier);
+    if (lane == 0) expect_keys(to, kv, tile, rows, has_queries, group);
   }
   /// One lane.
   static DEVICE void load_queries(Stage to, const bf16* queries, int group) {
@@ -54,6 +52,11 @@ struct BulkCopies {
 
  private:
   static constexpr uint32_t kTileBytes = DecodeShared<Cache, D>::kTileBytes;
+  /// One lane. The place is full when the queries have come, too.
+  static DEVICE void expect_keys(Stage to, const uint8_t* kv, unsigned tile, TileRows rows, bool has_queries, int group) {
+    mbarrier_arrive_expect_tx(to.barrier, bytes_of(rows) + (has_queries ? uint32_t(group * 2 * D) : 0));
+    load_rows(to.keys, kv, tile, rows, to.barrier);
+  }
   static DEVICE uint32_t bytes_of(TileRows rows) { return uint32_t((rows.end - rows.first) * kRowBytes); }
   static DEVICE void load_rows(uint32_t to, const uint8_t* kv, unsigned tile, TileRows rows, uint32_t barrier) {
     const uint8_t* from = kv + size_t(tile) * kTileBytes + rows.first * kRowBytes;

@@ -44,12 +44,18 @@ DEVICE float capped_exp(float dot, float score_scale, float cap) {
   return exp2_approx(capped_exponent(dot, score_scale, cap));
 }
 
-/// Where the 16 keys from `position` on (a multiple of 16) lie, as an index of 16-row tiles of `kv`.
-DEVICE unsigned key_tile(const Attention& p, const int* blocks, int head, int position) {
-  const unsigned block = unsigned(position) / unsigned(p.block_size);
-  const unsigned tiles = unsigned(p.block_size) / kTile;
-  const unsigned plane = unsigned(load_l2(blocks + block)) * 2u * unsigned(p.num_kv_heads) + unsigned(head);
-  return plane * tiles + (unsigned(position) - block * unsigned(p.block_size)) / kTile;
+/// Where the 16 keys from `position` on (a multiple of 16) lie: in which of the sequence's blocks, and in which tile of it.
+struct KeyTile {
+  unsigned block;
+  unsigned within;
+
+  DEVICE KeyTile(const Attention& p, int position) : block(unsigned(position) / unsigned(p.block_size)) {
+    within = (unsigned(position) - block * unsigned(p.block_size)) / kTile;
+  }
+};
+/// A tile of block `id` as an index of 16-row tiles of `kv`.
+DEVICE unsigned key_tile(const Attention& p, unsigned id, int head, unsigned within) {
+  return (id * 2u * unsigned(p.num_kv_heads) + unsigned(head)) * (unsigned(p.block_size) / kTile) + within;
 }
 /// From a tile of keys to the tile of their values.
 DEVICE unsigned value_tile_offset(const Attention& p) {

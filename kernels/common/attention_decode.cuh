@@ -2,11 +2,14 @@
 // differ in how tiles of keys and values reach shared memory (`Copies`), not in a bit of the result.
 //
 // Work: a unit is (sequence, kv head, chunk), where a chunk is a fixed number of positions aligned to absolute position,
-// so that what a sequence gets never depends on the batch. Blocks walk the units with the grid's stride; each finds them
-// from the context lengths, so that a captured graph needs no plan. The kv heads of a chunk are neighbours: blocks at work
-// together read whole pages, not one head's part of many, which all lie at the same distance and meet in the same memory
-// channels. In a unit four warps take 16-position tiles in turn, each with a ring of stages of its own: nothing but the
-// end of a unit brings them together, and a warp's loads for the next unit are under way while this one is computed.
+// so that what a sequence gets never depends on the batch. Blocks walk the units with the grid's stride; each lists its own
+// from the context lengths, a unit a thread, so that a captured graph needs no plan and no warp looks for its next unit
+// between two. The last chunks of all sequences come after all others: with each sequence's own, a grid that is a multiple of
+// a sequence's units would give some blocks whole chunks only, and others what contexts end with. The kv heads of a chunk are
+// neighbours: blocks at work together read whole pages, not one head's part of many, which all lie at the same distance and
+// meet in the same memory channels. In a unit four warps take 16-position tiles in turn, each with a ring of stages of its
+// own: nothing but the end of a unit brings them together, and a warp's loads for the next unit are under way while this one
+// is computed.
 //
 // Two more warps finish units: they add up what those leave in shared memory (in two buffers) and write it out, taking turns;
 // no load ever waits for them. Of a sequence with several chunks that is the chunk's part, for `attention_merge` to add.
@@ -33,11 +36,27 @@ constexpr int kFull = 1, kEmpty = kFull + kWarps;
 
 /// What a block must know of a sequence.
 struct __align__(16) SeqEntry {
-  int first_unit;  // of the first sequence after the last, the number of units
+  int first_unit;  // but for the unit of its last chunk
   int context;
   int query_row;
   int block_start;
 };
+
+/// What a unit covers: positions [first, end) of a sequence for one kv head.
+struct __align__(16) Unit {
+  int first;
+  int end;
+  int query_row;
+  int block_start;
+  int seq;
+  int head;
+  int chunk;   // among the sequence's
+  int chunks;  // of the sequence
+
+  DEVICE bool is_last() const { return chunk + 1 == chunks; }
+};
+/// Units that a block lists at a time.
+constexpr int kListed = kAllThreads;
 
 /// Shared memory: rings of the computing warps, then what they leave at a unit's end.
 template <class Cache, int D>
@@ -48,11 +67,13 @@ struct DecodeShared {
   float* sums;       // [2][warps][8]
   float* maxima;     // [2][warps][8]
   uint64_t* barriers;  // [warps][stages][K, V]
-  int* scratch;      // [8]
-  SeqEntry* seqs;    // [max_seqs + 1]
+  int* scratch;      // [2][8]
+  Unit* units;       // [kListed]
+  SeqEntry* seqs;    // [max_seqs]
+  int* ends;         // [max_seqs]: sequences in the order of the units of their last chunks
   int stage_bytes;
 
-  DEVICE DecodeShared(uint8_t* base, int stages, int group) {
+  DEVICE DecodeShared(uint8_t* base, int stages, int group, int max_seqs) {
     stage_bytes = 2 * kTileBytes + group * 2 * D;
     ring = base;
     outputs = reinterpret_cast<float*>(base + kWarps * stages * stage_bytes);
@@ -60,40 +81,40 @@ struct DecodeShared {
     maxima = sums + 2 * kWarps * kMaxGroup;
     barriers = reinterpret_cast<uint64_t*>(maxima + 2 * kWarps * kMaxGroup);
     scratch = reinterpret_cast<int*>(barriers + 2 * kWarps * stages);
-    seqs = reinterpret_cast<SeqEntry*>(scratch + 8);
+    units = reinterpret_cast<Unit*>(scratch + 16);
+    seqs = reinterpret_cast<SeqEntry*>(units + kListed);
+    ends = reinterpret_cast<int*>(seqs + max_seqs);
   }
 };
 
-/// What a unit covers: positions [first, end). Without positions: no unit.
-struct Unit {
-  int index;
-  int seq;
-  int head;
-  int chunk;   // among the sequence's
-  int chunks;  // of the sequence
-  int first;
-  int end;
-  int query_row;
-  int block_start;
-  int context;  // of the sequence
+/// The step's sequences, and how many units they have.
+struct Seqs {
+  const SeqEntry* entries;
+  const int* ends;
+  int count;
+  int whole;  // units of chunks that are not their sequence's last; they come first
+  int units;
 };
 
-/// All threads, one for each sequence: the table of sequences and how many units precede each. Returns their number.
-DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals) {
+/// All threads, one for each sequence: the tables of sequences.
+DEVICE Seqs list_seqs(const AttentionDecode& p, SeqEntry* entries, int* ends, int* scratch) {
   const Step& step = p.attention.step;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int num_seqs = load_l2(&step.counts->num_seqs);
-  int total = 0;
+  int* const warp_units = scratch;
+  int* const warp_ends = scratch + 8;
+  int whole = 0, num_ends = 0;
   // The first round does not wait for the number of sequences.
   for (int base = 0; base == 0 || base < num_seqs; base += kAllThreads) {
     const int seq = base + int(threadIdx.x);
     SeqEntry entry = {0, 1, 0, 0};
     int units = 0;
+    bool is_decode = false;
     if (seq < p.max_seqs) {
       entry = {0, load_l2(step.context_lens + seq), load_l2(step.query_start + seq), load_l2(step.block_start + seq)};
       const int next_row = load_l2(step.query_start + seq + 1);
-      const bool is_decode = seq < num_seqs && next_row - entry.query_row == 1;
-      if (is_decode) units = chunks_of(p, entry.context) * p.attention.num_kv_heads;
+      is_decode = seq < num_seqs && next_row - entry.query_row == 1;
+      if (is_decode) units = (chunks_of(p, entry.context) - 1) * p.attention.num_kv_heads;
     }
     int inclusive = units;
 #pragma unroll
@@ -101,50 +122,64 @@ DEVICE int list_seqs(const AttentionDecode& p, SeqEntry* seqs, int* warp_totals)
       const int before = __shfl_up_sync(~0u, inclusive, delta);
       if (lane >= delta) inclusive += before;
     }
-    if (lane == 31) warp_totals[warp] = inclusive;
+    const unsigned decoding = __ballot_sync(~0u, is_decode);
+    if (lane == 31) warp_units[warp] = inclusive, warp_ends[warp] = __popc(decoding);
     __syncthreads();
-    int before = total;
+    int end = 0;
     for (int other = 0; other < kWarps + kFinishers; other++) {
-      if (other == warp) entry.first_unit = before + inclusive - units;
-      before += warp_totals[other];
+      if (other == warp) {
+        entry.first_unit = whole + inclusive - units;
+        end = num_ends + __popc(decoding & ((1u << lane) - 1));
+      }
+      whole += warp_units[other];
+      num_ends += warp_ends[other];
     }
-    total = before;
-    if (seq < num_seqs) seqs[seq] = entry;
+    if (seq < num_seqs) entries[seq] = entry;
+    if (is_decode) ends[end] = seq;
     __syncthreads();
   }
-  if (threadIdx.x == 0) seqs[num_seqs] = {total, 0, 0, 0};
-  __syncthreads();
-  return num_seqs;
+  return {entries, ends, num_seqs, whole, whole + num_ends * p.attention.num_kv_heads};
 }
 
-/// The units as every warp sees them.
+/// The sequence of a unit at `index` of those whose chunk is not a last one.
+DEVICE int seq_of(const Seqs& seqs, int index) {
+  int low = 0, high = seqs.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (seqs.entries[middle].first_unit <= index) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+/// The unit at `index` of all. A division and as many steps as halve the sequences: for many threads at once.
+DEVICE Unit find_unit(const AttentionDecode& p, const Seqs& seqs, int index) {
+  const int heads = p.attention.num_kv_heads;
+  const bool is_last = index >= seqs.whole;
+  const int seq = is_last ? seqs.ends[(index - seqs.whole) / heads] : seq_of(seqs, index);
+  const SeqEntry entry = seqs.entries[seq];
+  const int chunks = chunks_of(p, entry.context), within = index - (is_last ? seqs.whole : entry.first_unit);
+  const int chunk = is_last ? chunks - 1 : within / heads;
+  const int start = (first_chunk(p, entry.context) + chunk) << p.chunk_shift;
+  const int first = max(start, entry.context - p.attention.window);
+  const int end = min(entry.context, start + (1 << p.chunk_shift));
+  return {first, end, entry.query_row, entry.block_start, seq, within % heads, chunk, chunks};
+}
+
+/// All threads: lists the block's units from its `passed`th on, as many as there is room for. Returns how many.
+DEVICE int list_units(const AttentionDecode& p, Unit* units, const Seqs& seqs, int passed) {
+  const int stride = int(gridDim.x), first = int(blockIdx.x) + passed * stride;
+  const int index = first + int(threadIdx.x) * stride;
+  if (index < seqs.units) units[threadIdx.x] = find_unit(p, seqs, index);
+  __syncthreads();
+  return first < seqs.units ? min((seqs.units - first - 1) / stride + 1, kListed) : 0;
+}
+
+/// The units that a block has listed.
 struct Units {
   const AttentionDecode& p;
-  const SeqEntry* seqs;
-  int num_seqs;
+  const Unit* listed;
   int count;
-
-  DEVICE Units(const AttentionDecode& params, const SeqEntry* entries, int num_entries)
-      : p(params), seqs(entries), num_seqs(num_entries), count(entries[num_entries].first_unit) {}
-
-  DEVICE Unit find(int index) const {
-    if (index >= count) return {index, 0, 0, 0, 0, 0, 0, 0, 0, 0};
-    int low = 0, high = num_seqs;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (seqs[middle].first_unit <= index) low = middle;
-      else high = middle;
-    }
-    const SeqEntry entry = seqs[low];
-    const int chunks = chunks_of(p, entry.context);
-    const int within = index - entry.first_unit;
-    const int chunk = within / p.attention.num_kv_heads;
-    const int head = within - chunk * p.attention.num_kv_heads;
-    const int start = (first_chunk(p, entry.context) + chunk) << p.chunk_shift;
-    const int first = max(start, entry.context - p.attention.window);
-    const int end = min(entry.context, start + (1 << p.chunk_shift));
-    return {index, low, head, chunk, chunks, first, end, entry.query_row, entry.block_start, entry.context};
-  }
 };
 
 /// A place in a warp's ring of stages.
@@ -233,21 +268,24 @@ struct Loader {
   Stage ring;  // its first
   Place next;  // where the next tile goes
 
-  // The unit being loaded. Lane i knows where its tile i lies; so for the next one, to hide that look-up's latency.
+  // The unit being loaded. Lane i knows where its tile i lies, and of the next one which block that is in: no one waits for
+  // that look-up.
   int position;
   int first, end;
+  bool is_last;  // of its sequence
   unsigned tiles;
   unsigned queries;  // in 16 bytes from the step's first; kNoQueries once they are loaded
-  int next_index;
-  unsigned next_tiles;
+  int next_unit;     // among those listed
+  unsigned next_block = 0, next_tile = 0;
   static constexpr unsigned kNoQueries = ~0u;
 
-  DEVICE Loader(const Units& all, const Shared& shared, int w, int l)
-      : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads) {
+  DEVICE Loader(const Units& all, const Shared& shared, Place place, int w, int l)
+      : p(all.p), units(all), warp(w), lane(l), group(all.p.attention.num_heads / all.p.attention.num_kv_heads), next(place) {
     ring = {shared_address(shared.ring + warp * p.stages * shared.stage_bytes),
             shared_address(shared.barriers + 2 * warp * p.stages)};
-    look_up(int(blockIdx.x));
-    next_unit();
+    next_unit = 0;
+    look_up();
+    take_unit();
   }
 
   DEVICE Stage at(int stage) const {
@@ -255,28 +293,32 @@ struct Loader {
     return {ring.keys + uint32_t(stage * stage_bytes), ring.barrier + uint32_t(16 * stage)};
   }
 
-  DEVICE void look_up(int index) {
-    const Attention& a = p.attention;
-    const Unit unit = units.find(index);
-    next_index = index;
-    next_tiles = 0;
+  DEVICE void look_up() {
+    if (next_unit >= units.count) return;
+    const Unit unit = units.listed[next_unit];
     const int tile_position = (unit.first >> p.chunk_shift << p.chunk_shift) + lane * kTile;
-    if (tile_position + kTile > unit.first && tile_position < unit.end) {
-      next_tiles = key_tile(a, a.step.block_ids + unit.block_start, unit.head, tile_position);
-    }
+    if (tile_position + kTile <= unit.first || tile_position >= unit.end) return;
+    const KeyTile tile(p.attention, tile_position);
+    next_block = unsigned(load_l2(p.attention.step.block_ids + unit.block_start + tile.block));
+    next_tile = tile.within;
   }
   /// Moves to the next unit that has a tile for this warp; `first == end` if there is none.
-  DEVICE void next_unit() {
+  DEVICE void take_unit() {
     const Attention& a = p.attention;
     do {
-      const Unit unit = units.find(next_index);
+      if (next_unit >= units.count) {
+        first = end = 0;
+        return;
+      }
+      const Unit unit = units.listed[next_unit];
       first = unit.first;
       end = unit.end;
-      tiles = next_tiles;
+      is_last = unit.is_last();
+      tiles = key_tile(a, next_block, unit.head, next_tile);
       queries = unsigned((unit.query_row * (a.num_heads + 2 * a.num_kv_heads) + unit.head * group) * (D / 8));
-      if (first == end) return;
       position = first_tile(first, warp);
-      look_up(next_index + int(gridDim.x));
+      next_unit++;
+      look_up();
     } while (position >= end);
   }
   /// Position of the first tile at or after `first`'s that is the warp's.
@@ -304,7 +346,7 @@ struct Loader {
     unsigned late = kNoQueries;  // lane i: the queries that stage i lacks
     int filled = 0;
     if (Copies::kLoadsEarly) {
-      for (; filled < p.stages && !done() && position + kTile < this_context(); filled++) {
+      for (; filled < p.stages && !done() && !(is_last && position + kTile >= end); filled++) {
         const TileRows rows(position, first, end);
         Copies::load_keys_before_queries(at(next.stage), p.attention.kv, tile(), rows, queries != kNoQueries, group, lane);
         if (lane == filled) late = queries;
@@ -322,8 +364,6 @@ struct Loader {
       load_values();
     }
   }
-  /// Of the sequence whose unit is being loaded.
-  DEVICE int this_context() const { return units.find(next_index - int(gridDim.x)).context; }
   /// Values of the tile whose keys were loaded last.
   DEVICE void load_values() {
     if (!done()) {
@@ -331,7 +371,7 @@ struct Loader {
       Copies::load_values(at(next.stage), p.attention.kv, values, TileRows(position, first, end), lane);
       next.advance(p.stages);
       position += kWarps * kTile;
-      if (position >= end) next_unit();
+      if (position >= end) take_unit();
     }
     Copies::commit();
   }
@@ -496,21 +536,20 @@ DEVICE void add_warps(const AttentionDecode& p, const DecodeShared<Cache, D>& sh
   }
 }
 
-/// A computing warp's way through the block's units, each of which `Threads` threads finish.
-template <int D, bool Capped, class Copies, int Threads>
-DEVICE void compute_units(const Units& units, const DecodeShared<typename Copies::Cache, D>& shared, int warp, int lane) {
-  Loader<D, Copies> loader(units, shared, warp, lane);
+/// A computing warp's way through the listed units, each of which `finishers` threads finish. `place` is where its ring stands.
+template <int D, bool Capped, class Copies>
+DEVICE void compute_units(const Units& units, const DecodeShared<typename Copies::Cache, D>& shared, Place& place, int finishers,
+                          int warp, int lane) {
+  Loader<D, Copies> loader(units, shared, place, warp, lane);
   loader.fill();
-  Place place;
-  int count = 0;
-  for (int index = int(blockIdx.x); index < units.count; index += int(gridDim.x), count++) {
-    const Unit unit = units.find(index);
+  for (int count = 0; count < units.count; count++) {
+    const Unit unit = units.listed[count];
     Sums<D> sums;
     clear<D>(sums);
     run_unit<D, Capped>(sums, loader, place, unit);
-    if (count >= kBuffers) named_barrier_sync(kEmpty + (count - kBuffers) % kWarps, kThreads + Threads);
+    if (count >= kBuffers) named_barrier_sync(kEmpty + (count - kBuffers) % kWarps, kThreads + finishers);
     share(sums, shared, loader.group, count % kBuffers * kWarps + warp, lane);
-    named_barrier_arrive(kFull + count % kWarps, kThreads + Threads);
+    named_barrier_arrive(kFull + count % kWarps, kThreads + finishers);
   }
   Copies::finish();
 }
@@ -520,39 +559,43 @@ template <class Cache, int D, bool Capped, int Threads>
 DEVICE void finish_units(const Units& units, const DecodeShared<Cache, D>& shared, int thread) {
   constexpr int kTeams = kFinishThreads / Threads;
   const AttentionDecode& p = units.p;
-  const int group = p.attention.num_heads / p.attention.num_kv_heads, grid = int(gridDim.x);
+  const int group = p.attention.num_heads / p.attention.num_kv_heads;
   const int team = thread / Threads, member = thread % Threads;
   wait_for_previous_kernels();
-  int count = team;
-  for (int index = int(blockIdx.x) + team * grid; index < units.count; index += kTeams * grid, count += kTeams) {
-    const Unit unit = units.find(index);
+  for (int count = team; count < units.count; count += kTeams) {
+    const Unit unit = units.listed[count];
     named_barrier_sync(kFull + count % kWarps, kThreads + Threads);
     add_warps<Cache, D, Capped, Threads>(p, shared, unit, group, count % kBuffers, member);
-    if (index + kBuffers * grid < units.count) {
-      named_barrier_arrive(kEmpty + count % kWarps, kThreads + Threads);
-    }
+    if (count + kBuffers < units.count) named_barrier_arrive(kEmpty + count % kWarps, kThreads + Threads);
   }
-}
-
-/// A block's units; `Threads` threads finish each.
-template <int D, bool Capped, class Copies, int Threads>
-DEVICE void run_units(const Units& units, const DecodeShared<typename Copies::Cache, D>& shared, int warp, int lane) {
-  if (warp < kWarps) compute_units<D, Capped, Copies, Threads>(units, shared, warp, lane);
-  else finish_units<typename Copies::Cache, D, Capped, Threads>(units, shared, int(threadIdx.x) - kThreads);
 }
 
 template <int D, bool Capped, class Copies>
 DEVICE void attention_decode(const AttentionDecode& p, uint8_t* memory) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const DecodeShared<typename Copies::Cache, D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads);
+  using Cache = typename Copies::Cache;
+  // The shuffle tells the compiler that all lanes agree.
+  const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
+  const DecodeShared<Cache, D> shared(memory, p.stages, p.attention.num_heads / p.attention.num_kv_heads, p.max_seqs);
   let_next_kernel_start();
   // Whoever uses the barriers synchronises in between.
   if (threadIdx.x == 0) Copies::init(shared_address(shared.barriers), 2 * kWarps * p.stages);
-  const int num_seqs = list_seqs(p, shared.seqs, shared.scratch);
-  const Units units(p, shared.seqs, num_seqs);
-  // A block's only unit is finished by all: nothing else is to be done meanwhile.
-  if (units.count <= int(gridDim.x)) run_units<D, Capped, Copies, kFinishThreads>(units, shared, warp, lane);
-  else run_units<D, Capped, Copies, 32>(units, shared, warp, lane);
+  const Seqs seqs = list_seqs(p, shared.seqs, shared.ends, shared.scratch);
+  Place place;
+  for (int passed = 0;; passed += kListed) {
+    const Units units = {p, shared.units, list_units(p, shared.units, seqs, passed)};
+    // A block's only unit is finished by all: nothing else is to be done meanwhile.
+    const bool is_single = passed == 0 && units.count <= 1;
+    if (warp < kWarps) {
+      compute_units<D, Capped, Copies>(units, shared, place, is_single ? kFinishThreads : 32, warp, lane);
+    } else if (is_single) {
+      finish_units<Cache, D, Capped, kFinishThreads>(units, shared, int(threadIdx.x) - kThreads);
+    } else {
+      finish_units<Cache, D, Capped, 32>(units, shared, int(threadIdx.x) - kThreads);
+    }
+    if (units.count < kListed) break;
+    // All are done with this list.
+    __syncthreads();
+  }
 }
 
 #define ATTENTION_DECODE_KERNEL(NAME, D, CAPPED, COPIES, CACHE)                                        \

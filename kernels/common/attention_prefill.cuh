@@ -64,7 +64,8 @@ DEVICE void find_key_tiles(const Prefill& work, unsigned* key_tiles) {
   const Step& step = work.p.step;
   const int* blocks = step.block_ids + load_l2(step.block_start + work.tile.seq);
   for (int i = int(threadIdx.x); work.begin + i * kTile < work.end; i += Threads) {
-    key_tiles[i] = key_tile(work.p, blocks, work.head, work.begin + i * kTile);
+    const KeyTile tile(work.p, work.begin + i * kTile);
+    key_tiles[i] = key_tile(work.p, unsigned(load_l2(blocks + tile.block)), work.head, tile.within);
   }
 }
 

@@ -136,9 +136,10 @@ impl DecodeShape {
     fn shared_bytes(self, stages: usize) -> usize {
         let rings = DECODE_WARPS * stages * (2 * KEY_TILE * self.value_bytes + self.group * 2) * self.head_dim;
         let buffers = 2 * DECODE_WARPS * (self.group * self.head_dim + 2 * MAX_GROUP) * 4;
-        let seqs = 16 * (self.max_seqs + 1);
         let barriers = 2 * DECODE_WARPS * stages * 8;
-        rings + buffers + barriers + 2 * DECODE_WARPS * 4 + seqs
+        let units = 32 * DECODE_THREADS as usize;
+        let seqs = (16 + 4) * self.max_seqs;
+        rings + buffers + barriers + 2 * 8 * 4 + units + seqs
     }
 }
 

@@ -27,6 +27,8 @@ struct Setup {
     scheme: ActivationScheme,
     /// Of keys; the usual one if none is given.
     chunk: Option<usize>,
+    /// As if the device had so few.
+    multiprocessors: Option<usize>,
     dtype: KvCacheDtype,
 }
 
@@ -42,6 +44,7 @@ impl Setup {
             key_size: 1.0,
             scheme: ActivationScheme::Fp8Token,
             chunk: None,
+            multiprocessors: None,
             dtype: KvCacheDtype::Native,
         }
     }
@@ -266,8 +269,11 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
         stages: 1,
         blocks: 1,
     });
-    let attention =
+    let mut attention =
         Attention::tuned(device, setup.config(), limits, tuning, is_hopper).expect("there are kernels for this shape");
+    if let Some(few) = setup.multiprocessors {
+        attention.multiprocessors = few;
+    }
     let (rows, cols) = (memory.batch.num_tokens(), setup.heads * setup.head_dim);
     let mut activation = Activation::alloc(device, rows, cols).expect("it is small");
     let inputs = AttentionInputs {
@@ -457,6 +463,26 @@ fn any_number_of_chunks_is_merged() {
                 &setup,
                 &[192, 511, 512, 513, 576, 1024, 1025, 1100].map(Sequence::decode),
             );
+        }
+    }
+}
+
+/// A block lists 192 units at a time; one block has them all, a multiple of that, one more, and two more lists.
+#[test]
+fn more_units_than_a_block_lists() {
+    let setup = Setup {
+        chunk: Some(64),
+        multiprocessors: Some(1),
+        ..Setup::new(64, 8, 8)
+    };
+    for setup in [setup, setup.e4m3()] {
+        // 8 units a chunk.
+        for [short, long] in [[24, 0], [25, 0], [2, 18]] {
+            let lens = [vec![40; short], vec![170; long]].concat();
+            let sequences: Vec<_> = (lens.iter().zip(0..))
+                .map(|(len, index)| Sequence::decode(len + index))
+                .collect();
+            check(&setup, &sequences);
         }
     }
 }
