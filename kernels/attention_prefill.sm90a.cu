@@ -54,10 +54,10 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   let_next_kernel_start();
   const Prefill work(params, Keys);
   find_key_tiles<2 * Rows>(work, key_tiles);
+  __syncthreads();
   wait_for_previous_kernels();
   if (work.tile.num_rows == 0) return;
   load_queries<D, Queries>(work, queries);
-  __syncthreads();
   uint32_t here = 0;  // the current block's buffer
   // Waits for what is on its way, the block's keys among it; then the other buffer of keys is free, and this one of values.
   auto advance = [&](int position) {

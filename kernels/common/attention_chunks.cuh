@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "quantize.cuh"
 
 struct AttentionDecode {
   Attention attention;
@@ -64,15 +65,14 @@ template <int D>
 DEVICE void write_result(const Attention& p, int row, int head, int quad, const Part& part) {
   const int col = head * (p.num_heads / p.num_kv_heads) * D + quad * 4;
   const float inverse = p.value_scale * (1.0f / part.sum);
-  const float4 x = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
+  const float x[4] = {part.output.x * inverse, part.output.y * inverse, part.output.z * inverse, part.output.w * inverse};
   if (p.out.scheme == kSchemeStatic) {
-    const float scale = p.out.static_scale;
-    const uint32_t codes = e4m3x4_from_floats(__fdiv_rn(x.x, scale), __fdiv_rn(x.y, scale), __fdiv_rn(x.z, scale),
-                                              __fdiv_rn(x.w, scale));
-    *reinterpret_cast<uint32_t*>(result_address(p, row, col, 1, D)) = codes;
-    if (col == 0) p.out.scales[row] = scale;
+    uint32_t codes[1];
+    quantize(x, divisor(p.out.static_scale), codes);
+    *reinterpret_cast<uint32_t*>(result_address(p, row, col, 1, D)) = codes[0];
+    if (col == 0) p.out.scales[row] = p.out.static_scale;
   } else {
-    const uint2 pairs = make_uint2(bf16x2_from_floats(x.x, x.y), bf16x2_from_floats(x.z, x.w));
+    const uint2 pairs = make_uint2(bf16x2_from_floats(x[0], x[1]), bf16x2_from_floats(x[2], x[3]));
     *reinterpret_cast<uint2*>(result_address(p, row, col, 2, D)) = pairs;
   }
 }

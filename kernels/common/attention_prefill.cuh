@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "quantize.cuh"
 
 /// Query tokens that share a block: rows `first_row`, ... of the step, all of sequence `seq`. A recorded step has more tiles
 /// than it needs: those left have no rows.
@@ -196,21 +197,34 @@ template <int D, class Layout>
 DEVICE void stage_result(const RowSums<D>& sums, const Prefill& work, uint8_t* rows) {
   const int lane = work.lane;
   const bool fp8 = work.p.out.scheme == kSchemeStatic;
-  const float scale = work.p.out.static_scale;
+  const Divisor by = divisor(work.p.out.static_scale);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float sum = sums.sum[half] + __shfl_xor_sync(~0u, sums.sum[half], 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     const float inverse = work.p.value_scale * (1.0f / sum);
     const int row = work.warp * 16 + lane / 4 + half * 8;
+    // Two columns of each of eight blocks of eight.
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-      const float low = sums.output[4 * j + 2 * half] * inverse, high = sums.output[4 * j + 2 * half + 1] * inverse;
+    for (int first = 0; first < D / 8; first += 8) {
+      float x[16];
+#pragma unroll
+      for (int i = 0; i < 16; i++) x[i] = sums.output[4 * (first + i / 2) + 2 * half + i % 2] * inverse;
       if (fp8) {
-        uint8_t* to = rows + Layout::at(row, j / 2) + j % 2 * 8 + lane % 4 * 2;
-        *reinterpret_cast<uint16_t*>(to) = e4m3x2_from_floats(__fdiv_rn(low, scale), __fdiv_rn(high, scale));
+        uint32_t codes[4];
+        quantize(x, by, codes);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int block = first + i;
+          uint8_t* to = rows + Layout::at(row, block / 2) + block % 2 * 8 + lane % 4 * 2;
+          *reinterpret_cast<uint16_t*>(to) = uint16_t(codes[i / 2] >> (i % 2 * 16));
+        }
       } else {
-        *reinterpret_cast<uint32_t*>(rows + Layout::at(row, j) + lane % 4 * 4) = bf16x2_from_floats(low, high);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          *reinterpret_cast<uint32_t*>(rows + Layout::at(row, first + i) + lane % 4 * 4) =
+              bf16x2_from_floats(x[2 * i], x[2 * i + 1]);
+        }
       }
     }
   }
