@@ -66,11 +66,10 @@ pub struct StatsSnapshot {
     pub generated_tokens_per_second: f64,
     /// Requests that left the queue for their first step, a second of recent busy time.
     pub starts_per_second: f64,
-    /// Requests that ended, a second of recent time in which somebody had to wait for that; 0 while there was no such time
-    /// lately.
+    /// Requests that ended, a second of the latest time in which somebody had to wait for that; 0 before enough have.
     pub ends_per_second_when_full: f64,
-    /// Prompt tokens computed or found in the cache, a second of recent time in which steps had as many tokens as they may;
-    /// 0 likewise.
+    /// Prompt tokens computed or found in the cache, a second of the latest time in which steps had as many tokens as they
+    /// may; 0 before there was any.
     pub prompt_tokens_per_second_when_full: f64,
 }
 
@@ -113,7 +112,7 @@ impl StatsSnapshot {
         Some(by_ends.max(self.prompts_wait()))
     }
 
-    /// How long it takes to compute the prompts of the queue. Where steps were not full lately, nothing has to wait for one.
+    /// How long it takes to compute the prompts of the queue. Where steps were never full, nothing has to wait for one.
     #[must_use]
     pub fn prompts_wait(&self) -> Duration {
         match self.prompt_tokens_per_second_when_full {
@@ -367,15 +366,15 @@ impl RateMeter {
 
 /// How much of something happens when it is all there is room for: how fast a queue for it moves.
 ///
-/// Other times do not count: what happens then depends on how much is asked for. It looks back as far as it takes to have
-/// seen enough: a slow engine may end fewer requests than that in all of [`RATE_WINDOW_SECONDS`].
+/// Other times do not count, however long they are: what happens then depends on how much is asked for, and what is known
+/// is wanted when a queue begins. It looks back as far as it takes to have seen enough: a slow engine may end fewer requests
+/// than that in all of [`RATE_WINDOW_SECONDS`].
 #[derive(Debug)]
 pub(crate) struct FullMeter {
     /// What a rate can be told from.
     enough: f64,
     seconds: f64,
     amount: f64,
-    seconds_since_full: f64,
 }
 
 impl FullMeter {
@@ -385,26 +384,19 @@ impl FullMeter {
             enough,
             seconds: 0.0,
             amount: 0.0,
-            seconds_since_full: 0.0,
         }
     }
 
     /// A step took `elapsed`. Gives the rate a second, 0 as long as less than enough was seen.
     pub(crate) fn step(&mut self, elapsed: Duration, amount: u64, is_full: bool) -> f64 {
-        let (seconds, amount) = (elapsed.as_secs_f64(), amount as f64);
         if is_full {
-            self.seconds_since_full = 0.0;
+            let (seconds, amount) = (elapsed.as_secs_f64(), amount as f64);
             let keep = (-seconds / RATE_WINDOW_SECONDS).exp();
             // All of it, as long as it was not enough.
             let least = ((self.enough - amount) / self.amount).min(1.0);
             let keep = keep.max(least);
             self.seconds = self.seconds * keep + seconds;
             self.amount = self.amount * keep + amount;
-        } else {
-            self.seconds_since_full += seconds;
-            if self.seconds_since_full > RATE_WINDOW_SECONDS.max(self.seconds) {
-                *self = Self::new(self.enough);
-            }
         }
         // What was kept down to the limit may be a rounding error below it.
         if self.amount < self.enough * (1.0 - 1e-9) {
@@ -456,10 +448,10 @@ mod tests {
         assert_eq!(run(3, 1, true), 0.0, "too few to tell");
         assert!((run(50, 1, true) - 10.0).abs() < 1e-6);
         assert!(
-            (run(50, 7, false) - 10.0).abs() < 1e-6,
-            "with room to spare nothing is measured"
+            (run(5000, 7, false) - 10.0).abs() < 1e-6,
+            "with room to spare nothing is measured or forgotten"
         );
-        assert_eq!(run(60, 1, false), 0.0, "long ago");
+        assert!((run(1000, 2, true) - 20.0).abs() < 0.01, "what it does now counts more");
     }
 
     #[test]
@@ -478,9 +470,6 @@ mod tests {
         assert!((rates[99] - 1.0 / 60.0).abs() < 1e-6, "{rates:?}");
         let rates = run(60, 60, 0);
         assert!((rates[59] - 4.0 / 3840.0).abs() < 1e-6, "{rates:?}");
-        // What was measured so slowly is worth as much a while later.
-        assert!(meter.step(Duration::from_secs(60), 0, false) > 0.0);
-        assert_eq!(meter.step(Duration::from_secs(6000), 0, false), 0.0);
     }
 
     #[test]

@@ -1,10 +1,14 @@
 //! What an answer is held to, token by token: its grammar, the tokens it may use, the words it must not say.
 
 use std::collections::HashMap;
+use std::iter::repeat_n;
 use std::sync::Arc;
 
 use lapidary_engine::{Allowed, ConstraintError, TokenConstraint, TokenId, TokenMask};
 use lapidary_text::{GrammarError, GrammarState};
+
+/// As many answers get a grammar each where they are: half a millisecond, since the last takes the one that is there.
+const MAX_INLINE_COPIES: usize = 4;
 
 /// Which tokens may come, whatever the grammar; the same for all answers of a request.
 #[derive(Debug)]
@@ -95,6 +99,16 @@ impl AnswerConstraint {
             recent: Vec::new(),
         })
     }
+
+    /// One for each answer.
+    pub(crate) fn copies(self, num_answers: usize) -> Vec<Self> {
+        repeat_n(self, num_answers).collect()
+    }
+
+    /// Whether others should not have to wait for [`copies`](Self::copies).
+    pub(crate) fn is_long(&self, num_answers: usize) -> bool {
+        self.grammar.is_some() && num_answers > MAX_INLINE_COPIES
+    }
 }
 
 impl TokenConstraint for AnswerConstraint {
@@ -165,6 +179,10 @@ fn is_set(words: &[u32], token: TokenId) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use lapidary_text::{Grammar, GrammarCompiler, Tokenizer};
+
     use super::*;
 
     const VOCAB_SIZE: u32 = 70;
@@ -224,6 +242,19 @@ mod tests {
         other.advance(8).unwrap();
         assert!(is_shared(&other.allowed_tokens().unwrap()));
         assert_eq!(banned_now(&mut constraint), [8], "each answer has what it said itself");
+    }
+
+    #[test]
+    fn many_copies_of_a_grammar_are_long_work() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../text/tests/tiny");
+        let tokenizer = Tokenizer::load(&folder).unwrap();
+        let compiler = GrammarCompiler::new(&tokenizer, tokenizer.vocab_size(), &[1]).unwrap();
+        let grammar = compiler.compile(&Grammar::Regex("ab".to_owned())).unwrap();
+        let held_to_grammar = AnswerConstraint::new(Some(grammar), None).unwrap();
+        assert!(held_to_grammar.is_long(MAX_INLINE_COPIES + 1));
+        assert!(!held_to_grammar.is_long(MAX_INLINE_COPIES));
+        // Rules are shared.
+        assert!(!held(None, &[&[7, 8]]).is_long(128));
     }
 
     #[test]

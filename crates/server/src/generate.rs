@@ -40,8 +40,8 @@ pub(crate) struct Generation {
 pub(crate) struct Admission {
     pub(crate) deadlines: Deadlines,
     pub(crate) arrival: Instant,
-    /// What each answer is held to, from its first token on.
-    pub(crate) constraint: Option<AnswerConstraint>,
+    /// What each answer is held to, from its first token on; none where they are free.
+    pub(crate) constraints: Vec<AnswerConstraint>,
 }
 
 /// A prompt, and what is known of it once its first token came.
@@ -180,10 +180,11 @@ impl Generation {
         let Admission {
             deadlines,
             arrival,
-            constraint,
+            constraints,
         } = admission;
         check_fits_queue(model, &prompts, params.n)?;
         check_scores(&prompts, params, state.limits.max_scored_logprobs)?;
+        let mut constraints = constraints.into_iter();
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         let mut usages = Vec::with_capacity(prompts.len());
         for (prompt_index, tokens) in prompts.into_iter().enumerate() {
@@ -197,8 +198,7 @@ impl Generation {
             for choice in 0..params.n {
                 let seed = params.seed_of(u32::try_from(prompt_index).unwrap_or(u32::MAX), choice);
                 let request = Request {
-                    // Each answer has its own.
-                    constraint: constraint.clone().map(|constraint| Box::new(constraint) as _),
+                    constraint: constraints.next().map(|constraint| Box::new(constraint) as _),
                     deadline: deadlines.answer,
                     queue_deadline: deadlines.queue,
                     ..request_of(&prompt.tokens, params, seed, max_tokens)

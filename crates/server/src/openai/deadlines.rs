@@ -64,7 +64,7 @@ impl Patience {
         let wait = stats.queue_wait();
         let is_too_long = match wait {
             Some(wait) => wait > limit,
-            // Nobody knows. A queue as long as the batch is wide waits about as long as an answer takes.
+            // Nobody knows yet. A queue as long as the batch is wide waits about as long as an answer takes.
             None => stats.prompts_wait() > limit || (max_wait.is_some() && stats.num_queued >= stats.num_slots),
         };
         if is_too_long {

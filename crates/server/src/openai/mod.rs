@@ -292,14 +292,15 @@ async fn submit(
     checked.patience.check_queue(checked.model, &state.limits)?;
     let deadlines = checked.patience.from(arrival, read);
     let engine = &checked.model.engine;
+    let prepare = async {
+        let mut prepared = checked.prepare(endpoint, state, body).await?;
+        let constraints = prepared.take_constraints(state).await?;
+        Ok((prepared, constraints))
+    };
+    let (prepared, constraints) = deadlines.bound(prepare, || engine.stats()).await?;
     let Prepared {
-        model,
-        params,
-        prompts,
-        constraint,
-    } = deadlines
-        .bound(checked.prepare(endpoint, state, body), || engine.stats())
-        .await?;
+        model, params, prompts, ..
+    } = prepared;
     let shape = match settings {
         None => Shape::Choices(Head::new(
             endpoint,
@@ -322,7 +323,7 @@ async fn submit(
     let admission = Admission {
         deadlines,
         arrival,
-        constraint,
+        constraints,
     };
     request_id.record().ask(Asked::new(&params, prompts.tokens.len()));
     let mut generation = Generation::submit(state, model, prompts.tokens, &params, admission)?;
@@ -341,6 +342,18 @@ struct Prepared<'a> {
     params: Params,
     prompts: Prompts,
     constraint: Option<AnswerConstraint>,
+}
+
+impl Prepared<'_> {
+    /// What each answer is held to; none where they are free.
+    async fn take_constraints(&mut self, state: &AppState) -> Result<Vec<AnswerConstraint>, ApiError> {
+        let Some(constraint) = self.constraint.take() else {
+            return Ok(Vec::new());
+        };
+        let num_answers = self.prompts.tokens.len() * self.params.n as usize;
+        let is_long = constraint.is_long(num_answers);
+        state.compute(is_long, move || constraint.copies(num_answers)).await
+    }
 }
 
 /// What is cheap to check: a request that will be refused should not cost its tokenisation.

@@ -1,16 +1,24 @@
 //! Request bodies that come slowly, or are large.
 
+use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::mpsc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::http::Request;
+use serde_json::{Value, json};
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::task::spawn_blocking;
 use tower::ServiceExt;
 
 use crate::sent_body::sent_body;
-use crate::support::{Server, Setup};
+use crate::support::{Server, Setup, post_request};
+
+/// Too large to be read whatever else is, small enough to be parsed at once.
+const JUST_LARGE: usize = 100 << 10;
 
 fn request(num_bytes: Option<usize>) -> (UnboundedSender<Bytes>, Request<Body>) {
     let (sender, body) = sent_body();
@@ -100,6 +108,81 @@ async fn large_bodies_follow_each_other_and_small_ones_do_not_wait() {
     server.assert_idle().await;
 }
 
+/// One thread does all long work.
+fn one_worker() -> Runtime {
+    let mut runtime = Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(1).build().unwrap()
+}
+
+/// A large body of a request, filled up with spaces.
+fn large(path: &str, body: &Value) -> Request<Body> {
+    let (sender, mut request) = request(Some(JUST_LARGE));
+    *request.uri_mut() = path.parse().unwrap();
+    let body = body.to_string();
+    sender
+        .send(format!("{body}{}", " ".repeat(JUST_LARGE - body.len())).into())
+        .unwrap();
+    request
+}
+
+/// As far as it comes by itself.
+async fn polled<F: Future + Unpin>(mut future: F) -> F {
+    let polled = poll_fn(|context| Poll::Ready(Pin::new(&mut future).poll(context))).await;
+    assert!(polled.is_pending());
+    future
+}
+
+#[test]
+fn a_request_keeps_the_room_of_its_body_until_its_prompt_is_made() {
+    let text = "a".repeat(3000);
+    let message = json!({ "role": "user", "content": text });
+    for (path, body) in [
+        ("/v1/completions", json!({ "prompt": text, "max_tokens": 1 })),
+        ("/v1/completions/render", json!({ "prompt": text, "max_tokens": 1 })),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [message], "max_tokens": 1 }),
+        ),
+        (
+            "/v1/chat/completions/render",
+            json!({ "messages": [message], "max_tokens": 1 }),
+        ),
+        ("/v1/responses", json!({ "input": text, "max_output_tokens": 16 })),
+        ("/invocations", json!({ "prompt": text, "max_tokens": 1 })),
+        ("/tokenize", json!({ "prompt": text })),
+        ("/tokenize", json!({ "messages": [message] })),
+    ] {
+        one_worker().block_on(keeps_its_room(path, &body));
+    }
+}
+
+async fn keeps_its_room(path: &str, body: &Value) {
+    let (mut setup, gate) = Setup::default().gated();
+    setup.engine.max_model_len = 4096;
+    setup.limits.max_bodies_bytes = JUST_LARGE;
+    let server = setup.start();
+    let num_submitted = || {
+        let stats = server.engine.stats();
+        stats.num_queued + stats.num_running
+    };
+    let (go_on, goes_on) = mpsc::channel::<()>();
+    let busy = spawn_blocking(move || goes_on.recv().is_err());
+    // All of it was read; its text waits to be tokenised.
+    let first = polled(server.router.clone().oneshot(large(path, body))).await;
+    let short = json!({ "prompt": "a", "max_tokens": 1 });
+    let second = polled(server.router.clone().oneshot(large("/v1/completions", &short))).await;
+    assert_eq!(num_submitted(), 0, "{path}: there was room for both");
+    // Room is all that is missing.
+    let third = polled(server.router.clone().oneshot(post_request("/v1/completions", short))).await;
+    assert!(num_submitted() > 0, "{path}");
+    drop((go_on, gate));
+    assert!(busy.await.unwrap(), "nobody told it to go on");
+    for answer in [first, second, third] {
+        assert_eq!(answer.await.unwrap().status(), 200, "{path}");
+    }
+    server.assert_idle().await;
+}
+
 /// A machine with other things to do may hold a request up for any while: what takes time is tried with more of it.
 const PATIENCES: [Duration; 4] = [
     Duration::from_millis(50),
@@ -115,9 +198,8 @@ async fn send_late(path: &str, header: &'static str, patience: Duration) -> u16 
     *slow.uri_mut() = path.parse().unwrap();
     let seconds = patience.as_secs_f64().to_string();
     slow.headers_mut().insert(header, seconds.parse().unwrap());
-    let mut answer = server.router.clone().oneshot(slow);
-    let polled = std::future::poll_fn(|context| Poll::Ready(Pin::new(&mut answer).poll(context))).await;
-    assert!(polled.is_pending(), "it waits for its body");
+    // It waits for its body.
+    let answer = polled(server.router.clone().oneshot(slow)).await;
     let arrived = Instant::now();
     while arrived.elapsed() <= patience {
         tokio::task::yield_now().await;
