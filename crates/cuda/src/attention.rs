@@ -29,6 +29,8 @@ const DECODE_WARPS: usize = 4;
 const DECODE_THREADS: u32 = (DECODE_WARPS as u32 + 2) * 32;
 /// Of a block of the kernel that adds what chunks left.
 const MERGE_THREADS: u32 = 128;
+/// Units of work that a block lists at a time.
+const LISTED_UNITS: usize = 64;
 /// Query heads of a kv head that the decode kernel has room for.
 const MAX_GROUP: usize = 8;
 /// Above it exp(cap), and sums of it, come near what f32 can hold.
@@ -137,7 +139,7 @@ impl DecodeShape {
         let rings = DECODE_WARPS * stages * (2 * KEY_TILE * self.value_bytes + self.group * 2) * self.head_dim;
         let buffers = 2 * DECODE_WARPS * (self.group * self.head_dim + 2 * MAX_GROUP) * 4;
         let barriers = 2 * DECODE_WARPS * stages * 8;
-        let units = 32 * DECODE_THREADS as usize;
+        let units = 32 * LISTED_UNITS;
         let seqs = (16 + 4) * self.max_seqs;
         rings + buffers + barriers + 2 * 8 * 4 + units + seqs
     }

@@ -467,7 +467,7 @@ fn any_number_of_chunks_is_merged() {
     }
 }
 
-/// A block lists 192 units at a time; one block has them all, a multiple of that, one more, and two more lists.
+/// One block has as many units as it lists at a time, some more, and several lists of them.
 #[test]
 fn more_units_than_a_block_lists() {
     let setup = Setup {
@@ -477,7 +477,7 @@ fn more_units_than_a_block_lists() {
     };
     for setup in [setup, setup.e4m3()] {
         // 8 units a chunk.
-        for [short, long] in [[24, 0], [25, 0], [2, 18]] {
+        for [short, long] in [[LISTED_UNITS / 8, 0], [LISTED_UNITS / 8 + 1, 0], [2, 12]] {
             let lens = [vec![40; short], vec![170; long]].concat();
             let sequences: Vec<_> = (lens.iter().zip(0..))
                 .map(|(len, index)| Sequence::decode(len + index))
