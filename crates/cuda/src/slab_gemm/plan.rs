@@ -75,7 +75,8 @@ pub(super) static VARIANTS: &[Variant] = variants! {
     Bf16 "bf16": 1 tiles, 4 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
     Bf16 "bf16": 1 tiles, 2 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
     Bf16 "bf16": 2 tiles, 1 panels, 1 "", tokens [8 16 24 32 40 48 56 64];
-    Bf16 "bf16": 4 tiles, 1 panels, 1 "", tokens [32 48 64];
+    Bf16 "bf16": 4 tiles, 1 panels, 1 "", tokens [32];
+    Bf16 "bf16": 4 tiles, 1 panels, 2 "_g2", tokens [48 64];
 };
 
 /// What is multiplied.
@@ -151,7 +152,7 @@ impl Tuning {
         };
         let tuning = with(match (rows.div_ceil(TILE_ROWS), shape.element) {
             // Few stages of many panels: each costs a round of waiting and telling.
-            _ if is_long => (1, 4),
+            _ if is_long && shape.tokens <= FEW_TOKENS => (1, 4),
             (1, Element::E4m3) => (1, 4),
             (1, Element::Bf16) if slab.longest() <= 40 && shape.tokens <= 16 => (1, 4),
             (1, Element::Bf16) => (1, 2),
