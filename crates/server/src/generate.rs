@@ -169,6 +169,17 @@ pub(crate) enum Finish {
 }
 
 impl Generation {
+    /// Refuses for good what [`submit`](Self::submit) could never do, before anything is made for each answer.
+    pub(crate) fn check(
+        state: &AppState,
+        model: &ServedModel,
+        prompts: &[Arc<[TokenId]>],
+        params: &Params,
+    ) -> Result<(), ApiError> {
+        check_fits_queue(model, prompts, params.n)?;
+        check_scores(prompts, params, state.limits.max_scored_logprobs)
+    }
+
     /// Submits everything to the engine. If one sequence is refused, those before it are aborted with it.
     pub(crate) fn submit(
         state: &AppState,
@@ -182,8 +193,6 @@ impl Generation {
             arrival,
             constraints,
         } = admission;
-        check_fits_queue(model, &prompts, params.n)?;
-        check_scores(&prompts, params, state.limits.max_scored_logprobs)?;
         let mut constraints = constraints.into_iter();
         let mut choices = Vec::with_capacity(prompts.len() * params.n as usize);
         let mut usages = Vec::with_capacity(prompts.len());

@@ -294,6 +294,7 @@ async fn submit(
     let engine = &checked.model.engine;
     let prepare = async {
         let mut prepared = checked.prepare(endpoint, state, body).await?;
+        Generation::check(state, prepared.model, &prepared.prompts.tokens, &prepared.params)?;
         let constraints = prepared.take_constraints(state).await?;
         Ok((prepared, constraints))
     };
