@@ -376,7 +376,8 @@ SLAB_GEMM_ANY_TOKENS(Fp8, e4m3, 2, 1)
 SLAB_GEMM_ANY_TOKENS(Bf16, bf16, 1, 4)
 SLAB_GEMM_ANY_TOKENS(Bf16, bf16, 1, 2)
 SLAB_GEMM_ANY_TOKENS(Bf16, bf16, 2, 1)
-// Wider passes, for where the tokens are much of what a block reads. For e4m3 they would take registers a block lacks.
+// Wider passes, for where the tokens are much of what a block reads. From 48 tokens on their sums are more than one warpgroup
+// has registers for.
 SLAB_GEMM(Bf16, bf16, 32, 4, 1)
 SLAB_GEMM_OF_TWO(Bf16, bf16, 48, 4, 1)
 SLAB_GEMM_OF_TWO(Bf16, bf16, 64, 4, 1)

@@ -55,6 +55,7 @@ struct __align__(16) Unit {
 
   DEVICE bool is_last() const { return chunk + 1 == chunks; }
 };
+static_assert(sizeof(SeqEntry) == 16 && sizeof(Unit) == 32, "what the host reserves for them");
 /// Units that a block lists at a time. Between two lists its loads pause, for less than a percent of the time of so many units.
 constexpr int kListed = 64;
 
@@ -349,7 +350,7 @@ struct Loader {
       for (; filled < p.stages && !done() && !(is_last && position + kTile >= end); filled++) {
         const TileRows rows(position, first, end);
         Copies::load_keys_before_queries(at(next.stage), p.attention.kv, tile(), rows, queries != kNoQueries, group, lane);
-        if (lane == filled) late = queries;
+        if (lane == next.stage) late = queries;
         queries = kNoQueries;
         load_values();
       }

@@ -27,6 +27,8 @@ struct Setup {
     scheme: ActivationScheme,
     /// Of keys; the usual one if none is given.
     chunk: Option<usize>,
+    /// Of a warp's ring, if `chunk` is given.
+    stages: usize,
     /// As if the device had so few.
     multiprocessors: Option<usize>,
     dtype: KvCacheDtype,
@@ -44,6 +46,7 @@ impl Setup {
             key_size: 1.0,
             scheme: ActivationScheme::Fp8Token,
             chunk: None,
+            stages: 1,
             multiprocessors: None,
             dtype: KvCacheDtype::Native,
         }
@@ -266,7 +269,7 @@ fn run_with(device: &mut dyn Device, is_hopper: bool, setup: &Setup, sequences: 
     };
     let tuning = setup.chunk.map(|chunk| DecodeTuning {
         chunk,
-        stages: 1,
+        stages: setup.stages,
         blocks: 1,
     });
     let mut attention =
@@ -467,7 +470,8 @@ fn any_number_of_chunks_is_merged() {
     }
 }
 
-/// One block has as many units as it lists at a time, some more, and several lists of them.
+/// One block has as many units as it lists at a time, some more, and several lists of them. What a list leaves in a warp's
+/// ring begins at any stage: with a window, first chunks are cut.
 #[test]
 fn more_units_than_a_block_lists() {
     let setup = Setup {
@@ -475,14 +479,21 @@ fn more_units_than_a_block_lists() {
         multiprocessors: Some(1),
         ..Setup::new(64, 8, 8)
     };
-    for setup in [setup, setup.e4m3()] {
-        // 8 units a chunk.
-        for [short, long] in [[LISTED_UNITS / 8, 0], [LISTED_UNITS / 8 + 1, 0], [2, 12]] {
-            let lens = [vec![40; short], vec![170; long]].concat();
-            let sequences: Vec<_> = (lens.iter().zip(0..))
-                .map(|(len, index)| Sequence::decode(len + index))
-                .collect();
-            check(&setup, &sequences);
+    for (stages, window) in [(1, None), (2, Some(100)), (3, None), (3, Some(100)), (5, None)] {
+        let setup = Setup {
+            stages,
+            window,
+            ..setup
+        };
+        for setup in [setup, setup.e4m3()] {
+            // 8 units a chunk.
+            for [short, long] in [[LISTED_UNITS / 8, 0], [LISTED_UNITS / 8 + 1, 0], [2, 12]] {
+                let lens = [vec![40; short], vec![170; long]].concat();
+                let sequences: Vec<_> = (lens.iter().zip(0..))
+                    .map(|(len, index)| Sequence::decode(len + index))
+                    .collect();
+                check(&setup, &sequences);
+            }
         }
     }
 }
