@@ -2,9 +2,10 @@
 
 Prints `scaled_mm N K M microseconds fast-microseconds` lines: FP8, a scale a token and an output column, bf16 out, first as
 `torch._scaled_mm` adds unless told otherwise, where the sums of tensor cores, which have few bits, are added to full ones on
-the way (ours are every 512 products), then with `use_fast_accum`, where they are not. Weights rotate through more memory than the L2 cache holds; the median of graph replays. With
-`--beside KERNELS`, that bench's binary, ours and torch's are measured in turn, twice, on the same warm card, and the lines
-are `N K M our-microseconds microseconds ratio fast-microseconds fast-ratio`, of the lowest times; above 1, ours is faster.
+the way (ours are every 512 products), then with `use_fast_accum`, where they are not. Weights rotate through more memory than
+the L2 cache holds; the median of graph replays. With `--beside KERNELS`, that bench's binary, ours and torch's are measured in
+turn, twice, on the same warm card, and the lines are `N K M our-microseconds microseconds ratio fast-microseconds fast-ratio`,
+of the lowest times; above 1, ours is faster.
 """
 
 import argparse
