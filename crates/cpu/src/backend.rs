@@ -29,6 +29,8 @@ pub struct CpuConfig {
     pub isa: Isa,
     /// What is kept between operations.
     pub storage: Storage,
+    /// How linear layers add up their products.
+    pub sums: Sums,
 }
 
 /// The precision of what operations leave for each other.
@@ -44,6 +46,17 @@ pub enum Storage {
     Bf16,
 }
 
+/// How linear layers (the output projection too) add up products of e4m3 with e4m3 and of bf16 with bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sums {
+    /// In f32.
+    #[default]
+    F32,
+    /// As Hopper's tensor cores do in the kernels of `lapidary-cuda`, to the bit. For comparing them with this backend, with
+    /// [`Storage::Bf16`]: several times slower.
+    TensorCore,
+}
+
 impl Default for CpuConfig {
     /// All CPUs this process may run on (its control group's quota included), and the best instructions they have.
     fn default() -> Self {
@@ -51,6 +64,7 @@ impl Default for CpuConfig {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
             storage: Storage::F32,
+            sums: Sums::F32,
         }
     }
 }
@@ -64,6 +78,7 @@ pub struct Cpu {
     pool: Pool,
     dispatch: Dispatch,
     storage: Storage,
+    sums: Sums,
     /// Set by `prepare`.
     prepared: Option<Prepared>,
     linear_scratch: Vec<Mutex<LinearScratch>>,
@@ -93,14 +108,20 @@ impl Cpu {
     /// # Errors
     /// This CPU lacks the instructions asked for, or the operating system refused a thread.
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
-        let dispatch = Dispatch::new(config.isa)
-            .ok_or_else(|| BackendError::Unsupported(format!("this CPU has no {:?}", config.isa)))?;
+        // Tensor cores add 32 products at once: no use for sums of pairs.
+        let isa = match (config.sums, config.isa) {
+            (Sums::TensorCore, Isa::Avx512Bf16) => Isa::Avx512,
+            (_, isa) => isa,
+        };
+        let dispatch =
+            Dispatch::new(isa).ok_or_else(|| BackendError::Unsupported(format!("this CPU has no {:?}", config.isa)))?;
         let pool = Pool::new(config.threads).map_err(|error| BackendError::Refused(Box::new(error)))?;
         let num_threads = pool.num_threads();
         Ok(Self {
             pool,
             dispatch,
             storage: config.storage,
+            sums: config.sums,
             prepared: None,
             linear_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
             sample_scratch: (0..num_threads).map(|_| Mutex::default()).collect(),
@@ -115,6 +136,7 @@ impl Cpu {
             pool: &self.pool,
             dispatch: self.dispatch,
             storage: self.storage,
+            sums: self.sums,
         }
     }
 
@@ -363,6 +385,7 @@ impl Backend for Cpu {
             pool: &self.pool,
             dispatch: self.dispatch,
             storage: self.storage,
+            sums: self.sums,
         };
         let prepared = self
             .prepared

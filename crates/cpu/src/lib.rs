@@ -32,7 +32,7 @@ mod sample;
 mod simd;
 mod tensor;
 
-pub use backend::{Cpu, CpuConfig, Storage};
+pub use backend::{Cpu, CpuConfig, Storage, Sums};
 pub use plan::Plan;
 pub use simd::Isa;
 pub use tensor::{Activation, Embedding, KvLayer, Linear, Norm, Tensor};

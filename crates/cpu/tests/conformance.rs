@@ -1,16 +1,21 @@
 //! The model crate's suite, on every instruction set this machine has.
 #![expect(clippy::unwrap_used, reason = "the whole file is tests")]
 
-use lapidary_cpu::{Cpu, CpuConfig, Isa, Storage};
-use lapidary_model::conformance::Bounds;
+use lapidary_cpu::{Cpu, CpuConfig, Isa, Storage, Sums};
+use lapidary_model::conformance::{self, Bounds};
 
 fn cpu(isa: Isa, storage: Storage) -> Cpu {
+    cpu_that_adds(Sums::F32, isa, storage)
+}
+
+fn cpu_that_adds(sums: Sums, isa: Isa, storage: Storage) -> Cpu {
     // An instruction set this machine lacks is tested as the best it has: the same code as another module's.
     let isa = if isa.is_available() { isa } else { Isa::detect() };
     Cpu::new(CpuConfig {
         threads: 2,
         isa,
         storage,
+        sums,
     })
     .unwrap()
 }
@@ -43,4 +48,21 @@ mod bf16_storage {
         super::cpu(super::Isa::detect(), super::Storage::Bf16),
         super::Bounds::BF16
     );
+}
+
+/// The same as tensor cores add.
+mod tensor_core_sums {
+    lapidary_model::conformance_tests!(
+        super::cpu_that_adds(super::Sums::TensorCore, super::Isa::detect(), super::Storage::Bf16),
+        super::Bounds::BF16
+    );
+
+    /// Nothing in it is rounded, so that how a CPU multiplies and adds does not matter.
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let make = |isa| super::cpu_that_adds(super::Sums::TensorCore, isa, super::Storage::Bf16);
+        for isa in super::Isa::ALL {
+            super::conformance::linear_equals(&|| make(super::Isa::Portable), &|| make(isa), &super::Bounds::BF16);
+        }
+    }
 }

@@ -44,7 +44,7 @@ pub use invariance::{
     chunks_do_not_change_logits, chunks_do_not_change_logits_over_fp8_cache, neighbours_do_not_change_logits,
     neighbours_do_not_change_logits_over_fp8_cache,
 };
-pub use linear::{gated_linear_matches_f64, linear_matches_f64};
+pub use linear::{gated_linear_matches_f64, linear_equals, linear_matches_f64};
 pub use logits::logits_match_f64;
 pub use runner::{
     chunks_without_samples_give_no_tokens, runner_loads_only_whole_checkpoints, runner_refuses_what_was_not_reserved,

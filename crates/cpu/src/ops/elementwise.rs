@@ -3,7 +3,7 @@
 use lapidary_model::ActivationScheme;
 
 use super::rows_per_task;
-use crate::backend::Storage;
+use crate::backend::{Storage, Sums};
 use crate::math;
 use crate::parallel::Pool;
 use crate::simd::{Dispatch, Kernel, Simd};
@@ -15,6 +15,7 @@ pub(crate) struct On<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) dispatch: Dispatch,
     pub(crate) storage: Storage,
+    pub(crate) sums: Sums,
 }
 
 impl On<'_> {

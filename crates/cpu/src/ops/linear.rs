@@ -9,11 +9,12 @@ use std::sync::{Mutex, PoisonError};
 use lapidary_model::{ActivationScheme, BackendError};
 
 use super::elementwise::On;
+use crate::backend::Sums;
 use crate::math;
 use crate::parallel::Columns;
 use crate::simd::{
-    Arith, Bf16, Bf16Pairs, Buffer, E4m3, E4m3Pairs, F16, F32, Fma, Kernel, LANES, PairDot, PairKernel, Simd,
-    WeightBlock, dot_tile,
+    Arith, Bf16, Bf16Pairs, Bf16Sums, Buffer, E4m3, E4m3Pairs, E4m3Sums, F16, F32, Fma, Kernel, LANES, PairDot,
+    PairKernel, Simd, TENSOR_CORE_BLOCK, WeightBlock, dot_tile,
 };
 use crate::tensor::{Activation, ActivationRow, Elements, Linear, Matrix, ROW_BLOCK, Tensor};
 
@@ -47,7 +48,7 @@ enum Finish<'a> {
     Keep,
     /// `* scale[column]`
     Scale(&'a [f32]),
-    /// `* (token's scale * scale[column])`
+    /// `* token's scale * scale[column]`
     ScaleBoth(&'a [f32]),
     Softcap(f32),
 }
@@ -64,7 +65,7 @@ impl Finish<'_> {
             }
             Self::ScaleBoth(scales) => {
                 for (sum, scale) in sums.iter_mut().zip(&scales[first_column..]) {
-                    *sum *= token.scale * scale;
+                    *sum = *sum * token.scale * scale;
                 }
             }
             Self::Softcap(cap) => sums.iter_mut().for_each(|sum| *sum = math::softcap(*sum, cap)),
@@ -133,65 +134,53 @@ fn multiply(
     let width = columns_per_task(weights, x.len(), on.pool.num_threads());
     on.pool.for_columns(out, weights.rows, width, |worker, mut columns| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let out = &mut columns;
         let stride = weights.stride();
-        let elements = out.first() * stride..(out.first() + out.width().next_multiple_of(ROW_BLOCK)) * stride;
+        let elements =
+            columns.first() * stride..(columns.first() + columns.width().next_multiple_of(ROW_BLOCK)) * stride;
+        let task = Task {
+            x,
+            stride,
+            finish,
+            scratch: &mut scratch,
+            out: &mut columns,
+        };
         let dispatch = on.dispatch;
-        match &weights.elements {
-            Elements::F32(data) => {
+        match (&weights.elements, on.sums, finish) {
+            (Elements::E4m3(data), Sums::TensorCore, Finish::ScaleBoth(_)) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<F32> {
-                    x,
+                dispatch.run(TensorCorePanel::<E4m3, _> {
+                    arith: E4m3Sums,
+                    task,
                     w,
-                    stride,
-                    finish,
-                    scratch: &mut scratch,
-                    out,
                 });
             }
-            Elements::Bf16(data) => {
+            (Elements::Bf16(data), Sums::TensorCore, _) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<Bf16> {
-                    x,
+                dispatch.run(TensorCorePanel::<Bf16, _> {
+                    arith: Bf16Sums,
+                    task,
                     w,
-                    stride,
-                    finish,
-                    scratch: &mut scratch,
-                    out,
                 });
             }
-            Elements::F16(data) => {
+            (Elements::F32(data), ..) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<F16> {
-                    x,
-                    w,
-                    stride,
-                    finish,
-                    scratch: &mut scratch,
-                    out,
-                });
+                dispatch.run(Panel::<F32> { task, w });
             }
-            Elements::E4m3(data) => {
+            (Elements::Bf16(data), ..) => {
                 let w = data[elements].as_chunks().0;
-                dispatch.run(Panel::<E4m3> {
-                    x,
-                    w,
-                    stride,
-                    finish,
-                    scratch: &mut scratch,
-                    out,
-                });
+                dispatch.run(Panel::<Bf16> { task, w });
             }
-            Elements::E4m3Pairs(data) => {
+            (Elements::F16(data), ..) => {
                 let w = data[elements].as_chunks().0;
-                let ran = dispatch.run_pairs(PairPanel {
-                    x,
-                    w,
-                    stride,
-                    finish,
-                    scratch: &mut scratch,
-                    out,
-                });
+                dispatch.run(Panel::<F16> { task, w });
+            }
+            (Elements::E4m3(data), ..) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(Panel::<E4m3> { task, w });
+            }
+            (Elements::E4m3Pairs(data), ..) => {
+                let w = data[elements].as_chunks().0;
+                let ran = dispatch.run_pairs(PairPanel { task, w });
                 assert!(
                     ran.is_some(),
                     "weights are stored in pairs only where the CPU multiplies pairs"
@@ -218,14 +207,20 @@ fn columns_per_task(weights: &Matrix, num_tokens: usize, threads: usize) -> usiz
         .min(fitting / ROW_BLOCK * ROW_BLOCK)
 }
 
-/// Some columns of the output, by fused multiply-add.
-struct Panel<'a, 'c, W: WeightBlock> {
+/// Some columns of the output.
+struct Task<'a, 'c> {
     x: &'a [ActivationRow],
-    w: &'a [W::Block],
+    /// Elements of a row of weights.
     stride: usize,
     finish: Finish<'a>,
     scratch: &'a mut LinearScratch,
     out: &'a mut Columns<'c>,
+}
+
+/// A task by fused multiply-add.
+struct Panel<'a, 'c, W: WeightBlock> {
+    task: Task<'a, 'c>,
+    w: &'a [W::Block],
 }
 
 impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
@@ -233,46 +228,84 @@ impl<W: WeightBlock> Kernel for Panel<'_, '_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if self.x.len() <= MAX_DIRECT_TOKENS {
-            let x = |token: usize| W::blocks(&self.x[token].values);
+        let Task {
+            x: tokens,
+            stride,
+            finish,
+            scratch,
+            out,
+        } = self.task;
+        if tokens.len() <= MAX_DIRECT_TOKENS {
+            let x = |token: usize| W::blocks(&tokens[token].values);
             let per_row = x(0).len();
-            all_tokens(
-                Fma::<S, W>::new(simd),
-                self.x,
-                x,
-                (self.w, per_row),
-                self.finish,
-                self.out,
-            );
+            all_tokens(Fma::<S, W>::new(simd), tokens, x, (self.w, per_row), finish, out);
             return;
         }
-        let len = self.out.width().next_multiple_of(ROW_BLOCK) * self.stride;
-        self.scratch.floats.reserve(len);
-        let decoded = &mut self.scratch.floats[..len];
-        for (to, from) in W::blocks_mut(decoded).iter_mut().zip(self.w) {
-            W::store(simd, W::load(simd, from), to);
-        }
-        let x = |token: usize| F32::blocks(&self.x[token].values);
-        let per_row = self.stride / LANES;
+        let decoded = decode_rows::<S, W>(simd, scratch, out.width(), stride, self.w);
+        let x = |token: usize| F32::blocks(&tokens[token].values);
+        let per_row = stride / LANES;
         all_tokens(
             Fma::<S, F32>::new(simd),
-            self.x,
+            tokens,
             x,
             (F32::blocks(decoded), per_row),
-            self.finish,
-            self.out,
+            finish,
+            out,
         );
     }
 }
 
-/// Some columns of the output, by dot products of pairs.
-struct PairPanel<'a, 'c> {
-    x: &'a [ActivationRow],
-    w: &'a [[u8; 64]],
+/// Widens the weights of `width` columns.
+#[inline(always)]
+fn decode_rows<'s, S: Simd, W: WeightBlock>(
+    simd: S,
+    scratch: &'s mut LinearScratch,
+    width: usize,
     stride: usize,
-    finish: Finish<'a>,
-    scratch: &'a mut LinearScratch,
-    out: &'a mut Columns<'c>,
+    w: &[W::Block],
+) -> &'s [f32] {
+    let len = width.next_multiple_of(ROW_BLOCK) * stride;
+    scratch.floats.reserve(len);
+    let decoded = &mut scratch.floats[..len];
+    for (to, from) in W::blocks_mut(decoded).iter_mut().zip(w) {
+        W::store(simd, W::load(simd, from), to);
+    }
+    decoded
+}
+
+/// A task, added up as tensor cores do.
+struct TensorCorePanel<'a, 'c, W: WeightBlock, A> {
+    arith: A,
+    task: Task<'a, 'c>,
+    w: &'a [W::Block],
+}
+
+impl<W: WeightBlock, A> Kernel for TensorCorePanel<'_, '_, W, A>
+where
+    A: Arith<X = [f32; TENSOR_CORE_BLOCK], W = [f32; TENSOR_CORE_BLOCK]>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Task {
+            x: tokens,
+            stride,
+            finish,
+            scratch,
+            out,
+        } = self.task;
+        let decoded = decode_rows::<S, W>(simd, scratch, out.width(), stride, self.w);
+        let x = |token: usize| tokens[token].values.as_chunks().0;
+        let w = (decoded.as_chunks().0, stride / TENSOR_CORE_BLOCK);
+        all_tokens(self.arith, tokens, x, w, finish, out);
+    }
+}
+
+/// A task by dot products of pairs.
+struct PairPanel<'a, 'c> {
+    task: Task<'a, 'c>,
+    w: &'a [[u8; 64]],
 }
 
 impl PairKernel for PairPanel<'_, '_> {
@@ -280,20 +313,27 @@ impl PairKernel for PairPanel<'_, '_> {
 
     #[inline(always)]
     fn run<P: PairDot>(self, pairs: P) {
-        let per_row = self.stride / 64;
-        let x = |token: usize| self.x[token].pairs.as_chunks().0.as_chunks().0;
-        if self.x.len() <= MAX_DIRECT_TOKENS {
-            all_tokens(E4m3Pairs(pairs), self.x, x, (self.w, per_row), self.finish, self.out);
+        let Task {
+            x: tokens,
+            stride,
+            finish,
+            scratch,
+            out,
+        } = self.task;
+        let per_row = stride / 64;
+        let x = |token: usize| tokens[token].pairs.as_chunks().0.as_chunks().0;
+        if tokens.len() <= MAX_DIRECT_TOKENS {
+            all_tokens(E4m3Pairs(pairs), tokens, x, (self.w, per_row), finish, out);
             return;
         }
-        self.scratch.pairs.reserve(self.w.len() * 64);
-        let decoded = &mut self.scratch.pairs.as_chunks_mut::<32>().0.as_chunks_mut::<2>().0[..self.w.len()];
+        scratch.pairs.reserve(self.w.len() * 64);
+        let decoded = &mut scratch.pairs.as_chunks_mut::<32>().0.as_chunks_mut::<2>().0[..self.w.len()];
         for (to, from) in decoded.iter_mut().zip(self.w) {
             let [low, high] = pairs.decode(from);
             pairs.store(low, &mut to[0]);
             pairs.store(high, &mut to[1]);
         }
-        all_tokens(Bf16Pairs(pairs), self.x, x, (decoded, per_row), self.finish, self.out);
+        all_tokens(Bf16Pairs(pairs), tokens, x, (decoded, per_row), finish, out);
     }
 }
 

@@ -12,12 +12,14 @@ mod buffer;
 mod dot;
 mod isa;
 mod portable;
+mod tensor_core;
 
 pub(crate) use buffer::{Buffer, Plain, make_pages};
 pub(crate) use dot::{Arith, Bf16, Bf16Pairs, E4m3, E4m3Pairs, F16, F32, Fma, WeightBlock, dot_tile};
 pub use isa::Isa;
 pub(crate) use isa::{Dispatch, Kernel, PairKernel};
 pub(crate) use portable::sum_lanes;
+pub(crate) use tensor_core::{BLOCK as TENSOR_CORE_BLOCK, Bf16Sums, E4m3Sums};
 
 /// Floats in a vector.
 pub(crate) const LANES: usize = 16;

@@ -64,29 +64,74 @@ struct Case<'a> {
 }
 
 fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: Case<'_>, bounds: &Bounds) {
-    let Case {
-        rows,
-        in_features,
-        outs,
-        dtype,
-        scheme,
-    } = case;
-    let mut rig = Rig::new(make, rows);
-    let plan = rig.begin(rows);
-    let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme);
-    let weights = KnownWeights::new(numbers, outs, in_features, dtype);
-    let uploaded = rig
-        .backend
-        .upload_linear(&weights.for_input(scheme))
-        .expect("weights are small");
-    let mut out = rig.alloc(rows, outs.iter().sum(), Width::Native);
-    rig.backend
-        .linear(&plan, &activation, &uploaded, &mut out)
-        .expect("linear runs");
-    let got = rig.read(&out, rows);
-    let (want, magnitude) = weights.product(&x, scheme);
-    let what = format!("linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}");
-    assert_close(&what, &got, &want, &magnitude, bounds.dot);
+    let Computed { x, weights, got } = case.compute(make, numbers);
+    let (want, magnitude) = weights.product(&x, case.scheme);
+    assert_close(&case.to_string(), &got, &want, &magnitude, bounds.dot);
+}
+
+/// What a backend made of a case.
+struct Computed {
+    x: Vec<f64>,
+    weights: KnownWeights,
+    got: Vec<f64>,
+}
+
+impl Case<'_> {
+    fn compute<B: Backend>(self, make: &dyn Fn() -> B, numbers: &mut Numbers) -> Computed {
+        let mut rig = Rig::new(make, self.rows);
+        let plan = rig.begin(self.rows);
+        let (x, activation) = known_activation(&mut rig, &plan, numbers, [self.rows, self.in_features], self.scheme);
+        let weights = KnownWeights::new(numbers, self.outs, self.in_features, self.dtype);
+        let uploaded = rig
+            .backend
+            .upload_linear(&weights.for_input(self.scheme))
+            .expect("weights are small");
+        let mut out = rig.alloc(self.rows, self.outs.iter().sum(), Width::Native);
+        rig.backend
+            .linear(&plan, &activation, &uploaded, &mut out)
+            .expect("linear runs");
+        let got = rig.read(&out, self.rows);
+        Computed { x, weights, got }
+    }
+}
+
+impl std::fmt::Display for Case<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            rows,
+            in_features,
+            outs,
+            dtype,
+            scheme,
+        } = self;
+        write!(f, "linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}")
+    }
+}
+
+/// The same bits as another backend that adds in the same way, of few tokens and of many, over one chain of sums and
+/// several.
+pub fn linear_equals<O: Backend, B: Backend>(oracle: &dyn Fn() -> O, make: &dyn Fn() -> B, bounds: &Bounds) {
+    let kinds = [
+        (DType::Bf16, ActivationScheme::None),
+        (DType::F8E4M3, ActivationScheme::Fp8Static { scale: 0.0371 }),
+        (DType::F8E4M3, ActivationScheme::Fp8Token),
+    ];
+    for (rows, in_features, outs) in SHAPES {
+        let outs: Vec<usize> = outs.iter().map(|out| shape(*out, bounds)).collect();
+        for (dtype, scheme) in kinds {
+            let case = Case {
+                rows,
+                in_features: shape(in_features, bounds),
+                outs: &outs,
+                dtype,
+                scheme,
+            };
+            let want = case.compute(oracle, &mut Numbers::new(7)).got;
+            let got = case.compute(make, &mut Numbers::new(7)).got;
+            let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+            assert_eq!(differ, 0, "{case}: elements of {} that differ", want.len());
+        }
+    }
 }
 
 /// `[tokens, in, outputs of gate and of up]`.
