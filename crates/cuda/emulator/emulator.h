@@ -184,6 +184,8 @@ inline void read_operand(uint64_t descriptor, uint32_t row, uint8_t (&bytes)[32]
 
 struct E4m3Operand {
   static constexpr int kElements = 32;
+  static constexpr int kMinExponent = -6;
+  static constexpr int kFractionBits = 13, kKeptBits = 13;
   static float element(uint32_t word, int index) { return e4m3_to_float(uint8_t(word >> (8 * index))); }
   static void widen(const uint8_t (&bytes)[32], float (&out)[32]) {
     for (int i = 0; i < 32; i++) out[i] = e4m3_to_float(bytes[i]);
@@ -191,10 +193,14 @@ struct E4m3Operand {
 };
 struct F16Operand {
   static constexpr int kElements = 16;
+  static constexpr int kMinExponent = -14;
+  static constexpr int kFractionBits = 25, kKeptBits = 23;
   static float element(uint32_t word, int index) { return f16_bits_to_float(uint16_t(word >> (16 * index))); }
 };
 struct Bf16Operand {
   static constexpr int kElements = 16;
+  static constexpr int kMinExponent = -126;
+  static constexpr int kFractionBits = 25, kKeptBits = 23;
   static float element(uint32_t word, int index) { return bf16_bits_to_float(uint16_t(word >> (16 * index))); }
   static void widen(const uint8_t (&bytes)[32], float (&out)[16]) {
     for (int i = 0; i < 16; i++) {
@@ -205,29 +211,78 @@ struct Bf16Operand {
   }
 };
 
+inline int exponent(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return int(bits >> 23 & 255) - 127;
+}
+inline double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return value;
+}
+
+/// What one side brings to the products of an instruction.
+template <class Operand>
+struct Factors {
+  float values[Operand::kElements];
+  /// Of numbers below the least normal one: its.
+  int exponents[Operand::kElements];
+
+  void set(int k, float value) {
+    values[k] = value;
+    exponents[k] = std::max(exponent(value), Operand::kMinExponent);
+  }
+  void set_exponents() {
+    for (int k = 0; k < Operand::kElements; k++) set(k, values[k]);
+  }
+};
+
+/// `c` and the products of one instruction, added as Hopper's tensor cores add: all are aligned to the largest exponent (a
+/// product's is the sum of its factors'), cut off kFractionBits below it, and the sum is cut to kKeptBits. Found by comparing
+/// with an H200, to the bit.
+template <class Operand>
+float add_products(float c, const Factors<Operand>& a, const Factors<Operand>& b) {
+  constexpr int K = Operand::kElements, kNone = -1000;
+  float products[K], check = c;
+  int top = c == 0 ? kNone : exponent(c);
+  for (int k = 0; k < K; k++) {
+    products[k] = a.values[k] * b.values[k];
+    check += products[k];
+    top = std::max(top, products[k] == 0 ? kNone : a.exponents[k] + b.exponents[k]);
+  }
+  if (!std::isfinite(check)) return check;
+  if (top == kNone) return 0;
+  const double unit = power_of_two(top - Operand::kFractionBits), units = power_of_two(Operand::kFractionBits - top);
+  int64_t sum = int32_t(c * units);
+  for (int k = 0; k < K; k++) sum += int32_t(products[k] * units);
+  const int bits = 64 - __builtin_clzll(uint64_t(std::abs(sum)) | 1), extra = std::max(bits - Operand::kKeptBits - 1, 0);
+  return float(double(std::abs(sum) >> extra << extra) * (sum < 0 ? -unit : unit));
+}
+
 /// The calling thread's share of D[64][N] (+)= A[64][K] * B[N][K]^T, both operands K-major in shared memory.
 template <class Operand, int N>
 void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   const unsigned t = thread() % 128;
   float* out = d;
   wgmma_issue([=] {
-    constexpr int K = Operand::kElements;
     const uint32_t row = t / 32 * 16 + t % 32 / 4, col = t % 4 * 2;
     uint8_t bytes[32];
-    float lhs[2][K], rhs[K];
+    Factors<Operand> lhs[2], rhs;
     for (int half = 0; half < 2; half++) {
       read_operand(a, row + 8 * half, bytes);
-      Operand::widen(bytes, lhs[half]);
+      Operand::widen(bytes, lhs[half].values);
+      lhs[half].set_exponents();
     }
     for (int j = 0; j < N / 8; j++) {
       for (int c = 0; c < 2; c++) {
         read_operand(b, j * 8 + col + c, bytes);
-        Operand::widen(bytes, rhs);
+        Operand::widen(bytes, rhs.values);
+        rhs.set_exponents();
         for (int half = 0; half < 2; half++) {
-          float sum = 0;
-          for (int k = 0; k < K; k++) sum += lhs[half][k] * rhs[k];
           float& to = out[j * 4 + half * 2 + c];
-          to = accumulate ? to + sum : sum;
+          to = add_products(accumulate ? to : 0.0f, lhs[half], rhs);
         }
       }
     }
@@ -242,13 +297,13 @@ void wgmma_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
   std::memcpy(slots[lane].bytes, a, sizeof a);
   arrive_and_wait_warp();
   struct Rows {
-    float values[2][16];
+    Factors<Bf16Operand> of_half[2];
   } rows;
   for (unsigned k = 0; k < 16; k++) {
     uint32_t words[4];
     std::memcpy(words, slots[lane / 4 * 4 + k % 8 / 2].bytes, sizeof words);
     for (unsigned half = 0; half < 2; half++) {
-      rows.values[half][k] = bf16_bits_to_float(uint16_t(words[half + k / 8 * 2] >> (16 * (k % 2))));
+      rows.of_half[half].set(int(k), bf16_bits_to_float(uint16_t(words[half + k / 8 * 2] >> (16 * (k % 2)))));
     }
   }
   float* out = d;
@@ -258,14 +313,14 @@ void wgmma_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
     if (b >> 62 != 1) fail("a transposed operand without the 128-byte swizzle");
     for (uint32_t i = 0; i < N / 2; i++) {
       const uint32_t col = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      float sum = 0;
+      Factors<Bf16Operand> column;
       for (uint32_t k = 0; k < 16; k++) {
         const uint32_t address = start + col / 64 * leading + k / 8 * stride + k % 8 * 128 + col % 64 * 2;
         uint16_t bits;
         std::memcpy(&bits, shared_pointer(swizzle(address, 1), 2), 2);
-        sum += rows.values[i / 2 % 2][k] * bf16_bits_to_float(bits);
+        column.set(int(k), bf16_bits_to_float(bits));
       }
-      out[i] += sum;
+      out[i] = add_products(out[i], rows.of_half[i / 2 % 2], column);
     }
   });
 }
@@ -301,9 +356,9 @@ void mma_sync(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], con
   float result[4];
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + 8 * (i / 2), col = lane % 4 * 2 + i % 2;
-    float sum = 0;
-    for (int k = 0; k < K; k++) sum += a_at(row, k) * b_at(col, k);
-    result[i] = c[i] + sum;
+    Factors<Operand> lhs, rhs;
+    for (int k = 0; k < K; k++) lhs.set(k, a_at(row, k)), rhs.set(k, b_at(col, k));
+    result[i] = add_products(c[i], lhs, rhs);
   }
   std::memcpy(d, result, sizeof result);
 }
