@@ -6,19 +6,21 @@ the process with exit code 3 and the cause on standard error, in time. A start w
 Standard library only.
 """
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
 
 STEP_TIMEOUT_S = 3
 END_TIMEOUT_S = 30
-DEVICE_LOST = 3
+DEVICE_LOST, REFUSED = 3, 1
 # How to break it, and what must be said.
 FAULTS = {
     "address": ["CUDA_ERROR_ILLEGAL_ADDRESS"],
@@ -27,9 +29,19 @@ FAULTS = {
 }
 
 
-def serve(binary: str, *args: str, **environment: str) -> subprocess.Popen:
+@contextlib.contextmanager
+def serve(binary: str, *args: str, **environment: str):
+    """A server that ends with the block, or when all should long be over: then what waits for it goes on."""
     command = [binary, "serve", "demo", "--device", "cuda", "--port", "0", *args]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    too_long = threading.Timer(3 * END_TIMEOUT_S, process.kill)
+    too_long.start()
+    try:
+        yield process
+    finally:
+        too_long.cancel()
+        process.kill()
+        process.wait()
 
 
 def address(process: subprocess.Popen) -> str:
@@ -66,26 +78,24 @@ def stream(url: str, on_first):
 
 
 def check_fault(binary: str, library: str, how: str, said: list[str]) -> None:
+    arguments = ("--step-timeout", str(STEP_TIMEOUT_S))
     with tempfile.TemporaryDirectory() as folder:
         when = Path(folder) / "now"
-        process = serve(
-            binary,
-            *("--step-timeout", str(STEP_TIMEOUT_S)),
-            CUDA_INJECTION64_PATH=os.path.abspath(library), BREAK_WHEN=str(when), BREAK_HOW=how,
-        )  # fmt: skip
-        url = address(process)
-        wait_until_ready(url)
-        began = 0.0
+        environment = {"CUDA_INJECTION64_PATH": os.path.abspath(library), "BREAK_WHEN": str(when), "BREAK_HOW": how}
+        with serve(binary, *arguments, **environment) as process:
+            url = address(process)
+            wait_until_ready(url)
+            began = 0.0
 
-        def break_it() -> None:
-            nonlocal began
-            began = time.monotonic()
-            when.touch()
+            def break_it() -> None:
+                nonlocal began
+                began = time.monotonic()
+                when.touch()
 
-        events = stream(url, break_it)
-        told_s = time.monotonic() - began
-        log = process.communicate(timeout=END_TIMEOUT_S)[1]
-        ended_s = time.monotonic() - began
+            events = stream(url, break_it)
+            told_s = time.monotonic() - began
+            log = process.communicate(timeout=END_TIMEOUT_S)[1]
+            ended_s = time.monotonic() - began
     assert any('{"error":{' in event for event in events[-2:]), f"{how}: the stream ended with {events[-2:]}\n{log}"
     assert process.returncode == DEVICE_LOST, f"{how}: exit code {process.returncode}\n{log}"
     assert all(word in log for word in said), f"{how}: {said} not in\n{log}"
@@ -93,9 +103,9 @@ def check_fault(binary: str, library: str, how: str, said: list[str]) -> None:
 
 
 def check_no_room(binary: str) -> None:
-    process = serve(binary, "--kv-cache-memory-bytes", "1TiB")
-    log = process.communicate(timeout=END_TIMEOUT_S)[1]
-    assert process.returncode not in (0, None), log
+    with serve(binary, "--kv-cache-memory-bytes", "1TiB") as process:
+        log = process.communicate(timeout=END_TIMEOUT_S)[1]
+    assert process.returncode == REFUSED, f"no room: exit code {process.returncode}\n{log}"
     assert "weights" in log and "KV cache" in log, f"no plan in\n{log}"
     print(f"no room  exit code {process.returncode}: {log.strip().splitlines()[-1]}")
 

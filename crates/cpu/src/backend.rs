@@ -52,8 +52,8 @@ pub enum Sums {
     /// In f32.
     #[default]
     F32,
-    /// As Hopper's tensor cores do in the kernels of `lapidary-cuda`, to the bit. For comparing them with this backend, with
-    /// [`Storage::Bf16`]: several times slower.
+    /// As Hopper's tensor cores do in the kernels of `lapidary-cuda`, to the bit, if all of them are finite. For comparing
+    /// them with this backend, with [`Storage::Bf16`]: several times slower.
     TensorCore,
 }
 
@@ -108,7 +108,7 @@ impl Cpu {
     /// # Errors
     /// This CPU lacks the instructions asked for, or the operating system refused a thread.
     pub fn new(config: CpuConfig) -> Result<Self, BackendError> {
-        // Tensor cores add 32 products at once: no use for sums of pairs.
+        // Tensor cores add many products at once: no use for sums of pairs.
         let isa = match (config.sums, config.isa) {
             (Sums::TensorCore, Isa::Avx512Bf16) => Isa::Avx512,
             (_, isa) => isa,

@@ -131,7 +131,8 @@ fn multiply(
     finish: Finish<'_>,
     out: &mut [f32],
 ) {
-    let width = columns_per_task(weights, x.len(), on.pool.num_threads());
+    let decodes = x.len() > MAX_TILE_TOKENS || on.sums == Sums::TensorCore;
+    let width = columns_per_task(weights, x.len(), decodes, on.pool.num_threads());
     on.pool.for_columns(out, weights.rows, width, |worker, mut columns| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let stride = weights.stride();
@@ -150,6 +151,15 @@ fn multiply(
                 let w = data[elements].as_chunks().0;
                 dispatch.run(TensorCorePanel::<E4m3, _> {
                     arith: E4m3Sums,
+                    task,
+                    w,
+                });
+            }
+            // Kernels widen such weights to bf16.
+            (Elements::E4m3(data), Sums::TensorCore, _) => {
+                let w = data[elements].as_chunks().0;
+                dispatch.run(TensorCorePanel::<E4m3, _> {
+                    arith: Bf16Sums,
                     task,
                     w,
                 });
@@ -191,11 +201,11 @@ fn multiply(
 }
 
 /// Output columns to a task: enough to be worth it, few enough to decode into the cache and to share out evenly.
-fn columns_per_task(weights: &Matrix, num_tokens: usize, threads: usize) -> usize {
+fn columns_per_task(weights: &Matrix, num_tokens: usize, decodes: bool, threads: usize) -> usize {
     let row_bytes = weights.row_bytes() * num_tokens.max(1);
     let even = weights.rows.div_ceil(threads * TASKS_PER_THREAD);
     let worth = MIN_TASK_BYTES.div_ceil(row_bytes);
-    let fitting = if num_tokens > MAX_TILE_TOKENS {
+    let fitting = if decodes {
         (MAX_DECODED_BYTES / (weights.stride() * size_of::<f32>())).max(ROW_BLOCK)
     } else {
         usize::MAX
@@ -273,7 +283,7 @@ fn decode_rows<'s, S: Simd, W: WeightBlock>(
     decoded
 }
 
-/// A task, added up as tensor cores do.
+/// A task, added up as tensor cores do; weights are decoded into the cache however few the tokens.
 struct TensorCorePanel<'a, 'c, W: WeightBlock, A> {
     arith: A,
     task: Task<'a, 'c>,

@@ -1,12 +1,12 @@
 //! Dot products whose sums are those of Hopper's tensor cores, to the bit.
 //!
-//! One instruction adds its products (32 of e4m3, 16 of bfloat16) and what it adds them to in one go: everything is aligned
-//! to the largest exponent, where a product's is the sum of its factors', and cut off some bits below it; the sum is cut
-//! once more. Of e4m3 that leaves 13 bits behind the leading one. How kernels chain the instructions is theirs: those of
-//! `lapidary-cuda` add what 512 products of e4m3 gave to f32 sums, and have one chain of bfloat16.
+//! One instruction adds its products (32 of e4m3, 16 of bfloat16) and what it adds them to in one go: everything is
+//! aligned to the largest exponent, where a product's is the sum of its factors', and cut off some bits below it; the
+//! sum is cut once more. Of e4m3 that leaves 13 bits behind the leading one. How kernels chain the instructions is
+//! theirs: those of `lapidary-cuda` add what 512 products of e4m3 gave to f32 sums, and have one chain of bfloat16.
 //!
-//! Found by comparing with an H200, instruction by instruction; `sums_are_those_of_tensor_cores` of `lapidary-cuda` compares
-//! whole products on any device.
+//! Found by comparing with an H200, instruction by instruction, of finite operands; infinities and NaN are not looked
+//! for. `sums_are_those_of_tensor_cores` of `lapidary-cuda` compares whole products on any device.
 
 use super::Arith;
 
@@ -79,8 +79,8 @@ fn wide_power_of_two(exponent: i32) -> f64 {
     f64::from_bits(((exponent - BIAS + 1023) as u64) << 52)
 }
 
-/// One instruction. Every step is exact: cut values are integers below 2^15, 33 of them. (Conversions cut as `trunc` does, by
-/// instructions that every CPU has for vectors.)
+/// One instruction. Every step is exact: cut values are integers below 2^15, 33 of them. (Conversions cut as `trunc`
+/// does, by instructions that every CPU has for vectors.)
 #[inline(always)]
 fn add_e4m3(chain: f32, x: &[f32; BLOCK], w: &[f32; BLOCK]) -> f32 {
     let (products, top) = multiply(x, w, MIN_E4M3_EXPONENT, exponent_of_sum(chain));
@@ -224,7 +224,8 @@ mod tests {
     #[test]
     fn e4m3_sums_are_cut_to_14_bits() {
         let ulp = two_to(-5);
-        assert_eq!(sum_of(E4m3Sums, &[&[256.0, 256.0 + 0.0, ulp]]), 512.0);
+        assert_eq!(sum_of(E4m3Sums, &[&[256.0, 256.0, ulp]]), 512.0);
+        assert_eq!(sum_of(E4m3Sums, &[&[256.0, 256.0, ulp, ulp]]), 512.0 + two_to(-4));
         assert_eq!(sum_of(E4m3Sums, &[&[256.0], &[256.0], &[ulp]]), 512.0);
     }
 
@@ -266,10 +267,10 @@ mod tests {
         assert_eq!(sum_of(Bf16Sums, &[&[1.0, two_to(-23)]]), 1.0 + two_to(-23));
         // Half a unit of the result twice: both take part.
         assert_eq!(sum_of(Bf16Sums, &[&[1.0, two_to(-24), two_to(-24)]]), 1.0 + two_to(-23));
-        assert_eq!(
-            sum_of(Bf16Sums, &[&[1.0, two_to(-26), two_to(-26), two_to(-26), two_to(-26)]]),
-            1.0
-        );
+        // The least that takes part, and what no longer does.
+        let with_equals = |exponent| [1.0].into_iter().chain([two_to(exponent); 8]).collect::<Vec<_>>();
+        assert_eq!(sum_of(Bf16Sums, &[&with_equals(-25)]), 1.0 + two_to(-22));
+        assert_eq!(sum_of(Bf16Sums, &[&with_equals(-26)]), 1.0);
         // One after the other, in the next instruction, neither does: the sum is cut, not rounded.
         let mut second = [0.0; BLOCK];
         (second[0], second[16]) = (two_to(-24), two_to(-24));

@@ -2,7 +2,9 @@
 
 use super::Bounds;
 use super::elementwise::gelu_tanh;
-use super::rig::{Error, Numbers, Rig, SCHEMES, Stored, assert_close, assert_quantized, exact, quantized, shape};
+use super::rig::{
+    Error, Numbers, Rig, SCHEMES, Stored, assert_close, assert_quantized, exact, quantized, round_bf16, shape,
+};
 use crate::backend::{ActivationScheme, Backend, DType, LinearWeights, NormArgs, Width};
 
 /// `[tokens, in, outs of the stacked parts]`.
@@ -47,6 +49,7 @@ pub fn linear_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
                     outs: &outs,
                     dtype,
                     scheme,
+                    operands: Operands::Random,
                 },
                 bounds,
             );
@@ -61,6 +64,7 @@ struct Case<'a> {
     outs: &'a [usize],
     dtype: DType,
     scheme: ActivationScheme,
+    operands: Operands,
 }
 
 fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: Case<'_>, bounds: &Bounds) {
@@ -80,8 +84,9 @@ impl Case<'_> {
     fn compute<B: Backend>(self, make: &dyn Fn() -> B, numbers: &mut Numbers) -> Computed {
         let mut rig = Rig::new(make, self.rows);
         let plan = rig.begin(self.rows);
-        let (x, activation) = known_activation(&mut rig, &plan, numbers, [self.rows, self.in_features], self.scheme);
-        let weights = KnownWeights::new(numbers, self.outs, self.in_features, self.dtype);
+        let size = [self.rows, self.in_features];
+        let (x, activation) = known_activation(&mut rig, &plan, numbers, size, self.scheme, self.operands);
+        let weights = KnownWeights::new(numbers, self.outs, self.in_features, self.dtype, self.operands);
         let uploaded = rig
             .backend
             .upload_linear(&weights.for_input(self.scheme))
@@ -103,34 +108,66 @@ impl std::fmt::Display for Case<'_> {
             outs,
             dtype,
             scheme,
+            operands,
         } = self;
-        write!(f, "linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}")
+        write!(
+            f,
+            "linear {dtype:?} {scheme:?} {rows}x{in_features} by {outs:?}, {operands:?}"
+        )
     }
 }
 
 /// The same bits as another backend that adds in the same way, of few tokens and of many, over one chain of sums and
-/// several.
+/// several. The second half of K takes back what the first half adds: what is left is what the additions lost, and none
+/// of it is hidden by the rounding of the result.
 pub fn linear_equals<O: Backend, B: Backend>(oracle: &dyn Fn() -> O, make: &dyn Fn() -> B, bounds: &Bounds) {
     let kinds = [
         (DType::Bf16, ActivationScheme::None),
+        (DType::F8E4M3, ActivationScheme::None),
         (DType::F8E4M3, ActivationScheme::Fp8Static { scale: 0.0371 }),
         (DType::F8E4M3, ActivationScheme::Fp8Token),
     ];
+    let mut lost = 0;
     for (rows, in_features, outs) in SHAPES {
         let outs: Vec<usize> = outs.iter().map(|out| shape(*out, bounds)).collect();
         for (dtype, scheme) in kinds {
-            let case = Case {
-                rows,
-                in_features: shape(in_features, bounds),
-                outs: &outs,
-                dtype,
-                scheme,
-            };
-            let want = case.compute(oracle, &mut Numbers::new(7)).got;
-            let got = case.compute(make, &mut Numbers::new(7)).got;
-            let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
-            assert_eq!(differ, 0, "{case}: elements of {} that differ", want.len());
+            for operands in [Operands::Mirrored, Operands::MirroredSubnormal] {
+                let case = Case {
+                    rows,
+                    in_features: shape(in_features, bounds),
+                    outs: &outs,
+                    dtype,
+                    scheme,
+                    operands,
+                };
+                let want = case.compute(oracle, &mut Numbers::new(7)).got;
+                let got = case.compute(make, &mut Numbers::new(7)).got;
+                let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+                assert_eq!(differ, 0, "{case}: elements of {} that differ", want.len());
+                lost += want.iter().filter(|sum| **sum != 0.0).count();
+            }
         }
+    }
+    assert!(lost > 0, "nothing is lost, so that nothing was compared");
+}
+
+/// What is multiplied.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Operands {
+    /// Without order, and exact in every type.
+    Random,
+    /// As many bits and as different exponents as the type of the weights allows. Inputs of the second half of K are those
+    /// of the first, weights their negatives.
+    Mirrored,
+    /// The same with weights below the least normal e4m3.
+    MirroredSubnormal,
+}
+
+/// Makes the second half of each row `map` of the first.
+fn mirror(values: &mut [f32], cols: usize, map: impl Fn(f32) -> f32) {
+    for row in values.chunks_exact_mut(cols) {
+        let (first, second) = row.split_at_mut(cols / 2);
+        second.iter_mut().zip(first).for_each(|(to, from)| *to = map(*from));
     }
 }
 
@@ -155,6 +192,7 @@ pub fn gated_linear_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bound
                 outs: &outs,
                 dtype,
                 scheme,
+                operands: Operands::Random,
             };
             for out_scheme in SCHEMES {
                 check_gated(make, &mut numbers, case, out_scheme, bounds);
@@ -176,12 +214,13 @@ fn check_gated<B: Backend>(
         outs,
         dtype,
         scheme,
+        operands,
     } = case;
     let inner = outs[0];
     let mut rig = Rig::new(make, rows);
     let plan = rig.begin(rows);
-    let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme);
-    let weights = KnownWeights::new(numbers, outs, in_features, dtype);
+    let (x, activation) = known_activation(&mut rig, &plan, numbers, [rows, in_features], scheme, operands);
+    let weights = KnownWeights::new(numbers, outs, in_features, dtype, operands);
     let uploaded = rig
         .backend
         .upload_gated_linear(&weights.for_input(scheme))
@@ -222,9 +261,19 @@ struct KnownWeights {
 }
 
 impl KnownWeights {
-    fn new(numbers: &mut Numbers, outs: &[usize], in_features: usize, dtype: DType) -> Self {
+    fn new(numbers: &mut Numbers, outs: &[usize], in_features: usize, dtype: DType, operands: Operands) -> Self {
         let out_features: usize = outs.iter().sum();
-        let values = numbers.e4m3_values(out_features * in_features);
+        let mut values = numbers.e4m3_values(out_features * in_features);
+        if operands != Operands::Random {
+            for value in &mut values {
+                *value = match (dtype, operands) {
+                    (DType::F8E4M3, Operands::MirroredSubnormal) => (numbers.below(15) as f32 - 7.0) / 512.0,
+                    (DType::F8E4M3, _) => *value,
+                    _ => round_bf16(numbers.symmetric() * 0.5_f32.powi(numbers.below(16) as i32)),
+                };
+            }
+            mirror(&mut values, in_features, |value| -value);
+        }
         let scales: Vec<f32> = match dtype {
             DType::F8E4M3 => (0..out_features).map(|_| 0.02 + 0.01 * numbers.symmetric()).collect(),
             _ => Vec::new(),
@@ -279,12 +328,18 @@ fn known_activation<B: Backend>(
     numbers: &mut Numbers,
     [rows, cols]: [usize; 2],
     scheme: ActivationScheme,
+    operands: Operands,
 ) -> (Vec<f64>, B::Activation) {
     let mut gains: Vec<f32> = (0..cols).map(|_| (numbers.below(251) as f32 - 125.0) / 64.0).collect();
     gains[cols / 2] = 125.0 / 64.0;
-    let signs: Vec<f32> = (0..rows * cols)
+    let mut signs: Vec<f32> = (0..rows * cols)
         .map(|_| if numbers.below(2) == 0 { 1.0 } else { -1.0 })
         .collect();
+    if operands != Operands::Random {
+        gains[0] = gains[cols / 2];
+        mirror(&mut gains, cols, |gain| gain);
+        mirror(&mut signs, cols, |sign| sign);
+    }
     let tensor = rig.tensor(plan, &signs, rows);
     let weight: Vec<f32> = gains.iter().map(|gain| gain - 1.0).collect();
     let weight = rig.norm_weight(&weight);
