@@ -263,6 +263,20 @@ mod tests {
     }
 
     #[test]
+    fn a_subnormal_factor_counts_as_the_least_normal_one() {
+        let (mut x, mut w) = ([0.0; BLOCK], [0.0; BLOCK]);
+        (x[0], w[0]) = (256.0, two_to(-9));
+        (x[1], w[1]) = (two_to(-6), two_to(-5));
+        // 2^8 * 2^-6 = 2^2 leaves 2^-11, which is what the second product is.
+        assert_eq!(
+            E4m3Sums.sum(E4m3Sums.mul_add(E4m3Sums.zero(), &x, w)),
+            0.5 + two_to(-11)
+        );
+        w[1] = two_to(-6);
+        assert_eq!(E4m3Sums.sum(E4m3Sums.mul_add(E4m3Sums.zero(), &x, w)), 0.5);
+    }
+
+    #[test]
     fn bf16_keeps_25_bits_and_f32_of_the_sum() {
         assert_eq!(sum_of(Bf16Sums, &[&[1.0, two_to(-23)]]), 1.0 + two_to(-23));
         // Half a unit of the result twice: both take part.
