@@ -57,7 +57,7 @@ DEVICE void attend(RowSums<D>& sums, const Prefill& work, int position, uint32_t
   uint32_t probabilities[Keys / 16][4];
   score<D, Keys>(s, queries + swizzled<2 * D>(work.warp * 16 + lane % 16, lane / 16),
                  stage + swizzled<2 * D>(lane % 8 + lane / 16 * 8, lane / 8 % 2));
-  exponentiate<Keys, Capped>(s, sums.maximum, factors, Mask(work, position, Keys), work.p);
+  exponentiate<Keys, Capped>(s, sums.maximum, factors, work, position);
   pack<D, Keys, Capped>(probabilities, sums, s, factors);
   accumulate<D, Keys>(sums, probabilities, stage + Keys * 2 * D + swizzled<2 * D>(lane % 16, lane / 16));
 }

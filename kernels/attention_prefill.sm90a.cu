@@ -78,7 +78,7 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
   start_scores<D, Rows, Keys>(s, rows, keys);
   wgmma_wait<0>();
   pin_registers(s);
-  exponentiate<Keys, true>(s, sums.maximum, factors, Mask(work, work.begin, Keys), work.p);
+  exponentiate<Keys, true>(s, sums.maximum, factors, work, work.begin);
   pack<D, Keys, true>(probabilities, sums, s, factors);
   for (int position = work.begin + Keys; position < work.end; position += Keys) {
     here ^= kPlaneBytes;
@@ -87,7 +87,7 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
     start_output<D, Keys>(sums, probabilities, values + (here ^ kPlaneBytes));
     wgmma_wait<1>();
     pin_registers(s);
-    exponentiate<Keys, true>(s, sums.maximum, factors, Mask(work, position, Keys), work.p);
+    exponentiate<Keys, true>(s, sums.maximum, factors, work, position);
     wgmma_wait<0>();
     pin_registers(sums.output);
     pack<D, Keys, true>(probabilities, sums, s, factors);

@@ -107,8 +107,8 @@ KERNEL(rope_append, RopeParams, kRopeThreads, 8) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const float a = low.x[i], b = high.x[i];
-      low.x[i] = a * cosine.x[i] - b * sine.x[i];
-      high.x[i] = b * cosine.x[i] + a * sine.x[i];
+      low.x[i] = __fmaf_rn(a, cosine.x[i], -__fmul_rn(b, sine.x[i]));
+      high.x[i] = __fmaf_rn(b, cosine.x[i], __fmul_rn(a, sine.x[i]));
     }
   }
   if (head < p.num_heads) {

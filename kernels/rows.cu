@@ -1,9 +1,9 @@
 // Operations on one row at a time: embedding, norms with their residual, the gated activation, and the quantisation
 // that ends each.
 //
-// A row (one token, or one sampled row) belongs to one block, whose size depends on the row's length and on nothing else;
-// so do the two steps of its reductions, a butterfly in each warp and a sum over warps in order. What a row gets is the
-// same to the bit in any batch. Threads own groups of 8 columns, read as 16 bytes, and keep them in registers from the only
+// A row (one token, or one sampled row) belongs to one block, whose size depends on the row's length and on nothing else.
+// Its sums are taken in three steps that depend on neither: 8 columns in a thread, a butterfly over 256 in a warp, and those in
+// order. What a row gets is the same to the bit in any batch, and on the CPU backend (crates/cpu/src/hopper.rs). Threads own groups of 8 columns, read as 16 bytes, and keep them in registers from the only
 // read to the only write. Of a step of one token these kernels are latency: a read from L2 (the weights of a norm are read
 // while the kernel before still runs), two reductions, a write. Of a long step they are bound by memory: 11 bytes a column
 // in add_norm, whose blocks then stay and walk rows, so that reads go on while they reduce; 5 in geglu.
@@ -69,8 +69,10 @@ DEVICE void store8(T* row, int col, int cols, const float (&x)[8]) {
 template <int Threads, int Groups, bool Whole>
 struct Row {
   static constexpr int kWarps = Threads / 32;
-  /// Floats of shared memory a reduction needs.
-  static constexpr int kScratch = (kWarps + 3) / 4 * 4;
+  /// Pieces of 256 columns, each a warp's.
+  static constexpr int kPieces = Groups * kWarps;
+  /// Floats of shared memory that sums and largest values need.
+  static constexpr int kScratch = (kPieces + kWarps + 3) / 4 * 4;
   float x[Groups][8];
 
   static DEVICE int column(int group) { return (Threads * group + int(threadIdx.x)) * 8; }
@@ -86,32 +88,48 @@ struct Row {
     for (int g = 0; g < Groups; g++) store8<Whole>(row, column(g), cols, x[g]);
   }
 
-  /// Every thread's `sum` added up and the largest `max`. Needs 2 * kScratch floats that nobody else uses.
-  static DEVICE void reduce(float& sum, float& max, float* scratch) {
-    const int warp = int(threadIdx.x) / 32;
-    sum = warp_sum(sum);
-    max = warp_max(max);
-    if (threadIdx.x % 32 == 0) scratch[warp] = sum, scratch[kScratch + warp] = max;
+  /// The largest `max` of all threads. Needs kScratch floats that nobody else uses.
+  static DEVICE float largest(float max, float* scratch) {
+    put_largest(max, scratch);
     __syncthreads();
-    float sums[4] = {}, maxima[4] = {};
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) {
-      sums[w % 4] += scratch[w];
-      maxima[w % 4] = fmaxf(maxima[w % 4], scratch[kScratch + w]);
-    }
-    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    max = fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3]));
+    return largest_of_warps(scratch);
+  }
+  /// Needs kScratch floats that nobody else uses.
+  DEVICE float sum_of_squares(int cols, float* scratch) const {
+    put_squares(cols, scratch);
+    __syncthreads();
+    return sum_of_pieces(scratch);
   }
 
-  DEVICE float sum_of_squares(float* scratch) const {
-    float sum = 0.0f, unused = 0.0f;
+  // Both at once: what is put before a __syncthreads can be read behind it.
+  DEVICE void put_squares(int cols, float* scratch) const {
 #pragma unroll
     for (int g = 0; g < Groups; g++) {
+      float sum = 0.0f;
+      // The whole block agrees.
+      if (g == 0 || Threads * 8 * g < cols) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) sum += x[g][i] * x[g][i];
+        for (int i = 0; i < 8; i++) sum = __fmaf_rn(x[g][i], x[g][i], sum);
+        sum = warp_sum(sum);
+      }
+      if (threadIdx.x % 32 == 0) scratch[kWarps * g + int(threadIdx.x) / 32] = sum;
     }
-    reduce(sum, unused, scratch);
-    return sum;
+  }
+  static DEVICE void put_largest(float max, float* scratch) {
+    max = warp_max(max);
+    if (threadIdx.x % 32 == 0) scratch[kPieces + int(threadIdx.x) / 32] = max;
+  }
+  static DEVICE float sum_of_pieces(const float* scratch) {
+    float sums[4] = {};
+#pragma unroll
+    for (int piece = 0; piece < kPieces; piece++) sums[piece % 4] += scratch[piece];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+  static DEVICE float largest_of_warps(const float* scratch) {
+    float maxima[4] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) maxima[w % 4] = fmaxf(maxima[w % 4], scratch[kPieces + w]);
+    return fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3]));
   }
 };
 
@@ -121,7 +139,7 @@ struct RmsNorm {
   float inverse_cols;
 };
 DEVICE float inverse_rms(float sum_of_squares, const RmsNorm& norm) {
-  return rsqrtf(sum_of_squares * norm.inverse_cols + norm.eps);
+  return inverse_sqrt_rounded(__fmaf_rn(sum_of_squares, norm.inverse_cols, norm.eps));
 }
 
 /// Writes `x * factor` quantised. `amax` is the largest magnitude of `x`: a product with a positive number keeps order,
@@ -144,33 +162,36 @@ DEVICE void write_row(const Activation& out, int row, int cols, Row<Threads, Gro
 template <int Threads, int Groups, bool Whole>
 DEVICE void write_normed(const Activation& out, int row, int cols, Row<Threads, Groups, Whole>& x,
                          const Row<Threads, Groups, Whole>& weights, const RmsNorm& norm, float* scratch) {
-  float sum = 0.0f, amax = 0.0f;
+  float amax = 0.0f;
+  x.put_squares(cols, scratch);
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      sum += x.x[g][i] * x.x[g][i];
       x.x[g][i] *= weights.x[g][i];
       amax = fmaxf(amax, fabsf(x.x[g][i]));
     }
   }
-  x.reduce(sum, amax, scratch);
-  write_row(out, row, cols, x, inverse_rms(sum, norm), amax);
+  x.put_largest(amax, scratch);
+  __syncthreads();
+  const float factor = inverse_rms(x.sum_of_pieces(scratch), norm);
+  write_row(out, row, cols, x, factor, x.largest_of_warps(scratch));
 }
 
-/// `residual += norm(x)`, row by row.
+/// `residual += norm(x)`, given x's inverse_rms.
 template <int Threads, int Groups, bool Whole>
 DEVICE void add_normed(Row<Threads, Groups, Whole>& residual, const Row<Threads, Groups, Whole>& x,
-                       const Row<Threads, Groups, Whole>& weights, const RmsNorm& norm, float* scratch) {
-  const float factor = inverse_rms(x.sum_of_squares(scratch), norm);
+                       const Row<Threads, Groups, Whole>& weights, float factor) {
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) residual.x[g][i] += x.x[g][i] * factor * weights.x[g][i];
+    for (int i = 0; i < 8; i++) {
+      residual.x[g][i] = __fmaf_rn(__fmul_rn(x.x[g][i], factor), weights.x[g][i], residual.x[g][i]);
+    }
   }
 }
 
-// ---- kernels: grid = rows, no more than there are in memory; shared memory = 4 * Row::kScratch floats at most.
+// ---- kernels: grid = rows, no more than there are in memory; shared memory = 2 * Row::kScratch floats at most.
 // Reading a row that is not asked for is cheaper than waiting for the count before reading.
 
 struct EmbedParams {
@@ -239,13 +260,13 @@ DEVICE void quantize_rows(const NormParams& p) {
   Row<Threads, Groups, Whole> x;
   x.load(static_cast<const bf16*>(p.x) + size_t(row) * cols, cols);
   if (row >= *p.num_rows) return;
-  float unused = 0.0f, amax = 0.0f;
+  float amax = 0.0f;
 #pragma unroll
   for (int g = 0; g < Groups; g++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) amax = fmaxf(amax, fabsf(x.x[g][i]));
   }
-  if (p.out.scheme == kSchemeToken) x.reduce(unused, amax, scratch);
+  if (p.out.scheme == kSchemeToken) amax = x.largest(amax, scratch);
   write_row(p.out, row, cols, x, 1.0f, amax);
 }
 
@@ -279,11 +300,12 @@ DEVICE void add_norm(const AddNormParams& p) {
   x.load(p.x + offset, cols);
   residual.load(p.residual + offset, cols);
   if (row >= *p.num_rows) return;
+  const float factor = inverse_rms(x.sum_of_squares(cols, scratch), p.norm);
   if (!kEarly) post.load(p.post_weights, cols);
-  add_normed(residual, x, post, p.norm, scratch);
+  add_normed(residual, x, post, factor);
   residual.store(p.residual + offset, cols);
   if (!kEarly) pre.load(p.pre_weights, cols);
-  write_normed(p.out, row, cols, residual, pre, p.norm, scratch + 2 * Values::kScratch);
+  write_normed(p.out, row, cols, residual, pre, p.norm, scratch + Values::kScratch);
 }
 
 /// Rows of x and of the residual on their way through shared memory. A warp copies what its own lanes own and nothing else,
@@ -400,10 +422,10 @@ DEVICE void add_norm_many(const AddNormParams& p) {
     Values x, residual, post, pre;
     ring.load(stage, cols, x.x[0], residual.x[0]);
     post_weights.load(post.x[0]);
-    add_normed(residual, x, post, p.norm, scratch);
+    add_normed(residual, x, post, inverse_rms(x.sum_of_squares(cols, scratch), p.norm));
     ring.store(stage, p.residual + size_t(row) * cols, cols, residual.x[0]);
     pre_weights.load(pre.x[0]);
-    write_normed(p.out, row, cols, residual, pre, p.norm, scratch + 2 * Values::kScratch);
+    write_normed(p.out, row, cols, residual, pre, p.norm, scratch + Values::kScratch);
     free_stage = stage;
     if (++stage == Stages) stage = 0;
   }
@@ -423,10 +445,11 @@ DEVICE void last_norm(const AddNormParams& p) {
   Values weights, x, residual;
   x.load(p.x + offset, cols);
   residual.load(p.residual + offset, cols);
+  const float factor = inverse_rms(x.sum_of_squares(cols, scratch), p.norm);
   weights.load(p.post_weights, cols);
-  add_normed(residual, x, weights, p.norm, scratch);
+  add_normed(residual, x, weights, factor);
   weights.load(p.pre_weights, cols);
-  write_normed(p.out, index, cols, residual, weights, p.norm, scratch + 2 * Values::kScratch);
+  write_normed(p.out, index, cols, residual, weights, p.norm, scratch + Values::kScratch);
 }
 
 struct GegluParams {
@@ -478,7 +501,7 @@ DEVICE void geglu_row(const GegluParams& p) {
   const int row = int(blockIdx.x), cols = p.cols;
   if (row >= *p.num_rows) return;
   Values x;
-  float unused = 0.0f, amax = 0.0f;
+  float amax = 0.0f;
   auto add = [&](const float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) amax = fmaxf(amax, fabsf(values[i]));
@@ -493,7 +516,7 @@ DEVICE void geglu_row(const GegluParams& p) {
     load_gated<Whole>(p, row, col, cols, more);
     add(more);
   }
-  x.reduce(unused, amax, reinterpret_cast<float*>(shared));
+  amax = x.largest(amax, reinterpret_cast<float*>(shared));
   const Divisor by = divisor(token_scale(amax));
   if (threadIdx.x == 0) p.out.scales[row] = by.value;
 #pragma unroll

@@ -408,12 +408,6 @@ DEVICE void clear(Sums<D>& sums) {
   }
 }
 
-/// A logit in powers of e, in units of log2.
-template <bool Capped>
-DEVICE float exponent(float dot, const Attention& p) {
-  return Capped ? capped_exponent(dot, p.score_scale, p.cap) : dot * p.score_scale;
-}
-
 /// Raises the maxima to those of all scores so far, and multiplies what was summed for it.
 template <int D>
 DEVICE void raise_maxima(Sums<D>& sums, const float (&s)[4]) {
@@ -437,10 +431,12 @@ DEVICE void raise_maxima(Sums<D>& sums, const float (&s)[4]) {
 template <class Cache, int D, bool Capped>
 DEVICE void weigh(uint32_t (&probabilities)[2], Sums<D>& sums, float (&s)[4], const Attention& p, int position,
                   const Unit& unit, int lane) {
+  if (Capped) capped_exponents(s, p);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int key = position + lane / 4 + i / 2 * 8;
-    s[i] = key >= unit.first && key < unit.end ? exponent<Capped>(s[i], p) : kNoScore;
+    if (key < unit.first || key >= unit.end) s[i] = kNoScore;
+    else if (!Capped) s[i] *= p.score_scale;
   }
   if (is_relative<Cache, Capped>()) {
     const bool exceeds = fmaxf(s[0], s[2]) > sums.maximum[0] + kHeadroom || fmaxf(s[1], s[3]) > sums.maximum[1] + kHeadroom;

@@ -31,6 +31,8 @@ struct Prefill {
   int warp, lane;
   // This warp's rows see positions first_seen, ... of first_position + [first_token, last_token].
   int first_token, last_token;
+  // Tokens of the lane's rows, warp * 16 + lane / 4 and 8 on, the second times 256: of registers none is to spare.
+  int lane_tokens;
 
   static DEVICE QueryTile read_tile(const QueryTile* tiles) {
     const int* words = &tiles[blockIdx.y].seq;
@@ -47,15 +49,13 @@ struct Prefill {
     lane = int(threadIdx.x) % 32;
     first_token = warp * 16 / group;
     last_token = min((warp * 16 + 15) / group, tile.num_rows - 1);
+    const int row = warp * 16 + lane / 4;
+    lane_tokens = row / group + (row + 8) / group * 256;
   }
   /// Whether any row of this warp sees any of the keys [from, to).
   DEVICE bool sees(int from, int to) const {
     return first_token <= last_token && from <= first_position + last_token &&
            to > first_position + first_token - p.window + 1;
-  }
-  /// Whether every row of this warp sees all of them.
-  DEVICE bool sees_all(int from, int to) const {
-    return to - 1 <= first_position + first_token && from > first_position + last_token - p.window;
   }
 };
 
@@ -92,14 +92,15 @@ template <int D, int Rows, int Keys, class Layout>
 DEVICE void load_block(const Prefill& work, const unsigned* key_tiles, int key_position, uint32_t keys,
                        int value_position, uint32_t values) {
   constexpr int kTiles = Keys / kTile;
-  for (int i = work.warp; i < 2 * kTiles; i += Rows / 16) {
+  const int thread = thread_index_again(), warp = thread / 32, lane = thread % 32;
+  for (int i = warp; i < 2 * kTiles; i += Rows / 16) {
     const bool is_value = i >= kTiles;
     const int block = is_value ? value_position : key_position;
     if (block >= work.end) continue;
     const int row = i % kTiles * kTile, at = block + row;
     unsigned tile = 0;
     if (at < work.end) tile = key_tiles[(at - work.begin) / kTile] + (is_value ? value_tile_offset(work.p) : 0);
-    load_tile<2 * D, Layout>(is_value ? values : keys, row, work.p.kv, tile, work.lane, 0, work.end - at);
+    load_tile<2 * D, Layout>(is_value ? values : keys, row, work.p.kv, tile, lane, 0, work.end - at);
   }
   cp_async_commit();
 }
@@ -123,25 +124,25 @@ DEVICE void clear(RowSums<D>& sums) {
 
 /// Which of a lane's scores count. Scores lie as RowSums' output does.
 struct Mask {
-  bool masked;      // false: all do
-  int position[2];  // of the lane's rows
-  int key;          // of its first column
+  bool masked;      // false: all of the warp's do
+  int distance[2];  // from the lane's first column to its rows
   int window;
 
   /// For the block of keys at `position` and this lane of a warp.
-  DEVICE Mask(const Prefill& work, int block, int keys) : masked(!work.sees_all(block, block + keys)) {
-    const int row = work.warp * 16 + work.lane / 4;
-    position[0] = work.first_position + row / work.group;
-    position[1] = work.first_position + (row + 8) / work.group;
-    key = block + work.lane % 4 * 2;
+  DEVICE Mask(const Prefill& work, int block, int keys) {
+    const int column = thread_index_again() % 4 * 2;
+    const int from_first = work.first_position - block;
+    const int first = from_first + work.lane_tokens % 256, second = from_first + work.lane_tokens / 256;
+    distance[0] = first - column, distance[1] = second - column;
     window = work.p.window;
+    masked = __any_sync(~0u, first < keys - 1 || second >= window);
   }
   DEVICE bool sees(int i) const {
-    return unsigned(position[i / 2 % 2] - (key + i / 4 * 8 + i % 2)) < unsigned(window);
+    return unsigned(distance[i / 2 % 2] - (i / 4 * 8 + i % 2)) < unsigned(window);
   }
 };
 
-/// Scores to probabilities, relative to the maximum so far if there is no soft-cap: then `factors` is what everything
+/// Scores, with soft-cap the powers they became, to probabilities, relative to the maximum so far if there is no soft-cap: then `factors` is what everything
 /// summed before must be multiplied with.
 template <int Keys, bool Capped, bool Masked>
 DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&factors)[2], const Mask& mask,
@@ -162,13 +163,21 @@ DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&fact
   }
 #pragma unroll
   for (int i = 0; i < Keys / 2; i++) {
-    s[i] = Capped ? capped_exp(s[i], p.score_scale, p.cap) : exp2_approx(s[i] - maximum[i / 2 % 2]);
+    if (!Capped) s[i] = exp2_approx(s[i] - maximum[i / 2 % 2]);
     if (Masked && !mask.sees(i)) s[i] = 0.0f;
   }
 }
+/// Of the block of keys at `block`.
 template <int Keys, bool Capped>
-DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&factors)[2], const Mask& mask,
-                         const Attention& p) {
+DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&factors)[2], const Prefill& work, int block) {
+  const Attention& p = work.p;
+  if (Capped) {
+    capped_exponents(s, p);
+#pragma unroll
+    for (int i = 0; i < Keys / 2; i++) s[i] = exp2_rounded(s[i]);
+  }
+  // Not before: registers are short.
+  const Mask mask(work, block, Keys);
   if (mask.masked) exponentiate<Keys, Capped, true>(s, maximum, factors, mask, p);
   else exponentiate<Keys, Capped, false>(s, maximum, factors, mask, p);
 }
@@ -195,7 +204,7 @@ DEVICE void pack(uint32_t (&probabilities)[Keys / 16][4], RowSums<D>& sums, cons
 /// Leaves the divided result of a warp's rows where its queries were, as it will lie in memory.
 template <int D, class Layout>
 DEVICE void stage_result(const RowSums<D>& sums, const Prefill& work, uint8_t* rows) {
-  const int lane = work.lane;
+  const int thread = thread_index_again(), warp = thread / 32, lane = thread % 32;
   const bool fp8 = work.p.out.scheme == kSchemeStatic;
   const Divisor by = divisor(work.p.out.static_scale);
 #pragma unroll
@@ -203,7 +212,7 @@ DEVICE void stage_result(const RowSums<D>& sums, const Prefill& work, uint8_t* r
     float sum = sums.sum[half] + __shfl_xor_sync(~0u, sums.sum[half], 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     const float inverse = work.p.value_scale * (1.0f / sum);
-    const int row = work.warp * 16 + lane / 4 + half * 8;
+    const int row = warp * 16 + lane / 4 + half * 8;
     // Two columns of each of eight blocks of eight.
 #pragma unroll
     for (int first = 0; first < D / 8; first += 8) {
@@ -236,8 +245,9 @@ DEVICE void write_rows(const Prefill& work, const uint8_t* rows) {
   const bool fp8 = p.out.scheme == kSchemeStatic;
   const int size = fp8 ? 1 : 2;
   const int chunks = D * size / 16;
-  for (int i = work.lane; i < 16 * chunks; i += 32) {
-    const int row = work.warp * 16 + i / chunks, chunk = i % chunks;
+  const int thread = thread_index_again();
+  for (int i = thread % 32; i < 16 * chunks; i += 32) {
+    const int row = thread / 32 * 16 + i / chunks, chunk = i % chunks;
     const int token = row / work.group;
     if (token >= work.tile.num_rows) return;
     const int head = work.head * work.group + row - token * work.group;

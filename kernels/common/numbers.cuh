@@ -22,6 +22,37 @@ DEVICE uint32_t e4m3x4_from_floats(float a, float b, float c, float d) {
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 
 constexpr float kLog2E = 1.4426950408889634f;
+
+// ---- elementary functions of what is rounded to FP8 next, by operations that round as IEEE 754 says: the CPU backend repeats
+// them to the bit (crates/cpu/src/hopper.rs). Of a value that differs in its last place one rounding in a million would differ,
+// and with it all that a model makes of it.
+
+/// 2^x to 3e-7, for -126 <= x <= 127: a polynomial of degree 5 found by Remez's algorithm, times a power of two. No special
+/// function, of which there are few units.
+DEVICE float exp2_rounded(float x) {
+  constexpr float kRounder = 12582912.0f;  // adding it rounds to an integer, which is then in the lowest bits
+  const float shifted = __fadd_rn(x, kRounder);
+  const float r = __fadd_rn(x, -__fadd_rn(shifted, -kRounder));
+  float p = __fmaf_rn(0.0013276472f, r, 0.009675541f);
+  p = __fmaf_rn(p, r, 0.05550713f);
+  p = __fmaf_rn(p, r, 0.2402212f);
+  p = __fmaf_rn(p, r, 0.69314694f);
+  p = __fmaf_rn(p, r, 1.0000001f);
+  return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
+/// 1 / x, for 1 <= x < 2^126, rounded to nearest but for some 30 of 2^23 mantissas at worst (as trying all shows, with an
+/// approximation that is two units off).
+DEVICE float reciprocal_rounded(float x) {
+  const float y = reciprocal_approx(x);
+  return __fmaf_rn(__fmaf_rn(-x, y, 1.0f), y, y);
+}
+/// 1 / sqrt(x), for normal x, rounded to nearest but for a mantissa in millions: a Newton step from the residual in two parts.
+DEVICE float inverse_sqrt_rounded(float x) {
+  const float y = rsqrtf(x), root = __fmul_rn(x, y), rest = __fmaf_rn(x, y, -root);
+  const float residual = __fmaf_rn(-rest, y, __fmaf_rn(-root, y, 1.0f));
+  return __fmaf_rn(__fmul_rn(0.5f, y), residual, y);
+}
+
 /// Largest finite e4m3 value.
 constexpr float kFp8Max = 448.0f;
 /// Smallest scale of a token's quantisation: `FP8_MIN_TOKEN_SCALE` of the model crate.

@@ -186,6 +186,7 @@ DEVICE void wgmma_bf16_transposed(float (&d)[N / 2], const uint32_t (&a)[4], uin
 }
 template <int N>
 DEVICE void pin_registers(float (&)[N]) {}
+DEVICE int thread_index_again() { return int(threadIdx.x); }
 DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   emulator::mma_sync<emulator::Bf16Operand>(d, a, b, c);
 }
@@ -260,6 +261,12 @@ DEVICE void f16x2_from_e4m3x4(uint32_t codes, uint32_t& low, uint32_t& high) {
 }
 /// Bytes 0, 2, 1, 3.
 DEVICE uint32_t odd_bytes_last(uint32_t x) { return __byte_perm(x, 0, 0x3120); }
+/// threadIdx.x where a register that kept it, or what is made of it, would be one too many.
+DEVICE int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 DEVICE float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -29,7 +29,7 @@ pub struct CpuConfig {
     pub isa: Isa,
     /// What is kept between operations.
     pub storage: Storage,
-    /// How linear layers add up their products.
+    /// How products are added up, and what is computed between them.
     pub sums: Sums,
 }
 
@@ -46,14 +46,16 @@ pub enum Storage {
     Bf16,
 }
 
-/// How linear layers (the output projection too) add up products of e4m3 with e4m3 and of bf16 with bf16.
+/// How products of e4m3 with e4m3 and of bf16 with bf16 are added up, and what is computed between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Sums {
     /// In f32.
     #[default]
     F32,
-    /// As Hopper's tensor cores do in the kernels of `lapidary-cuda`, to the bit, if all of them are finite. For comparing
-    /// them with this backend, with [`Storage::Bf16`]: several times slower.
+    /// Linear layers (the output projection too) add as Hopper's tensor cores do in the kernels of `lapidary-cuda`, and all up
+    /// to the last hidden state is computed as those kernels do it, to the bit, if all of it is finite, attention has a
+    /// soft-cap and heads of a multiple of 32 elements, and steps have several tokens of a sequence. For comparing them with
+    /// this backend, with [`Storage::Bf16`]: several times slower.
     TensorCore,
 }
 
@@ -136,6 +138,14 @@ impl Cpu {
             pool: &self.pool,
             dispatch: self.dispatch,
             storage: self.storage,
+            sums: self.sums,
+        }
+    }
+
+    fn rms_norm<'a>(&self, weight: &'a Norm, eps: f32) -> RmsNorm<'a> {
+        RmsNorm {
+            weight,
+            eps,
             sums: self.sums,
         }
     }
@@ -336,10 +346,7 @@ impl Backend for Cpu {
     ) -> Result<(), BackendError> {
         let normed = Normed {
             x,
-            norm: RmsNorm {
-                weight: norm.weight,
-                eps: norm.eps,
-            },
+            norm: self.rms_norm(norm.weight, norm.eps),
         };
         self.on().fill_rows(out, plan.num_tokens(), norm.out_scheme, normed);
         Ok(())
@@ -361,8 +368,11 @@ impl Backend for Cpu {
         out: &mut Activation,
     ) -> Result<(), BackendError> {
         self.linear(plan, x, weights, gate_up)?;
-        self.on()
-            .fill_rows(out, plan.num_tokens(), out_scheme, Geglu { gate_up });
+        let geglu = Geglu {
+            gate_up,
+            sums: self.sums,
+        };
+        self.on().fill_rows(out, plan.num_tokens(), out_scheme, geglu);
         Ok(())
     }
 
@@ -420,10 +430,7 @@ impl Backend for Cpu {
     ) -> Result<(), BackendError> {
         let normed = Normed {
             x,
-            norm: RmsNorm {
-                weight: post,
-                eps: pre.eps,
-            },
+            norm: self.rms_norm(post, pre.eps),
         };
         self.on().update_rows(residual, plan.num_tokens(), PlusNormed(normed));
         self.norm(plan, residual, pre, out)
@@ -451,9 +458,9 @@ impl Backend for Cpu {
         } = last;
         let plus = PlusNormed(Normed {
             x,
-            norm: RmsNorm { weight: post, eps },
+            norm: self.rms_norm(post, eps),
         });
-        let norm = RmsNorm { weight: norm, eps };
+        let norm = self.rms_norm(norm, eps);
         let normed = LastNormed {
             rows: &plan.sample_rows,
             residual,

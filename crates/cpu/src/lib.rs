@@ -7,6 +7,7 @@
 //! | `sample` | how a token is chosen |
 //! | `tensor`, `plan`, `memory` | what is in memory, and how much fits |
 //! | `e4m3`, `math` | exact FP8 rounding; tanh and exp that vectorise |
+//! | `hopper` | the arithmetic of the CUDA kernels, for comparing with them bit by bit |
 //! | `simd` | AVX-512, AVX2 or neither, and the dot product on each |
 //! | `parallel` | a thread pool with cheap forks |
 //!
@@ -23,6 +24,7 @@
 
 mod backend;
 pub mod e4m3;
+mod hopper;
 mod math;
 mod memory;
 mod ops;

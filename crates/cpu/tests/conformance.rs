@@ -57,12 +57,15 @@ mod tensor_core_sums {
         super::Bounds::BF16
     );
 
-    /// Nothing in it is rounded, so that how a CPU multiplies and adds does not matter.
+    /// Every rounding in it is written down, so that how a CPU multiplies and adds does not matter.
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
         let make = |isa| super::cpu_that_adds(super::Sums::TensorCore, isa, super::Storage::Bf16);
         for isa in super::Isa::ALL {
-            super::conformance::linear_equals(&|| make(super::Isa::Portable), &|| make(isa), &super::Bounds::BF16);
+            let (oracle, other, bounds) = (|| make(super::Isa::Portable), || make(isa), super::Bounds::BF16);
+            super::conformance::linear_equals(&oracle, &other, &bounds);
+            super::conformance::row_operations_equal(&oracle, &other, &bounds);
+            super::conformance::attention_equals(&oracle, &other, &bounds);
         }
     }
 }

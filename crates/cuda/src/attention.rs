@@ -53,8 +53,8 @@ struct AttentionParams {
     window: i32,
     score_scale: f32,
     cap: f32,
+    half_cap: f32,
     value_scale: f32,
-    padding: i32,
 }
 
 /// The kernels' `AttentionDecode`.
@@ -491,8 +491,8 @@ impl Attention {
                 .map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
             score_scale: cap.map_or(scale * log2_e, |cap| 2.0 * scale * log2_e / cap) as f32,
             cap: cap.map_or(0.0, |cap| cap * log2_e) as f32,
+            half_cap: cap.map_or(0.0, |cap| cap / 2.0) as f32,
             value_scale,
-            padding: 0,
         }
     }
 

@@ -16,8 +16,8 @@ const GEGLU_COLS: usize = GEGLU_THREADS * 2 * GROUP;
 /// Of the kernels that take rows of any length, and the longest such row.
 const ANY_THREADS: u32 = 512;
 const ANY_COLS: usize = 8192;
-/// Sums, largest values, twice, of at most 32 warps.
-const SCRATCH_BYTES: usize = 4 * 2 * 2 * 32;
+/// Twice the sums of at most 64 pieces of a row and the largest values of at most 18 warps.
+const SCRATCH_BYTES: usize = 4 * 2 * (64 + 20);
 
 /// Kernels of one operation.
 #[derive(Debug)]

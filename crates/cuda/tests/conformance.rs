@@ -13,7 +13,7 @@ fn cuda(emulated_capability: u32) -> Cuda {
     Cuda::emulated(emulated_capability, CudaConfig::default()).expect("the emulator has every kernel")
 }
 
-/// The CPU as it adds and rounds like the kernels.
+/// The CPU as it computes like the kernels.
 fn cpu() -> Cpu {
     let config = CpuConfig {
         storage: Storage::Bf16,
@@ -30,6 +30,17 @@ mod hopper {
     #[test]
     fn sums_are_those_of_tensor_cores() {
         super::conformance::linear_equals(&super::cpu, &|| super::cuda(90), &super::Bounds::BF16);
+    }
+
+    /// What else the CPU takes the kernels to do: to the bit, so that whole models can be compared.
+    #[test]
+    fn row_operations_are_the_cpus() {
+        super::conformance::row_operations_equal(&super::cpu, &|| super::cuda(90), &super::Bounds::BF16);
+    }
+
+    #[test]
+    fn attention_of_many_tokens_is_the_cpus() {
+        super::conformance::attention_equals(&super::cpu, &|| super::cuda(90), &super::Bounds::BF16);
     }
 }
 

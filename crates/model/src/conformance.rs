@@ -34,8 +34,10 @@ mod runner;
 mod sampling;
 mod sampling_reference;
 
-pub use attention::{attention_matches_f64, rope_matches_f64, unused_cache_is_never_read};
-pub use elementwise::{add_norm_matches_f64, embed_matches_f64, geglu_matches_f64, norm_matches_f64};
+pub use attention::{attention_equals, attention_matches_f64, rope_matches_f64, unused_cache_is_never_read};
+pub use elementwise::{
+    add_norm_matches_f64, embed_matches_f64, geglu_matches_f64, norm_matches_f64, row_operations_equal,
+};
 pub use fp8_cache::{
     attention_over_fp8_cache_matches_f64, fp8_cache_holds_more_tokens, fp8_cache_rounds_half_to_even_and_saturates,
     fp8_cache_uses_the_scales_of_each_layer,

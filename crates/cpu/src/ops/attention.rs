@@ -15,10 +15,11 @@ use lapidary_model::{ActivationScheme, AttentionConfig, KvCacheDtype};
 
 use super::elementwise::On;
 use super::linear::dot_rows;
-use crate::backend::Storage;
+use crate::backend::{Storage, Sums};
+use crate::hopper::{self, CappedSoftmax};
 use crate::math;
 use crate::plan::{Plan, Tile};
-use crate::simd::{Buffer, F32, Fma, Kernel, LANES, Simd};
+use crate::simd::{Arith, Bf16Sums, Buffer, F32, Fma, Kernel, LANES, Simd, TENSOR_CORE_BLOCK};
 use crate::tensor::{Activation, KvLayer, Tensor};
 
 /// Exponents up to this, and sums of their powers, are far from the end of f32.
@@ -121,6 +122,7 @@ pub(crate) fn attention(
         on.dispatch.run(AttendTile {
             task: Task { inputs, kv_head, tile },
             storage: on.storage,
+            kernels: (on.sums == Sums::TensorCore).then(|| kernel_softmax(&inputs)).flatten(),
             scratch: &mut scratch,
             out,
         });
@@ -134,6 +136,16 @@ pub(crate) fn attention(
             on.storage.round(row);
         }
     });
+}
+
+/// What the kernels make of scores, where [`hopper`] knows it.
+fn kernel_softmax(inputs: &Inputs<'_>) -> Option<CappedSoftmax> {
+    let Geometry { config, padded_dim, .. } = inputs.geometry;
+    let scale = f64::from(config.scale) * f64::from(inputs.kv.scales.key);
+    let softcap = config
+        .softcap
+        .filter(|_| padded_dim.is_multiple_of(TENSOR_CORE_BLOCK))?;
+    Some(CappedSoftmax::new(scale, softcap))
 }
 
 /// Positions of one block that some query of a tile sees.
@@ -205,6 +217,8 @@ impl Task<'_> {
 struct AttendTile<'a> {
     task: Task<'a>,
     storage: Storage,
+    /// To compute as kernels do.
+    kernels: Option<CappedSoftmax>,
     scratch: &'a mut AttentionScratch,
     /// `[tile tokens, group * head_dim]`
     out: &'a mut [f32],
@@ -246,9 +260,38 @@ impl AttendTile<'_> {
     /// Fills `scores` with unnormalised softmax weights and `totals` with their sums.
     #[inline(always)]
     fn score<S: Simd>(&mut self, simd: S) {
+        if self.kernels.is_some() {
+            self.multiply_keys(simd, Bf16Sums);
+        } else {
+            self.multiply_keys(simd, Fma::<S, F32>::new(simd));
+        }
         let task = self.task;
-        let (kv, Geometry { config, padded_dim, .. }) = (task.inputs.kv, task.inputs.geometry);
-        let (num_queries, per_row) = (task.num_queries(), padded_dim / LANES);
+        let (kv, config) = (task.inputs.kv, task.inputs.geometry.config);
+        let (begin, end) = task.seen();
+        let span = end - begin;
+        for query in 0..task.num_queries() {
+            let (from, to) = task.visible(query);
+            let scores = &mut self.scratch.scores[query * span..][from - begin..to - begin];
+            self.scratch.totals[query] = if let Some(softmax) = self.kernels {
+                scores.iter_mut().for_each(|score| *score = softmax.probability(*score));
+                self.storage.round(scores);
+                hopper::sum_of_probabilities(from, scores)
+            } else {
+                let scale = config.scale * kv.scales.key;
+                softmax_weights(scores, scale, config.softcap, self.storage)
+            };
+        }
+    }
+
+    /// Fills `scores` with products of queries and keys.
+    #[inline(always)]
+    fn multiply_keys<S: Simd, A, const BLOCK: usize>(&mut self, simd: S, arith: A)
+    where
+        A: Arith<X = [f32; BLOCK], W = [f32; BLOCK]>,
+    {
+        let task = self.task;
+        let (kv, padded_dim) = (task.inputs.kv, task.inputs.geometry.padded_dim);
+        let (num_queries, per_row) = (task.num_queries(), padded_dim / BLOCK);
         let (begin, end) = task.seen();
         let span = end - begin;
         for index in 0..task.num_pages() {
@@ -260,6 +303,7 @@ impl AttendTile<'_> {
                 ..
             } = &mut *self.scratch;
             let keys = kv.keys.widen(simd, page.elements(padded_dim), widened);
+            let keys = keys.as_flattened().as_chunks().0;
             let queries = queries.as_chunks().0;
             let mut first = 0;
             while first < num_queries {
@@ -268,20 +312,8 @@ impl AttendTile<'_> {
                     let start = (first + index) * span + page.first - begin + key;
                     scores[start..][..products.len()].copy_from_slice(products);
                 };
-                first += dot_rows(
-                    Fma::<S, F32>::new(simd),
-                    num_queries - first,
-                    query,
-                    (keys, per_row),
-                    sink,
-                );
+                first += dot_rows(arith, num_queries - first, query, (keys, per_row), sink);
             }
-        }
-        for query in 0..num_queries {
-            let (from, to) = task.visible(query);
-            let scores = &mut self.scratch.scores[query * span..][from - begin..to - begin];
-            let scale = config.scale * kv.scales.key;
-            self.scratch.totals[query] = softmax_weights(scores, scale, config.softcap, self.storage);
         }
     }
 
@@ -307,12 +339,20 @@ impl AttendTile<'_> {
                     let weights = &scores[query * span..][from - begin..to - begin];
                     let values = &values[(from - page.first) * per_row..(to - page.first) * per_row];
                     let sums = &mut sums.as_chunks_mut().0[query * per_row..][..per_row];
-                    add_weighted(simd, weights, values, sums);
+                    if self.kernels.is_some() {
+                        add_as_kernels_do(from, weights, values.as_flattened(), sums.as_flattened_mut());
+                    } else {
+                        add_weighted(simd, weights, values, sums);
+                    }
                 }
             }
         }
         for (query, out) in self.out.chunks_exact_mut(config.head_dim).enumerate() {
-            let factor = kv.scales.value / self.scratch.totals[query];
+            let total = self.scratch.totals[query];
+            let factor = match self.kernels {
+                Some(_) => kv.scales.value * (1.0 / total),
+                None => kv.scales.value / total,
+            };
             for (out, sum) in out.iter_mut().zip(&self.scratch.sums[query * padded_dim..]) {
                 *out = sum * factor;
             }
@@ -337,6 +377,19 @@ fn softmax_weights(scores: &mut [f32], scale: f32, softcap: Option<f32>, storage
     scores.iter_mut().for_each(|score| *score = math::exp(*score - max));
     storage.round(scores);
     math::sum_of(scores, |weight| weight)
+}
+
+/// `sums += weights[i] * values[i]` of the positions from `first` on, those of one product of tensor cores at once.
+fn add_as_kernels_do(first: usize, weights: &[f32], values: &[f32], sums: &mut [f32]) {
+    let padded_dim = sums.len();
+    let mut done = 0;
+    while done < weights.len() {
+        let position = first + done;
+        let count = (hopper::KEYS - position % hopper::KEYS).min(weights.len() - done);
+        let value = |key: usize, column: usize| values[(done + key) * padded_dim + column];
+        hopper::add_values(sums, position, &weights[done..done + count], value);
+        done += count;
+    }
 }
 
 /// `sums += weights[i] * values[i]`, one position after another.

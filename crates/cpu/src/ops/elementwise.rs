@@ -4,10 +4,10 @@ use lapidary_model::ActivationScheme;
 
 use super::rows_per_task;
 use crate::backend::{Storage, Sums};
-use crate::math;
 use crate::parallel::Pool;
 use crate::simd::{Dispatch, Kernel, Simd};
 use crate::tensor::{Activation, ActivationRow, Norm, Tensor};
+use crate::{hopper, math};
 
 /// Where work runs.
 #[derive(Debug, Clone, Copy)]
@@ -120,17 +120,46 @@ impl<F: RowOp> Kernel for UpdateRows<'_, F> {
     }
 }
 
-/// `rsqrt(mean(x^2) + eps)`.
-#[inline(always)]
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (math::sum_of(x, |x| x * x) / x.len() as f32 + eps).sqrt()
-}
-
-/// A norm's weights, and what is added to the mean square.
+/// A norm's weights, what is added to the mean square, and whose arithmetic it is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RmsNorm<'a> {
     pub(crate) weight: &'a Norm,
     pub(crate) eps: f32,
+    pub(crate) sums: Sums,
+}
+
+impl RmsNorm<'_> {
+    /// `rsqrt(mean(x^2) + eps)`.
+    #[inline(always)]
+    fn inverse_rms(self, x: &[f32]) -> f32 {
+        match self.sums {
+            Sums::F32 => 1.0 / (math::sum_of(x, |x| x * x) / x.len() as f32 + self.eps).sqrt(),
+            Sums::TensorCore => hopper::inverse_rms(x, self.eps),
+        }
+    }
+
+    #[inline(always)]
+    fn apply(self, x: &mut [f32]) {
+        let factor = self.inverse_rms(x);
+        let columns = x.iter_mut().zip(&self.weight.factors);
+        match self.sums {
+            Sums::F32 => columns.for_each(|(x, weight)| *x = *x * factor * weight),
+            Sums::TensorCore => columns.for_each(|(x, weight)| *x = *x * weight * factor),
+        }
+    }
+
+    /// `residual += norm(x)`
+    #[inline(always)]
+    fn add(self, x: &[f32], residual: &mut [f32]) {
+        let factor = self.inverse_rms(x);
+        let columns = residual.iter_mut().zip(x).zip(&self.weight.factors);
+        match self.sums {
+            Sums::F32 => columns.for_each(|((residual, x), weight)| *residual += x * factor * weight),
+            Sums::TensorCore => {
+                columns.for_each(|((residual, x), weight)| *residual = (x * factor).mul_add(*weight, *residual));
+            }
+        }
+    }
 }
 
 /// `norm(x)`.
@@ -143,11 +172,8 @@ pub(crate) struct Normed<'a> {
 impl RowOp for Normed<'_> {
     #[inline(always)]
     fn apply(self, row: usize, out: &mut [f32]) {
-        let x = self.x.row(row);
-        let factor = inverse_rms(x, self.norm.eps);
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(&self.norm.weight.factors) {
-            *out = x * factor * weight;
-        }
+        out.copy_from_slice(self.x.row(row));
+        self.norm.apply(out);
     }
 }
 
@@ -159,11 +185,7 @@ impl RowOp for PlusNormed<'_> {
     #[inline(always)]
     fn apply(self, row: usize, residual: &mut [f32]) {
         let Normed { x, norm } = self.0;
-        let x = x.row(row);
-        let factor = inverse_rms(x, norm.eps);
-        for ((residual, x), weight) in residual.iter_mut().zip(x).zip(&norm.weight.factors) {
-            *residual += x * factor * weight;
-        }
+        norm.add(x.row(row), residual);
     }
 }
 
@@ -182,10 +204,7 @@ impl RowOp for LastNormed<'_> {
         let row = self.rows[index] as usize;
         out.copy_from_slice(self.residual.row(row));
         self.plus.apply(row, out);
-        let factor = inverse_rms(out, self.norm.eps);
-        for (out, weight) in out.iter_mut().zip(&self.norm.weight.factors) {
-            *out = *out * factor * weight;
-        }
+        self.norm.apply(out);
     }
 }
 
@@ -193,14 +212,17 @@ impl RowOp for LastNormed<'_> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Geglu<'a> {
     pub(crate) gate_up: &'a Tensor,
+    pub(crate) sums: Sums,
 }
 
 impl RowOp for Geglu<'_> {
     #[inline(always)]
     fn apply(self, row: usize, out: &mut [f32]) {
         let (gate, up) = self.gate_up.row(row).split_at(out.len());
-        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = math::gelu_tanh(*gate) * up;
+        let columns = out.iter_mut().zip(gate).zip(up);
+        match self.sums {
+            Sums::F32 => columns.for_each(|((out, gate), up)| *out = math::gelu_tanh(*gate) * up),
+            Sums::TensorCore => columns.for_each(|((out, gate), up)| *out = hopper::gated(*gate, *up)),
         }
     }
 }

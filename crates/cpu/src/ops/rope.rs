@@ -4,7 +4,7 @@ use lapidary_model::{AttentionConfig, KvCacheDtype};
 
 use super::attention::Geometry;
 use super::elementwise::{On, RowOp};
-use crate::backend::Storage;
+use crate::backend::{Storage, Sums};
 use crate::e4m3;
 use crate::plan::Plan;
 use crate::simd::{Kernel, Simd};
@@ -42,15 +42,17 @@ impl RopeTable {
 
     /// Rotates each head of `heads` in place.
     #[inline(always)]
-    pub(crate) fn rotate(&self, position: usize, heads: &mut [f32]) {
+    pub(crate) fn rotate(&self, position: usize, heads: &mut [f32], sums: Sums) {
         let cos = &self.cos[position * self.half..][..self.half];
         let sin = &self.sin[position * self.half..][..self.half];
         for head in heads.chunks_exact_mut(2 * self.half) {
             let (low, high) = head.split_at_mut(self.half);
             for i in 0..self.half {
                 let (a, b) = (low[i], high[i]);
-                low[i] = a * cos[i] - b * sin[i];
-                high[i] = b * cos[i] + a * sin[i];
+                (low[i], high[i]) = match sums {
+                    Sums::F32 => (a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]),
+                    Sums::TensorCore => (a.mul_add(cos[i], -(b * sin[i])), b.mul_add(cos[i], a * sin[i])),
+                };
             }
         }
     }
@@ -64,12 +66,14 @@ struct Rotate<'a> {
     len: usize,
     stored: usize,
     storage: Storage,
+    sums: Sums,
 }
 
 impl RowOp for Rotate<'_> {
     #[inline(always)]
     fn apply(self, row: usize, heads: &mut [f32]) {
-        self.table.rotate(self.positions[row] as usize, &mut heads[..self.len]);
+        let position = self.positions[row] as usize;
+        self.table.rotate(position, &mut heads[..self.len], self.sums);
         self.storage.round(&mut heads[..self.stored]);
     }
 }
@@ -103,6 +107,7 @@ pub(crate) fn rope_append(
             KvCacheDtype::Fp8E4m3 => first_key,
         },
         storage: on.storage,
+        sums: on.sums,
     };
     on.update_rows(qkv, plan.num_tokens(), rotate);
     let block_size = kv.block_size;
@@ -225,7 +230,7 @@ mod tests {
                 .map(|column| element(token * 3 * HEAD_DIM + column))
                 .collect();
             let mut key = row[HEAD_DIM..2 * HEAD_DIM].to_vec();
-            table.rotate(token, &mut key);
+            table.rotate(token, &mut key, Sums::F32);
             for (codes, floats, scale) in [
                 (&codes[0], &key[..], SCALES.key),
                 (&codes[1], &row[2 * HEAD_DIM..], SCALES.value),

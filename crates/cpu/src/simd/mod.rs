@@ -19,7 +19,7 @@ pub(crate) use dot::{Arith, Bf16, Bf16Pairs, E4m3, E4m3Pairs, F16, F32, Fma, Wei
 pub use isa::Isa;
 pub(crate) use isa::{Dispatch, Kernel, PairKernel};
 pub(crate) use portable::sum_lanes;
-pub(crate) use tensor_core::{BLOCK as TENSOR_CORE_BLOCK, Bf16Sums, E4m3Sums};
+pub(crate) use tensor_core::{BLOCK as TENSOR_CORE_BLOCK, Bf16Sums, E4m3Sums, add_bf16 as add_bf16_products};
 
 /// Floats in a vector.
 pub(crate) const LANES: usize = 16;

@@ -99,7 +99,7 @@ fn add_e4m3(chain: f32, x: &[f32; BLOCK], w: &[f32; BLOCK]) -> f32 {
 
 /// As [`add_e4m3`]; cut values are below 2^27, for which f32 would not do.
 #[inline(always)]
-fn add_bf16(chain: f32, x: &[f32; BLOCK / 2], w: &[f32; BLOCK / 2]) -> f32 {
+pub(crate) fn add_bf16(chain: f32, x: &[f32; BLOCK / 2], w: &[f32; BLOCK / 2]) -> f32 {
     let (products, top) = multiply(x, w, MIN_BF16_EXPONENT, exponent_of_sum(chain));
     if top == NO_EXPONENT {
         return 0.0;

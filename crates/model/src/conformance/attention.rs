@@ -166,15 +166,76 @@ pub(super) fn attention_config(
 }
 
 pub(super) fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: &Case<'_>, bounds: &Bounds) {
-    let AttentionConfig {
-        num_heads, head_dim, ..
-    } = case.attention;
     let longest = case
         .sequences
         .iter()
         .map(|(cached, new)| cached + new)
         .max()
         .expect("a case has sequences");
+    let (got, histories) = compute(make, numbers, case);
+    let what = format!(
+        "attention {:?} {:?} window {:?} sequences {:?}",
+        case.attention, case.scales, case.window, case.sequences
+    );
+    let width = case.attention.num_heads * case.attention.head_dim;
+    let want = case
+        .sequences
+        .iter()
+        .zip(&histories)
+        .flat_map(|((cached, _), values)| attend(case, values, *cached));
+    for (index, (got, want)) in got.chunks(width).zip(want).enumerate() {
+        // Values reach 1, so this is relative to the largest.
+        let error = Error {
+            relative: 0.0,
+            absolute: bounds.attention + longest as f64 * ERROR_PER_POSITION + want.leeway,
+        };
+        let what = format!("{what}, new row {index}");
+        assert_quantized(&what, got, &want.values, width, case.scheme, error);
+    }
+}
+
+/// Rope and attention with soft-cap of several query tokens to the bit, as another backend whose arithmetic is the same has
+/// them: within a block of keys and over many, near scores and such as the soft-cap bends, windows that begin anywhere.
+pub fn attention_equals<O: Backend, B: Backend>(oracle: &dyn Fn() -> O, make: &dyn Fn() -> B, bounds: &Bounds) {
+    let run = |heads, head_dim, softcap, window, scheme, sequences: &[(usize, usize)]| {
+        let case = Case {
+            attention: attention_config(heads, head_dim, Some(softcap)),
+            scales: KvScales::default(),
+            window,
+            scheme,
+            sequences,
+        };
+        let want = compute(oracle, &mut Numbers::new(9), &case).0;
+        let got = compute(make, &mut Numbers::new(9), &case).0;
+        let differ = got.iter().zip(&want).filter(|(got, want)| got != want).count();
+        let what = format!(
+            "{:?} window {window:?} sequences {sequences:?} {scheme:?}",
+            case.attention
+        );
+        assert_eq!(differ, 0, "attention {what}: elements of {} that differ", want.len());
+    };
+    let none = ActivationScheme::None;
+    for head_dim in bounds.head_dims {
+        for heads in HEADS {
+            run(heads, *head_dim, 50.0, Some(20), none, &[(0, 17), (40, 2), (13, 5)]);
+        }
+        for scheme in SCHEMES {
+            run((4, 2), *head_dim, 50.0, None, scheme, &[(0, 33), (100, 3)]);
+        }
+    }
+    for softcap in [1.0, 5.0, 50.0] {
+        for window in [None, Some(16), Some(129)] {
+            run((4, 2), 64, softcap, window, none, &[(0, 129), (64, 63), (300, 40)]);
+        }
+    }
+    run((2, 1), 64, 50.0, Some(4096), none, &[(4094, 3), (4996, 4)]);
+}
+
+/// What a backend makes of a case, and every sequence's q, k and v before rotation.
+fn compute<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, case: &Case<'_>) -> (Vec<f64>, Vec<Vec<f32>>) {
+    let AttentionConfig {
+        num_heads, head_dim, ..
+    } = case.attention;
     let num_new: usize = case.sequences.iter().map(|(_, new)| new).sum();
     let mut cache = Cache::poisoned(make, case, num_new);
     let mut pool = numbers.shuffled(cache.num_blocks);
@@ -202,26 +263,7 @@ pub(super) fn check<B: Backend>(make: &dyn Fn() -> B, numbers: &mut Numbers, cas
         .attention(&plan, &qkv, kv, case.window, case.scheme, &mut out)
         .expect("attention runs");
     let got = rig.read_activation(&plan, &out, [num_new, num_heads * head_dim], case.scheme);
-
-    let what = format!(
-        "attention {:?} {:?} window {:?} sequences {:?}",
-        case.attention, case.scales, case.window, case.sequences
-    );
-    let width = num_heads * head_dim;
-    let want = case
-        .sequences
-        .iter()
-        .zip(&histories)
-        .flat_map(|((cached, _), values)| attend(case, values, *cached));
-    for (index, (got, want)) in got.chunks(width).zip(want).enumerate() {
-        // Values reach 1, so this is relative to the largest.
-        let error = Error {
-            relative: 0.0,
-            absolute: bounds.attention + longest as f64 * ERROR_PER_POSITION + want.leeway,
-        };
-        let what = format!("{what}, new row {index}");
-        assert_quantized(&what, got, &want.values, width, case.scheme, error);
-    }
+    (got, histories)
 }
 
 /// One layer's cache and the backend that owns it.

@@ -58,18 +58,7 @@ pub fn norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
         x[2 * cols..3 * cols].iter_mut().for_each(|value| *value *= 4096.0);
         let weight = numbers.values(cols, 1.0);
         for scheme in SCHEMES {
-            let mut rig = Rig::new(make, rows);
-            let plan = rig.begin(rows);
-            let tensor = rig.wide_tensor(&plan, &x, rows);
-            let weights = rig.norm_weight(&weight);
-            let mut out = rig.activation(rows, cols);
-            let args = NormArgs {
-                weight: &weights,
-                eps: 1e-6,
-                out_scheme: scheme,
-            };
-            rig.backend.norm(&plan, &tensor, args, &mut out).expect("norm runs");
-            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            let got = compute_norm(make, [rows, cols, cols], &x, &weight, scheme);
             let want = norm(&exact(&x), &weight, 1e-6);
             assert_quantized(
                 &format!("norm {cols}"),
@@ -83,6 +72,27 @@ pub fn norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     }
 }
 
+fn compute_norm<B: Backend>(
+    make: &dyn Fn() -> B,
+    [rows, cols, last]: [usize; 3],
+    x: &[f32],
+    weight: &[f32],
+    scheme: ActivationScheme,
+) -> Vec<f64> {
+    let mut rig = Rig::new(make, rows);
+    let plan = rig.begin(rows);
+    let tensor = rig.wide_tensor(&plan, x, rows);
+    let weights = rig.norm_weight(weight);
+    let mut out = rig.activation(rows, cols);
+    let args = NormArgs {
+        weight: &weights,
+        eps: 1e-6,
+        out_scheme: scheme,
+    };
+    rig.backend.norm(&plan, &tensor, args, &mut out).expect("norm runs");
+    rig.read_columns(&plan, &out, [rows, cols, last], scheme)
+}
+
 /// The residual gains the normed branch, and its own norm comes out.
 pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
     let mut numbers = Numbers::new(3);
@@ -92,21 +102,8 @@ pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
         let (x, residual) = (numbers.values(rows * cols, 0.5), numbers.values(rows * cols, 20.0));
         let (post, pre) = (numbers.values(cols, 1.0), numbers.values(cols, 1.0));
         for scheme in SCHEMES {
-            let mut rig = Rig::new(make, rows);
-            let plan = rig.begin(rows);
-            let branch = rig.tensor(&plan, &x, rows);
-            let mut stream = rig.wide_tensor(&plan, &residual, rows);
-            let (post_norm, pre_norm) = (rig.norm_weight(&post), rig.norm_weight(&pre));
-            let mut out = rig.activation(rows, cols);
-            let args = NormArgs {
-                weight: &pre_norm,
-                eps: 1e-6,
-                out_scheme: scheme,
-            };
-            rig.backend
-                .add_norm(&plan, &branch, &post_norm, &mut stream, args, &mut out)
-                .expect("add_norm runs");
-
+            let (got_residual, got) =
+                compute_add_norm(make, [rows, cols, cols], [&x, &residual], [&post, &pre], scheme);
             let added = norm(&exact(&x), &post, 1e-6);
             let sum: Vec<f64> = exact(&residual)
                 .iter()
@@ -118,17 +115,15 @@ pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
                 .zip(&added)
                 .map(|(old, added)| old.abs() + added.abs())
                 .collect();
-            let got = rig.read(&stream, rows);
             assert_close(
                 &format!("add_norm residual {cols}"),
-                &got,
+                &got_residual,
                 &sum,
                 &magnitude,
                 bounds.element,
             );
             // Judged from the residual the backend really has: a sum that cancels may be off by more than itself.
-            let want = norm(&got, &pre, 1e-6);
-            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            let want = norm(&got_residual, &pre, 1e-6);
             assert_quantized(
                 &format!("add_norm {cols}"),
                 &got,
@@ -139,6 +134,34 @@ pub fn add_norm_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
             );
         }
     }
+}
+
+/// The residual, and the last columns of the activation.
+fn compute_add_norm<B: Backend>(
+    make: &dyn Fn() -> B,
+    [rows, cols, last]: [usize; 3],
+    [x, residual]: [&[f32]; 2],
+    [post, pre]: [&[f32]; 2],
+    scheme: ActivationScheme,
+) -> (Vec<f64>, Vec<f64>) {
+    let mut rig = Rig::new(make, rows);
+    let plan = rig.begin(rows);
+    let branch = rig.tensor(&plan, x, rows);
+    let mut stream = rig.wide_tensor(&plan, residual, rows);
+    let (post_norm, pre_norm) = (rig.norm_weight(post), rig.norm_weight(pre));
+    let mut out = rig.activation(rows, cols);
+    let args = NormArgs {
+        weight: &pre_norm,
+        eps: 1e-6,
+        out_scheme: scheme,
+    };
+    rig.backend
+        .add_norm(&plan, &branch, &post_norm, &mut stream, args, &mut out)
+        .expect("add_norm runs");
+    (
+        rig.read(&stream, rows),
+        rig.read_columns(&plan, &out, [rows, cols, last], scheme),
+    )
 }
 
 /// `gelu_tanh(gate) * up`, also far out, where it is the identity or nothing.
@@ -159,29 +182,70 @@ pub fn geglu_matches_f64<B: Backend>(make: &dyn Fn() -> B, bounds: &Bounds) {
             })
             .collect();
         for scheme in SCHEMES {
-            let mut rig = Rig::new(make, rows);
-            let plan = rig.begin(rows);
-            let x = unit_rows(&mut rig, &plan, rows);
-            let weights = columns_of(&gate_up, rows);
-            let [gate, up] = weights.map(|part| Stored::new(&part, &[cols, UNIT_COLS], DType::Bf16));
-            let weights = LinearWeights {
-                parts: vec![gate.host(), up.host()],
-                scales: Vec::new(),
-                input: ActivationScheme::None,
-            };
-            let weights = rig.backend.upload_gated_linear(&weights).expect("weights are small");
-            let mut between = rig.alloc(rows, 2 * cols, Width::Native);
-            let mut out = rig.activation(rows, cols);
-            rig.backend
-                .gated_linear(&plan, &x, &weights, &mut between, scheme, &mut out)
-                .expect("geglu runs");
-            let got = rig.read_activation(&plan, &out, [rows, cols], scheme);
+            let got = compute_geglu(make, [rows, cols, cols], &gate_up, scheme);
             // 1 + tanh cancels for negative gates: the error is relative to gate * up, at most 16 but for the outliers.
             let error = Error {
                 relative: bounds.element,
                 absolute: bounds.element * 16.0,
             };
             assert_quantized(&format!("geglu {cols}"), &got, &want, cols, scheme, error);
+        }
+    }
+}
+
+fn compute_geglu<B: Backend>(
+    make: &dyn Fn() -> B,
+    [rows, cols, last]: [usize; 3],
+    gate_up: &[f32],
+    scheme: ActivationScheme,
+) -> Vec<f64> {
+    let mut rig = Rig::new(make, rows);
+    let plan = rig.begin(rows);
+    let x = unit_rows(&mut rig, &plan, rows);
+    let weights = columns_of(gate_up, rows);
+    let [gate, up] = weights.map(|part| Stored::new(&part, &[cols, UNIT_COLS], DType::Bf16));
+    let weights = LinearWeights {
+        parts: vec![gate.host(), up.host()],
+        scales: Vec::new(),
+        input: ActivationScheme::None,
+    };
+    let weights = rig.backend.upload_gated_linear(&weights).expect("weights are small");
+    let mut between = rig.alloc(rows, 2 * cols, Width::Native);
+    let mut out = rig.activation(rows, cols);
+    rig.backend
+        .gated_linear(&plan, &x, &weights, &mut between, scheme, &mut out)
+        .expect("geglu runs");
+    rig.read_columns(&plan, &out, [rows, cols, last], scheme)
+}
+
+/// Rows that several pieces add up, and what is odd about their ends.
+const EQUAL_WIDTHS: [usize; 6] = [16, 129, 1000, 2304, 4608, 5000];
+/// What is compared of them: one wrong sum is in all columns.
+const EQUAL_COLUMNS: usize = 128;
+
+/// Norms and the gated activation to the bit, as another backend whose arithmetic is the same has them. A row of zeros, one
+/// of large values, and many roundings to FP8: a value that errs in its last place shows in one of a million.
+pub fn row_operations_equal<O: Backend, B: Backend>(oracle: &dyn Fn() -> O, make: &dyn Fn() -> B, bounds: &Bounds) {
+    let mut numbers = Numbers::new(8);
+    for cols in EQUAL_WIDTHS {
+        let (rows, cols) = (5, shape(cols, bounds));
+        let mut x = numbers.values(rows * cols, 3.0);
+        x[cols..2 * cols].fill(0.0);
+        x[2 * cols..3 * cols].iter_mut().for_each(|value| *value *= 4096.0);
+        let residual = numbers.values(rows * cols, 20.0);
+        let (post, pre) = (numbers.values(cols, 1.0), numbers.values(cols, 1.0));
+        let mut gate_up = numbers.values(rows * 2 * cols, 6.0);
+        (gate_up[0], gate_up[2 * cols]) = (40.0, -40.0);
+        for scheme in SCHEMES {
+            let what = format!("{cols} columns, {scheme:?}");
+            let shape = [rows, cols, cols.min(EQUAL_COLUMNS)];
+            let want = compute_norm(oracle, shape, &x, &pre, scheme);
+            assert_eq!(compute_norm(make, shape, &x, &pre, scheme), want, "norm of {what}");
+            let want = compute_add_norm(oracle, shape, [&x, &residual], [&post, &pre], scheme);
+            let got = compute_add_norm(make, shape, [&x, &residual], [&post, &pre], scheme);
+            assert_eq!(got, want, "add_norm of {what}");
+            let want = compute_geglu(oracle, shape, &gate_up, scheme);
+            assert_eq!(compute_geglu(make, shape, &gate_up, scheme), want, "geglu of {what}");
         }
     }
 }

@@ -107,19 +107,30 @@ impl<B: Backend> Rig<B> {
         [rows, cols]: [usize; 2],
         scheme: ActivationScheme,
     ) -> Vec<f64> {
+        self.read_columns(plan, activation, [rows, cols, cols], scheme)
+    }
+
+    /// The values of an activation's last columns: what rows of the identity matrix make of it.
+    pub(super) fn read_columns(
+        &mut self,
+        plan: &B::Plan,
+        activation: &B::Activation,
+        [rows, cols, last]: [usize; 3],
+        scheme: ActivationScheme,
+    ) -> Vec<f64> {
         let dtype = if scheme == ActivationScheme::None {
             DType::Bf16
         } else {
             DType::F8E4M3
         };
-        let mut identity = vec![0.0; cols * cols];
-        identity
-            .iter_mut()
-            .step_by(cols + 1)
-            .for_each(|diagonal| *diagonal = 1.0);
-        let stored = Stored::new(&identity, &[cols, cols], dtype);
+        let mut identity = vec![0.0; last * cols];
+        let columns = cols - last..;
+        for (row, column) in identity.chunks_exact_mut(cols).zip(columns) {
+            row[column] = 1.0;
+        }
+        let stored = Stored::new(&identity, &[last, cols], dtype);
         let scales = if dtype == DType::F8E4M3 {
-            vec![1.0; cols]
+            vec![1.0; last]
         } else {
             Vec::new()
         };
@@ -129,7 +140,7 @@ impl<B: Backend> Rig<B> {
             input: scheme,
         };
         let weights = self.backend.upload_linear(&weights).expect("identities are small");
-        let mut out = self.alloc(rows, cols, Width::Native);
+        let mut out = self.alloc(rows, last, Width::Native);
         self.backend
             .linear(plan, activation, &weights, &mut out)
             .expect("linear runs");
