@@ -4,9 +4,10 @@
 //! tokens before them. A hash only finds candidates. What makes a match is the content: equal tokens behind an equal
 //! parent, so that a collision can never serve another prompt's KV.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
+use std::num::NonZeroU64;
 
+use crate::block_index::BlockIndex;
 use crate::block_pool::{BlockPool, Reuse};
 use crate::{BlockId, KvCacheConfig, TokenId};
 
@@ -15,10 +16,11 @@ use crate::{BlockId, KvCacheConfig, TokenId};
 #[derive(Debug)]
 pub struct BlockTable {
     blocks: Vec<BlockId>,
+    cache_salt: u128,
     /// Blocks from the start whose content is published, by this sequence or another.
     num_published: usize,
     /// Content of the last of those.
-    parent: Parent,
+    parent: Option<ContentId>,
 }
 
 impl BlockTable {
@@ -26,8 +28,9 @@ impl BlockTable {
     pub fn new(cache_salt: u128) -> Self {
         Self {
             blocks: Vec::new(),
+            cache_salt,
             num_published: 0,
-            parent: Parent::Root(cache_salt),
+            parent: None,
         }
     }
 
@@ -44,20 +47,16 @@ impl BlockTable {
     }
 }
 
-/// What comes before a block: nothing but a salt, or a content that was published under this number.
+/// Never reused, so that it stands for the tokens of a block, of all before it, and for the salt before those.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Parent {
-    Root(u128),
-    Content(u64),
-}
+struct ContentId(NonZeroU64);
 
 /// What a published block holds; its tokens are in [`KvCacheManager::tokens`].
 #[derive(Debug, Clone, Copy)]
 struct Content {
-    hash: u64,
-    /// Never reused, so that it stands for the tokens of the block and of all before it.
-    number: u64,
-    parent: Parent,
+    id: ContentId,
+    /// What the block before holds. `None` before the first, whose salt is in [`KvCacheManager::salts`].
+    parent: Option<ContentId>,
 }
 
 /// Chained hashes of a sequence's full blocks, computed as its tokens become known.
@@ -106,12 +105,14 @@ pub struct KvCacheManager {
     block_size: usize,
     enable_prefix_caching: bool,
     /// Published blocks by hash: the latest where hashes collide.
-    published: HashMap<u64, BlockId, BuildHasherDefault<Prehashed>>,
-    /// `[num_blocks]`
-    contents: Vec<Option<Content>>,
-    /// `[num_blocks, block_size]` tokens of published blocks.
+    published: BlockIndex,
+    /// `[num_blocks]` what published blocks hold; of others, what they once held.
+    contents: Vec<Content>,
+    /// `[num_blocks]` of those without a parent.
+    salts: Vec<u128>,
+    /// `[num_blocks, block_size]` the tokens of that.
     tokens: Vec<TokenId>,
-    next_content: u64,
+    next_content: ContentId,
     /// Differs from process to process, so that nobody outside can craft collisions.
     seed: u64,
     /// All ones; tests narrow it to make hashes collide.
@@ -126,18 +127,23 @@ impl KvCacheManager {
     #[must_use]
     pub fn new(config: KvCacheConfig, enable_prefix_caching: bool) -> Self {
         assert!(config.block_size > 0, "a KV block holds at least one token");
-        let num_blocks = config.num_blocks as usize;
         let block_size = config.block_size as usize;
-        let num_cacheable = if enable_prefix_caching { num_blocks } else { 0 };
+        let num_cacheable = if enable_prefix_caching { config.num_blocks } else { 0 } as usize;
+        let next_content = ContentId(NonZeroU64::MIN);
+        let unused = Content {
+            id: next_content,
+            parent: None,
+        };
         Self {
             pool: BlockPool::new(config.num_blocks),
             block_size,
             enable_prefix_caching,
-            published: HashMap::with_capacity_and_hasher(num_cacheable, BuildHasherDefault::default()),
-            contents: vec![None; num_blocks],
+            published: BlockIndex::new(config.num_blocks),
+            contents: vec![unused; num_cacheable],
+            salts: vec![0; num_cacheable],
             tokens: vec![0; num_cacheable * block_size],
-            next_content: 0,
-            seed: RandomState::new().hash_one(num_blocks),
+            next_content,
+            seed: RandomState::new().hash_one(config.num_blocks),
             hash_mask: u64::MAX,
         }
     }
@@ -211,13 +217,13 @@ impl KvCacheManager {
         let mut table = BlockTable::new(cache_salt);
         let limit = tokens.len().saturating_sub(1) / self.block_size;
         for (block_tokens, &hash) in tokens.chunks_exact(self.block_size).zip(&hashes.hashes).take(limit) {
-            let Some((block, content)) = self.find(hash, table.parent, block_tokens) else {
+            let Some((block, content)) = self.find(hash, &table, block_tokens) else {
                 break;
             };
             self.pool.hold(block);
             table.blocks.push(block);
             table.num_published += 1;
-            table.parent = Parent::Content(content.number);
+            table.parent = Some(content);
         }
         table
     }
@@ -234,7 +240,7 @@ impl KvCacheManager {
         }
         for _ in 0..needed {
             let block = self.pool.take().expect("as many blocks are free as were counted");
-            self.forget(block);
+            self.published.remove(block);
             table.blocks.push(block);
         }
         Ok(())
@@ -249,11 +255,11 @@ impl KvCacheManager {
             let index = table.num_published;
             let block_tokens = &tokens[index * self.block_size..][..self.block_size];
             let hash = hashes.hashes[index];
-            let number = match self.find(hash, table.parent, block_tokens) {
-                Some((_, content)) => content.number,
-                None => self.insert(table.blocks[index], hash, table.parent, block_tokens),
+            let content = match self.find(hash, table, block_tokens) {
+                Some((_, content)) => content,
+                None => self.insert(table.blocks[index], hash, table, block_tokens),
             };
-            table.parent = Parent::Content(number);
+            table.parent = Some(content);
             table.num_published += 1;
         }
     }
@@ -262,7 +268,7 @@ impl KvCacheManager {
     pub fn release(&mut self, table: BlockTable) {
         // Last block first: the end of a prefix is useless without its start, so it goes first.
         for block in table.blocks.into_iter().rev() {
-            let reuse = if self.contents[block.0 as usize].is_some() {
+            let reuse = if self.published.contains(block) {
                 Reuse::Last
             } else {
                 Reuse::First
@@ -271,29 +277,29 @@ impl KvCacheManager {
         }
     }
 
-    fn find(&self, hash: u64, parent: Parent, tokens: &[TokenId]) -> Option<(BlockId, Content)> {
-        let block = *self.published.get(&hash)?;
-        let content = self.contents[block.0 as usize].expect("a published block has content");
-        (content.parent == parent && self.tokens_of(block) == tokens).then_some((block, content))
+    /// The block that holds `tokens` behind the published ones of `before`.
+    fn find(&self, hash: u64, before: &BlockTable, tokens: &[TokenId]) -> Option<(BlockId, ContentId)> {
+        let block = self.published.get(hash)?;
+        let content = self.contents[block.0 as usize];
+        let is_behind = content.parent == before.parent
+            && (content.parent.is_some() || self.salts[block.0 as usize] == before.cache_salt);
+        (is_behind && self.tokens_of(block) == tokens).then_some((block, content.id))
     }
 
-    fn insert(&mut self, block: BlockId, hash: u64, parent: Parent, tokens: &[TokenId]) -> u64 {
-        let number = self.next_content;
-        self.next_content += 1;
-        // Whoever has this hash is a collision, or lost its parent and can't be matched any more.
-        if let Some(previous) = self.published.insert(hash, block) {
-            self.contents[previous.0 as usize] = None;
+    /// Publishes a block that holds `tokens` behind the published ones of `before`.
+    fn insert(&mut self, block: BlockId, hash: u64, before: &BlockTable, tokens: &[TokenId]) -> ContentId {
+        let id = self.next_content;
+        self.next_content = ContentId(id.0.checked_add(1).expect("2^64 contents take ages"));
+        // Whoever had this hash is a collision, or lost its parent and can't be matched any more.
+        self.published.insert(hash, block);
+        let parent = before.parent;
+        self.contents[block.0 as usize] = Content { id, parent };
+        if parent.is_none() {
+            self.salts[block.0 as usize] = before.cache_salt;
         }
-        self.contents[block.0 as usize] = Some(Content { hash, number, parent });
         let start = block.0 as usize * self.block_size;
         self.tokens[start..start + self.block_size].copy_from_slice(tokens);
-        number
-    }
-
-    fn forget(&mut self, block: BlockId) {
-        if let Some(content) = self.contents[block.0 as usize].take() {
-            self.published.remove(&content.hash);
-        }
+        id
     }
 
     fn tokens_of(&self, block: BlockId) -> &[TokenId] {
@@ -321,24 +327,6 @@ fn hash_block(parent: u64, tokens: &[TokenId]) -> u64 {
     mix(hash, !HASH_KEY)
 }
 
-/// Keys are hashes already.
-#[derive(Debug, Default, Clone, Copy)]
-struct Prehashed(u64);
-
-impl Hasher for Prehashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, _bytes: &[u8]) {
-        unreachable!("only u64 keys are hashed");
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
-}
-
 #[cfg(test)]
 impl KvCacheManager {
     /// Makes almost all hashes collide.
@@ -363,10 +351,6 @@ impl KvCacheManager {
             );
         }
         assert_eq!(self.num_free_blocks(), refs.iter().filter(|&&count| count == 0).count());
-        for (hash, block) in &self.published {
-            assert_eq!(self.contents[block.0 as usize].map(|content| content.hash), Some(*hash));
-        }
-        assert_eq!(self.contents.iter().flatten().count(), self.published.len());
     }
 }
 

@@ -12,6 +12,7 @@
 //! | `sequence` | a request's live state |
 //! | `constraint` | which tokens may come next, where a request says so; the threads that work it out |
 //! | `kv_cache`, `block_pool` | who owns which block, which prefixes can be shared, which free block is used next |
+//! | `block_index` | how a published block is found by its hash, and forgotten |
 //! | `batch`, `executor` | the seam to whatever runs the model |
 //! | `stats` | counters that are read without a message to the thread |
 //! | `fake` | an executor for tests (feature `testing`) |
@@ -62,6 +63,7 @@
 //! ```
 
 mod batch;
+mod block_index;
 mod block_pool;
 mod constraint;
 mod engine;

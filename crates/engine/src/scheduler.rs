@@ -9,6 +9,7 @@ mod fill;
 mod plan;
 #[cfg(test)]
 mod properties;
+mod samples;
 #[cfg(test)]
 mod tests;
 
@@ -185,6 +186,7 @@ impl Scheduler {
             hashes: self.kv.hashes(request.cache_salt),
             table: BlockTable::new(request.cache_salt),
             scoring: request.prompt_logprobs.map(Scoring::new),
+            needs_history: request.sampling.needs_history(),
             request,
             is_running: false,
             has_started: false,
@@ -374,7 +376,7 @@ impl Scheduler {
     fn update_row(
         &mut self,
         row: &StepRow,
-        samples: &mut dyn Iterator<Item = SampledToken>,
+        samples: &mut impl Iterator<Item = SampledToken>,
         outputs: &mut Vec<SequenceOutput>,
     ) -> bool {
         // The sequence may have ended since the launch, and its place be another's.

@@ -60,6 +60,8 @@ pub(crate) struct Sequence {
     pub(crate) num_pending: usize,
     /// Index of its row among the samples of the last launched step that samples for it.
     pub(crate) last_sample: u32,
+    /// What its sampling parameters say, without a look at them.
+    pub(crate) needs_history: bool,
     /// Present when the prompt is to be scored.
     pub(crate) scoring: Option<Scoring>,
     /// Also tells whether rows launched before still belong to the table.
@@ -128,6 +130,13 @@ impl Sequence {
         matches!(self.guide, Guide::Sampling(_) | Guide::Away)
     }
 
+    /// Whether its next token may be any, whatever came before.
+    pub(crate) fn chooses_freely(&self) -> bool {
+        matches!(self.guide, Guide::Free)
+            && !self.needs_history
+            && self.num_generated() >= self.request.stop.min_tokens as usize
+    }
+
     /// Its mask, for the step that is being launched.
     pub(crate) fn take_mask(&mut self) -> Option<TokenMask> {
         let (guide, mask) = match std::mem::replace(&mut self.guide, Guide::Free) {
@@ -144,6 +153,9 @@ impl Sequence {
 
     /// What the constraint has to do now that the token it waited for is known.
     pub(crate) fn mask_job(&mut self, token: TokenId) -> Option<MaskJob> {
+        if matches!(self.guide, Guide::Free) {
+            return None;
+        }
         match std::mem::replace(&mut self.guide, Guide::Away) {
             Guide::Sampling(constraint) => Some(MaskJob {
                 id: self.id,

@@ -1,6 +1,7 @@
 //! Writes a planned step down as a [`Batch`], in vectors that keep their capacity.
 
 use super::plan::PlanEntry;
+use super::samples::SampleRows;
 use super::{Scheduler, StepRow};
 use crate::constraint::allows_only;
 use crate::sequence::Sequence;
@@ -17,6 +18,7 @@ impl Scheduler {
             ..StepCounts::default()
         };
         let batch = &mut self.batch;
+        let mut samples = SampleRows::over(std::mem::take(&mut batch.samples));
         clear(batch, self.next_step);
         self.next_step += 1;
         for &PlanEntry { index, num_tokens, .. } in &self.plan.entries {
@@ -26,11 +28,11 @@ impl Scheduler {
             step.counts.tokens += num_tokens as u64;
             step.counts.prompt_tokens += sequence.num_prompt_tokens().min(end).saturating_sub(start) as u64;
             push_rows(batch, sequence, start, end, self.kv.block_size());
-            let num_scores = push_scores(batch, sequence, start, end);
+            let num_scores = push_scores(&mut samples, batch, sequence, start, end);
             // Without tokens to generate, the prompt's last one is not even computed.
             let is_sampled = end == sequence.num_tokens();
             if is_sampled {
-                push_sample(batch, sequence);
+                push_sample(&mut samples, batch, sequence);
             }
             sequence.num_computed_tokens = end;
             sequence.num_steps_in_flight += 1;
@@ -43,7 +45,8 @@ impl Scheduler {
                 is_sampled,
             });
         }
-        step.num_samples = batch.samples.len();
+        step.num_samples = samples.len();
+        batch.samples = samples.finish();
         self.in_flight.push_back(step);
     }
 }
@@ -61,7 +64,6 @@ fn clear(batch: &mut Batch, step: u64) {
     batch.block_start.clear();
     batch.block_start.push(0);
     batch.block_ids.clear();
-    batch.samples.clear();
 }
 
 /// Rows for the tokens at positions `start..end`; the last may be one that is still in flight.
@@ -99,50 +101,47 @@ fn push_rows(batch: &mut Batch, sequence: &Sequence, start: usize, end: usize, b
 }
 
 /// Asks for the scores of prompt tokens that the rows of `start..end`, just written, predict. Returns how many.
-fn push_scores(batch: &mut Batch, sequence: &mut Sequence, start: usize, end: usize) -> usize {
+fn push_scores(samples: &mut SampleRows, batch: &Batch, sequence: &mut Sequence, start: usize, end: usize) -> usize {
     let positions = sequence.rows_to_score(start, end);
     let Some(scoring) = sequence.scoring.as_mut().filter(|_| !positions.is_empty()) else {
         return 0;
     };
     let first_row = batch.token_ids.len() - (end - start);
     for position in positions.clone() {
-        batch.samples.push(SampleRow {
-            row: (first_row + position - start) as u32,
-            position: position as u32 + 1,
-            given: Some(sequence.tokens[position + 1]),
-            mask: None,
-            params: scoring.params.clone(),
-            banned: None,
-            history: None,
-        });
+        let row = (first_row + position - start) as u32;
+        let sample = samples.push(row, position as u32 + 1, &scoring.params);
+        sample.given = Some(sequence.tokens[position + 1]);
     }
     scoring.num_launched = positions.end;
     positions.len()
 }
 
 /// Asks for the token after the sequence's last row, which was just written.
-fn push_sample(batch: &mut Batch, sequence: &mut Sequence) {
+fn push_sample(samples: &mut SampleRows, batch: &Batch, sequence: &mut Sequence) {
+    sequence.last_sample = samples.len() as u32;
+    let row = batch.token_ids.len() as u32 - 1;
+    let sample = samples.push(row, sequence.num_tokens() as u32, &sequence.request.sampling);
+    if !sequence.chooses_freely() {
+        restrict(sample, sequence);
+    }
+    sequence.num_pending += 1;
+}
+
+/// Says what the choice of a token depends on, beyond its logits.
+fn restrict(sample: &mut SampleRow, sequence: &mut Sequence) {
     let num_generated = sequence.num_generated();
-    let mask = sequence.take_mask();
+    sample.mask = sequence.take_mask();
     let request = &sequence.request;
     let stop_token_ids = &request.stop.stop_token_ids;
     // A form that is complete must be able to end.
-    let must_stop = || mask.as_deref().is_some_and(|mask| allows_only(mask, stop_token_ids));
+    let must_stop = || {
+        let mask = sample.mask.as_deref();
+        mask.is_some_and(|mask| allows_only(mask, stop_token_ids))
+    };
     let is_banned = num_generated < request.stop.min_tokens as usize && !stop_token_ids.is_empty() && !must_stop();
-    let history = request.sampling.needs_history().then(|| TokenHistory {
+    sample.banned = is_banned.then(|| stop_token_ids.clone());
+    sample.history = sequence.needs_history.then(|| TokenHistory {
         prompt: request.prompt.clone(),
         output: sequence.tokens[request.prompt.len()..].to_vec(),
     });
-    let sample = SampleRow {
-        row: batch.token_ids.len() as u32 - 1,
-        position: sequence.num_tokens() as u32,
-        given: None,
-        params: request.sampling.clone(),
-        banned: is_banned.then(|| stop_token_ids.clone()),
-        mask,
-        history,
-    };
-    sequence.last_sample = batch.samples.len() as u32;
-    sequence.num_pending += 1;
-    batch.samples.push(sample);
 }
