@@ -90,6 +90,8 @@ DEVICE void attention_prefill(const AttentionPrefill& params, uint8_t* memory) {
     if (work.sees(position, position + Keys)) attend<D, Keys, Capped>(sums, work, position, queries, stages + here);
     here ^= 2 * kPlaneBytes;
   }
+  // All lanes are done with the warp's queries.
+  __syncwarp();
   stage_result<D, Layout>(sums, work, memory);
   __syncwarp();
   write_rows<D, Layout>(work, memory);

@@ -26,8 +26,9 @@ struct Attention {
   float score_scale;
   /// c log2(e); unused without soft-cap.
   float cap;
-  /// c / 2, by which a product times `score_scale` is its score in units of log2 before the soft-cap.
-  float half_cap;
+  /// With soft-cap: the polynomial of `near_capped_exponent`, for products up to `near_limit`.
+  float near[4];
+  float near_limit;
   /// What stored values are to be multiplied by.
   float value_scale;
 };
@@ -35,21 +36,20 @@ struct Attention {
 /// A tile of K or V is this many positions: a multiple lies within one block.
 constexpr int kTile = 16;
 
-/// c tanh(s q.k / c) in units of log2, of a product times `score_scale` of at most 1: scores up to a third of the cap, nearly
-/// all of a trained model's. To 2e-7 of it: tanh(x) / x is a polynomial in x^2, found by Remez's algorithm. No special
-/// function, and no difference of numbers near 1, which leaves an error of 4e-6 however small the score.
-DEVICE float near_capped_exponent(float scaled, float half_cap) {
-  const float square = __fmul_rn(scaled, scaled);
-  float ratio = __fmaf_rn(-8.5321817e-5f, square, 1.9189704e-3f);
-  ratio = __fmaf_rn(ratio, square, -4.0036991e-2f);
-  ratio = __fmaf_rn(ratio, square, 1.0f);
-  return __fmul_rn(__fmul_rn(scaled, half_cap), ratio);
+/// c tanh(s q.k / c) in units of log2, of a product up to `near_limit`: scores up to a third of the cap, nearly all of a
+/// trained model's. To 2e-7 of it: tanh(x) / x is a polynomial in x^2, found by Remez's algorithm. No special function, and no
+/// difference of numbers near 1, which leaves an error of 4e-6 however small the score.
+DEVICE float near_capped_exponent(float dot, const Attention& p) {
+  const float square = __fmul_rn(dot, dot);
+  float ratio = __fmaf_rn(p.near[3], square, p.near[2]);
+  ratio = __fmaf_rn(ratio, square, p.near[1]);
+  ratio = __fmaf_rn(ratio, square, p.near[0]);
+  return __fmul_rn(dot, ratio);
 }
-constexpr float kNearExponent = 1.0f;
 /// The same for any score: c (1 - 2 / (1 + e^2x)), which is the cap from 2^64 on.
-DEVICE float far_capped_exponent(float scaled, float cap) {
-  const float e = exp2_rounded(fminf(fmaxf(scaled, -64.0f), 64.0f));
-  return __fmul_rn(__fmaf_rn(-2.0f, reciprocal_rounded(__fadd_rn(1.0f, e)), 1.0f), cap);
+DEVICE float far_capped_exponent(float dot, const Attention& p) {
+  const float e = exp2_rounded(fminf(fmaxf(__fmul_rn(dot, p.score_scale), -64.0f), 64.0f));
+  return __fmul_rn(__fmaf_rn(-2.0f, reciprocal_rounded(__fadd_rn(1.0f, e)), 1.0f), p.cap);
 }
 
 /// Products q.k of a warp to c tanh(s q.k / c) in units of log2: exponents of probabilities. They need no maximum subtracted:
@@ -58,20 +58,15 @@ template <int N>
 DEVICE void capped_exponents(float (&s)[N], const Attention& p) {
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < N; i++) {
-    s[i] = __fmul_rn(s[i], p.score_scale);
-    largest = fmaxf(largest, fabsf(s[i]));
-  }
-  if (__any_sync(~0u, largest > kNearExponent)) {
+  for (int i = 0; i < N; i++) largest = fmaxf(largest, fabsf(s[i]));
+  if (__any_sync(~0u, largest > p.near_limit)) {
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      const bool is_far = fabsf(s[i]) > kNearExponent;
-      const float far = far_capped_exponent(s[i], p.cap);
-      s[i] = is_far ? far : near_capped_exponent(s[i], p.half_cap);
+      s[i] = fabsf(s[i]) > p.near_limit ? far_capped_exponent(s[i], p) : near_capped_exponent(s[i], p);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) s[i] = near_capped_exponent(s[i], p.half_cap);
+    for (int i = 0; i < N; i++) s[i] = near_capped_exponent(s[i], p);
   }
 }
 

@@ -174,7 +174,7 @@ DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&fact
   if (Capped) {
     capped_exponents(s, p);
 #pragma unroll
-    for (int i = 0; i < Keys / 2; i++) s[i] = exp2_rounded(s[i]);
+    for (int i = 0; i < Keys / 2; i++) s[i] = rough_exp2_rounded(s[i]);
   }
   // Not before: registers are short.
   const Mask mask(work, block, Keys);

@@ -53,7 +53,8 @@ struct AttentionParams {
     window: i32,
     score_scale: f32,
     cap: f32,
-    half_cap: f32,
+    near: [f32; 4],
+    near_limit: f32,
     value_scale: f32,
 }
 
@@ -491,7 +492,8 @@ impl Attention {
                 .map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX)),
             score_scale: cap.map_or(scale * log2_e, |cap| 2.0 * scale * log2_e / cap) as f32,
             cap: cap.map_or(0.0, |cap| cap * log2_e) as f32,
-            half_cap: cap.map_or(0.0, |cap| cap / 2.0) as f32,
+            near: cap.map_or([0.0; 4], |cap| near_coefficients(scale, cap)),
+            near_limit: cap.map_or(0.0, |cap| cap / (2.0 * scale * log2_e)) as f32,
             value_scale,
         }
     }
@@ -673,6 +675,19 @@ fn kernel_names(config: &AttentionConfig) -> Result<KernelNames, BackendError> {
             "attention heads of {head_dim} elements (64, 128 and 256 there are)"
         ))),
     }
+}
+
+/// Of the polynomial, odd in a product, that is its capped score in units of log2: tanh(x) / x in x^2.
+fn near_coefficients(scale: f64, cap: f64) -> [f32; 4] {
+    // In (2 log2(e) x)^2, what a product times `score_scale` has.
+    let tanh_ratio = [1.0, -4.003_699_1e-2, 1.918_970_4e-3, -8.532_181_7e-5];
+    let score_scale = 2.0 * scale * std::f64::consts::LOG2_E / cap;
+    let mut power = cap / 2.0 * score_scale;
+    tanh_ratio.map(|coefficient| {
+        let scaled = coefficient * power;
+        power *= score_scale * score_scale;
+        scaled as f32
+    })
 }
 
 /// Query heads of each kv head.
