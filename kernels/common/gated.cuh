@@ -11,7 +11,7 @@
 /// gelu_tanh(gate) * up. With u = sqrt(2 / pi) * (g + 0.044715 g^3), gelu is g * e^2u / (1 + e^2u), which keeps its relative
 /// precision for negative g. From 2^32 on the quotient is 1.
 DEVICE float gated(float gate, float up) {
-  constexpr float kLinear = 2.0f * 0.7978845608f * kLog2E, kCubic = kLinear * 0.044715f;
+  constexpr float kLinear = 2.0f * 0.7978846f * kLog2E, kCubic = kLinear * 0.044715f;
   const float exponent = __fmul_rn(gate, __fmaf_rn(kCubic, __fmul_rn(gate, gate), kLinear));
   const float e = exp2_rounded(fminf(fmaxf(exponent, -126.0f), 32.0f));
   return __fmul_rn(__fmul_rn(gate, __fmul_rn(e, reciprocal_rounded(__fadd_rn(1.0f, e)))), up);

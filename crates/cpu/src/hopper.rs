@@ -51,7 +51,7 @@ fn power_of_two<const N: usize>(x: f32, polynomial: [f32; N]) -> f32 {
 /// `gelu_tanh(gate) * up`.
 #[inline(always)]
 pub(crate) fn gated(gate: f32, up: f32) -> f32 {
-    const LINEAR: f32 = 2.0 * 0.797_884_56 * LOG2_E;
+    const LINEAR: f32 = 2.0 * 0.797_884_6 * LOG2_E;
     const CUBIC: f32 = LINEAR * 0.044_715;
     let exponent = gate * CUBIC.mul_add(gate * gate, LINEAR);
     let e = exp2(exponent.clamp(-126.0, 32.0));
