@@ -142,8 +142,8 @@ struct Mask {
   }
 };
 
-/// Scores, with soft-cap the powers they became, to probabilities, relative to the maximum so far if there is no soft-cap: then `factors` is what everything
-/// summed before must be multiplied with.
+/// Scores, with soft-cap the powers they became, to probabilities, relative to the maximum so far if there is no soft-cap: then
+/// `factors` is what everything summed before must be multiplied with.
 template <int Keys, bool Capped, bool Masked>
 DEVICE void exponentiate(float (&s)[Keys / 2], float (&maximum)[2], float (&factors)[2], const Mask& mask,
                          const Attention& p) {
